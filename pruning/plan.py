@@ -1,0 +1,234 @@
+"""The pruning plan: in which order layers are left out, and how that came about."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import reprlib
+import time
+import uuid
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pruning.depths import check_removal_order, removal_order, skipped_layers
+from pruning.importance import BlockInfluence
+
+FORMAT_VERSION = 1
+METRIC = "block_influence"
+# Greater integers have no exact float, and the greatest none at all.
+_MAX_EXACT_INTEGER = 2**53
+
+
+class PlanError(ValueError):
+    """A plan is damaged, of another format, or of another model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A removal order with its scores and provenance, kept as a JSON file.
+
+    ``scores`` and ``stderrs`` are indexed by layer. ``created_at`` is in seconds since the Unix
+    epoch. ``versions`` maps names of packages to the versions that measured the scores. The
+    order need not be that of the scores: one set by hand is a plan, too. Raises
+    :class:`PlanError`, naming the field, for values that make no plan.
+    """
+
+    removal_order: tuple[int, ...]
+    scores: tuple[float, ...]
+    stderrs: tuple[float, ...]
+    model_fingerprint: str
+    text_fingerprint: str
+    num_tokens: int
+    versions: dict[str, str]
+    created_at: float
+    metric: str = METRIC
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.format_version != FORMAT_VERSION:
+            _refuse("format_version", self.format_version, str(FORMAT_VERSION))
+        if self.metric != METRIC:
+            _refuse("metric", self.metric, repr(METRIC))
+        try:
+            check_removal_order(self.removal_order, max(self.num_layers, 1))
+        except ValueError as error:
+            raise PlanError(str(error)) from None
+        for field, values in (("scores", self.scores), ("stderrs", self.stderrs)):
+            if len(values) != self.num_layers:
+                _refuse(field, values, f"{self.num_layers} numbers, one for each layer")
+        if not all(map(math.isfinite, self.scores)):
+            _refuse("scores", self.scores, "finite numbers")
+        if not all(math.isfinite(stderr) and stderr >= 0 for stderr in self.stderrs):
+            _refuse("stderrs", self.stderrs, "finite numbers, none negative")
+        if not self.model_fingerprint:
+            _refuse("model_fingerprint", self.model_fingerprint, "a fingerprint")
+        if not self.text_fingerprint:
+            _refuse("text_fingerprint", self.text_fingerprint, "a fingerprint")
+        if self.num_tokens < 1:
+            _refuse("num_tokens", self.num_tokens, "1 or more")
+        if not math.isfinite(self.created_at):
+            _refuse("created_at", self.created_at, "seconds since the Unix epoch")
+
+    @classmethod
+    def from_importance(
+        cls,
+        importance: BlockInfluence,
+        *,
+        model_fingerprint: str,
+        text_fingerprint: str,
+        versions: dict[str, str],
+    ) -> Plan:
+        """Return the plan that leaves out the layers of the lowest influence first."""
+        return cls(
+            removal_order=removal_order(importance.scores),
+            scores=importance.scores,
+            stderrs=importance.stderrs,
+            model_fingerprint=model_fingerprint,
+            text_fingerprint=text_fingerprint,
+            num_tokens=importance.num_tokens,
+            versions=versions,
+            created_at=time.time(),
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read the plan that :meth:`save` wrote.
+
+        Raises :class:`PlanError`, naming the file and the field, for anything that is no plan of
+        this format version, and :class:`OSError` for a file that cannot be read.
+        """
+        data = Path(path).read_bytes()
+        try:
+            return cls(**_parse(data))
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON; a reader sees the old file or the new one, never a part."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            with temporary.open("x", encoding="utf-8") as file:
+                json.dump(asdict(self), file, indent=2, allow_nan=False)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)  # makes the rename itself durable
+        finally:
+            os.close(directory)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.removal_order)
+
+    def skipped(self, depth: int) -> tuple[int, ...]:
+        """Return the layers that ``depth`` leaves out, ascending.
+
+        Raises :class:`ValueError` unless 1 <= ``depth`` <= ``num_layers``.
+        """
+        return skipped_layers(self.removal_order, depth)
+
+    def check_model(self, fingerprint: str, num_layers: int) -> None:
+        """Raise :class:`PlanError` unless the plan was made for this model."""
+        if num_layers != self.num_layers:
+            raise PlanError(
+                f"removal_order: the plan is of a model with {self.num_layers} layers, "
+                f"allowed: {num_layers}, those of this model"
+            )
+        if fingerprint != self.model_fingerprint:
+            raise PlanError(
+                f"model_fingerprint: the plan is of the model {self.model_fingerprint}, "
+                f"allowed: {fingerprint}, this model"
+            )
+
+
+def _refuse(field: str, found: object, allowed: str) -> NoReturn:
+    raise PlanError(f"{field}: found {reprlib.repr(found)}, allowed: {allowed}")
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"not a complete JSON document: {error}") from None
+    if not isinstance(document, dict):
+        raise PlanError(f"found {reprlib.repr(document)}, allowed: a JSON object")
+    # First: what else is wrong with a plan of another version is no news.
+    if (version := document.get("format_version")) != FORMAT_VERSION:
+        _refuse("format_version", version, str(FORMAT_VERSION))
+    names = {field.name for field in fields(Plan)}
+    if missing := sorted(names - document.keys()):
+        raise PlanError(f"{missing[0]}: found nothing, allowed: a value")
+    if unknown := sorted(document.keys() - names):
+        raise PlanError(f"{unknown[0]}: unknown, allowed: {', '.join(sorted(names))}")
+    return {
+        "removal_order": _integers(document, "removal_order"),
+        "scores": _numbers(document, "scores"),
+        "stderrs": _numbers(document, "stderrs"),
+        "model_fingerprint": _string(document, "model_fingerprint"),
+        "text_fingerprint": _string(document, "text_fingerprint"),
+        "num_tokens": _integer(document, "num_tokens"),
+        "versions": _strings(document, "versions"),
+        "created_at": _number(document, "created_at"),
+        "metric": _string(document, "metric"),
+        "format_version": _integer(document, "format_version"),
+    }
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) <= _MAX_EXACT_INTEGER
+    return isinstance(value, float)
+
+
+def _integer(document: dict[str, Any], field: str) -> int:
+    value = document[field]
+    if not _is_integer(value):
+        _refuse(field, value, "an integer")
+    return int(value)
+
+
+def _number(document: dict[str, Any], field: str) -> float:
+    value = document[field]
+    if not _is_number(value):
+        _refuse(field, value, "a number")
+    return float(value)
+
+
+def _string(document: dict[str, Any], field: str) -> str:
+    value = document[field]
+    if not isinstance(value, str):
+        _refuse(field, value, "a string")
+    return value
+
+
+def _integers(document: dict[str, Any], field: str) -> tuple[int, ...]:
+    value = document[field]
+    if not isinstance(value, list) or not all(map(_is_integer, value)):
+        _refuse(field, value, "a list of integers")
+    return tuple(value)
+
+
+def _numbers(document: dict[str, Any], field: str) -> tuple[float, ...]:
+    value = document[field]
+    if not isinstance(value, list) or not all(map(_is_number, value)):
+        _refuse(field, value, "a list of numbers")
+    return tuple(map(float, value))
+
+
+def _strings(document: dict[str, Any], field: str) -> dict[str, str]:
+    value = document[field]
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+        _refuse(field, value, "an object of strings")
+    return value

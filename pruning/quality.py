@@ -1,0 +1,115 @@
+"""What a depth costs: perplexity, agreement with the dense model, divergence from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+# Bounds the temporaries of one chunk of tokens to some 64 MiB each.
+_CHUNK_ELEMENTS = 1 << 24
+
+
+class QualityError(ValueError):
+    """The measured sums give no quality."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """How well a pruned model predicts ``num_tokens`` tokens of held-out text.
+
+    ``perplexity`` is per token. ``agreement`` is the share of tokens at which the most likely
+    next token is that of the dense model, ``kl_nats`` the mean divergence
+    KL(dense || pruned) of the next-token distributions in nats.
+    """
+
+    perplexity: float
+    perplexity_stderr: float
+    agreement: float
+    kl_nats: float
+    num_tokens: int
+
+
+def token_statistics(
+    logits: torch.Tensor, reference_logits: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Return what one text window adds to a quality, as float64 [4].
+
+    The four are the number of tokens T, the summed negative log-likelihood of ``targets`` in
+    nats, the number of tokens at which both argmaxes are equal, and the summed
+    KL(reference || logits) in nats. ``logits`` and ``reference_logits`` are [T, V], ``targets``
+    [T]. Log-probabilities are computed in float32 and summed in float64. Nothing waits for the
+    device.
+    """
+    import torch
+
+    if logits.ndim != 2 or logits.shape != reference_logits.shape:
+        raise ValueError(
+            f"logits, reference_logits: got shapes {list(logits.shape)} and "
+            f"{list(reference_logits.shape)}, allowed: equal shapes [num_tokens, vocabulary]"
+        )
+    num_tokens, vocab_size = logits.shape
+    if targets.shape != (num_tokens,):
+        raise ValueError(f"targets: got shape {list(targets.shape)}, allowed: [{num_tokens}]")
+    statistics = torch.zeros(4, dtype=torch.float64, device=logits.device)
+    with torch.no_grad():
+        chunk = max(_CHUNK_ELEMENTS // max(vocab_size, 1), 1)
+        for start in range(0, num_tokens, chunk):
+            rows = slice(start, start + chunk)
+            logprobs = logits[rows].float().log_softmax(-1)
+            reference = reference_logits[rows].float().log_softmax(-1)
+            nll = -logprobs.gather(-1, targets[rows, None])
+            agreements = logits[rows].argmax(-1) == reference_logits[rows].argmax(-1)
+            # A token that the reference rules out adds nothing, even where both rule it out.
+            divergence = torch.where(
+                reference.isneginf(), 0.0, reference.exp() * (reference - logprobs)
+            )
+            sums = (nll, agreements, divergence.sum(-1))
+            statistics[1:] += torch.stack([part.double().sum() for part in sums])
+    statistics[0] = num_tokens
+    return statistics
+
+
+def quality_of_windows(sums: Sequence[Sequence[float]]) -> Quality:
+    """Return the quality over text windows, each given by its :func:`token_statistics`.
+
+    Tokens of one window are not independent, windows nearly are. So the standard error takes
+    the windows as the sample: the mean negative log-likelihood r = sum(x) / sum(n), x and n
+    being a window's sum and number of tokens, is a ratio estimator over m windows with variance
+    m / (m - 1) * sum((x - r * n) ** 2) / sum(n) ** 2 (Cochran, "Sampling Techniques", 3rd
+    edition, chapter 6), and the delta method gives exp(r) the standard error
+    exp(r) * sqrt(variance). A perplexity beyond the range of a float is infinite.
+
+    Raises :class:`QualityError` for fewer than two windows, which have no variance, and for a
+    window with no tokens or with a sum that is not finite.
+    """
+    if len(sums) < 2:
+        raise QualityError(
+            f"got {len(sums)} text windows, allowed: 2 or more, for a standard error"
+        )
+    for window, statistics in enumerate(sums):
+        if not all(map(math.isfinite, statistics)):
+            raise QualityError(f"window {window}: the logits gave a sum that is not finite")
+        if statistics[0] < 1:
+            raise QualityError(f"window {window}: got no tokens, allowed: 1 or more")
+    num_tokens, nll, agreements, divergence = (
+        math.fsum(column) for column in zip(*sums, strict=True)
+    )
+    mean_nll = nll / num_tokens
+    squares = math.fsum((x - mean_nll * n) ** 2 for n, x, *_ in sums)
+    stderr = math.sqrt(len(sums) / (len(sums) - 1) * squares) / num_tokens
+    try:
+        perplexity = math.exp(mean_nll)
+    except OverflowError:
+        perplexity = math.inf
+    return Quality(
+        perplexity=perplexity,
+        perplexity_stderr=perplexity * stderr,
+        agreement=agreements / num_tokens,
+        kl_nats=divergence / num_tokens,
+        num_tokens=int(num_tokens),
+    )

@@ -1,0 +1,252 @@
+"""The composition root: from settings to a server that serves, and back down again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from contextlib import AsyncExitStack, suppress
+
+import psutil
+from rich.console import Console
+from rich.logging import RichHandler
+
+from pruning.fingerprint import text_fingerprint
+from server.calibration import Calibrator, Progress
+from server.config import Settings
+from server.engine.base import Engine, ModelInfo
+from server.engine.elastic.compatibility import IncompatibleVllm
+from server.engine.elastic.engine import ElasticEngine
+from server.engine.elastic.engine_arguments import ElasticConfig
+from server.hardware import describe_hardware
+from server.inputs import Inputs, read_inputs, refused_as
+from server.metrics import Metrics, MetricsServer
+from server.policy import DepthPolicy
+from server.policy_store import PlanFile, PolicyStore
+from server.progress import ProgressReport
+from server.rpc.server import RpcServer
+from server.service import Service
+from server.state import StateDirectory
+from server.version import VERSION, measuring_versions
+
+# Of models with more layers, quality is measured at the levels alone.
+_LAYERS_FOR_EVERY_DEPTH = 16
+_DEFAULT_PORT = 50051
+_END_SECONDS = 2.0
+
+_WORK = {
+    "importance": "Ranking the layers",
+    "quality": "Measuring quality",
+    "speed": "Measuring speed",
+}
+
+logger = logging.getLogger(__name__)
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        StartError: the server cannot start with these settings.
+    """
+    console = Console(stderr=True)
+    _configure_logging(settings.log_level, console)
+    asyncio.run(Application(settings, console).run())
+
+
+class Application:
+    """One server, from its start to its end."""
+
+    def __init__(self, settings: Settings, console: Console) -> None:
+        self._settings = settings
+        self._console = console
+        self._progress = ProgressReport(console)
+        self._serving = False
+        self._stop = asyncio.Event()
+        self._store: PolicyStore | None = None
+
+    async def run(self) -> None:
+        """Serve until a signal, then let what runs finish. A second signal ends it at once."""
+        settings = self._settings
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
+        started = time.monotonic()
+        inputs = await asyncio.to_thread(read_inputs, settings)
+        inputs_seconds = time.monotonic() - started
+        async with AsyncExitStack() as stack:
+            metrics = Metrics()
+            with refused_as("metrics_port"):
+                metrics_server = MetricsServer(
+                    metrics, settings.metrics_host, settings.metrics_port
+                )
+            stack.callback(metrics_server.close)
+            engine = ElasticEngine(_elastic_config(settings, inputs))
+            service = Service(
+                engine,
+                metrics,
+                max_waiting=settings.max_waiting,
+                grace_seconds=settings.grace_seconds,
+                version=VERSION,
+                save=self._save,
+            )
+            rpc_server = RpcServer(
+                service,
+                settings.host,
+                settings.port,
+                max_message_bytes=settings.max_message_bytes,
+            )
+            with refused_as("port"):
+                await rpc_server.start()
+            stack.push_async_callback(engine.shutdown)
+            stack.push_async_callback(service.close)
+            stack.push_async_callback(rpc_server.stop)
+            metrics.set_startup("inputs", inputs_seconds)
+            with self._progress:
+                await self._start(inputs, engine, service)
+            self._serving = True
+            self._announce(engine.model, rpc_server.port, metrics_server.port)
+            await self._stop.wait()
+            logger.info("stopping; requests that run have %g s", settings.grace_seconds)
+            await service.drain()
+
+    async def _start(self, inputs: Inputs, engine: Engine, service: Service) -> None:
+        """Load the model, and get its plan and measurements from the state directory or anew."""
+        with self._progress.working("Loading the model"), service.phase("engine"):
+            with refused_as("engine", IncompatibleVllm):
+                await engine.start()
+        with refused_as("model"):
+            with service.phase("plan"):
+                calibrator = self._calibrator(inputs, engine)
+                store = self._store = self._policy_store(inputs, engine.model)
+                plan = inputs.plan or await store.plan(
+                    lambda: calibrator.measure_plan(self._on_progress)
+                )
+            policy = DepthPolicy(plan, inputs.levels, inputs.default_level)
+            with service.phase("quality"):
+                qualities = await store.qualities(
+                    policy,
+                    calibrator.depths_to_measure(policy),
+                    lambda missing: calibrator.measure_quality(policy, missing, self._on_progress),
+                )
+            with service.phase("speed"):
+                speeds = await store.speeds(
+                    policy,
+                    [policy.dense, *(level.depths for level in inputs.levels)],
+                    lambda missing: calibrator.measure_speed(policy, missing, self._on_progress),
+                )
+        service.open(policy.with_measurements(qualities, speeds), calibrator)
+        for phase, seconds in service.status().startup_seconds.items():
+            logger.info("start: %s took %.1f s", phase, seconds)
+
+    def _calibrator(self, inputs: Inputs, engine: Engine) -> Calibrator:
+        settings = self._settings
+        every_depth = settings.quality_depths == "all" or (
+            settings.quality_depths is None and inputs.num_layers <= _LAYERS_FOR_EVERY_DEPTH
+        )
+        return Calibrator(
+            engine,
+            model_fingerprint=inputs.fingerprint,
+            versions=measuring_versions(),
+            texts=inputs.texts,
+            max_tokens=settings.calibration_tokens,
+            held_out_texts=inputs.held_out_texts,
+            max_held_out_tokens=settings.quality_tokens,
+            every_depth=every_depth,
+        )
+
+    def _policy_store(self, inputs: Inputs, model: ModelInfo) -> PolicyStore:
+        settings = self._settings
+        key = {
+            "model": inputs.fingerprint,
+            "dtype": model.dtype,
+            "max_context": model.max_context,
+        }
+        held_out = text_fingerprint(inputs.held_out_texts)
+        return PolicyStore(
+            StateDirectory(settings.state_dir),
+            PlanFile(inputs.fingerprint, inputs.num_layers),
+            plan_key={
+                **key,
+                "text": text_fingerprint(inputs.texts),
+                "num_tokens": settings.calibration_tokens,
+            },
+            quality_key={**key, "text": held_out, "num_tokens": settings.quality_tokens},
+            speed_key={
+                **key,
+                "text": held_out,
+                "hardware": describe_hardware(),
+                "versions": measuring_versions(),
+                "max_num_seqs": settings.max_num_seqs,
+                "engine_args": settings.engine_args,
+            },
+        )
+
+    def _save(self, policy: DepthPolicy) -> None:
+        assert self._store is not None
+        self._store.save(policy)
+
+    def _on_progress(self, progress: Progress) -> None:
+        self._progress.advance(_WORK[progress.phase], progress.done, progress.total)
+
+    def _announce(self, model: ModelInfo, port: int, metrics_port: int) -> None:
+        settings = self._settings
+        print(
+            f"Serving {model.name} ({model.num_layers} layers, {model.dtype}) "
+            f"on {settings.host}:{port}; "
+            f"metrics on http://{settings.metrics_host}:{metrics_port}/metrics"
+        )
+        address = "" if port == _DEFAULT_PORT else f" --address {settings.host}:{port}"
+        depth = max(1, model.num_layers * 3 // 4)
+        print(f"Try: fathom generate{address} --depth {depth} 'The list of'", flush=True)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._serving and not self._stop.is_set():
+            self._stop.set()
+            return
+        # Nothing has been promised to anybody while starting: that is an orderly end.
+        self._console.show_cursor(True)
+        _end_now(128 + number if self._serving else 0)
+
+
+def _elastic_config(settings: Settings, inputs: Inputs) -> ElasticConfig:
+    return ElasticConfig(
+        model=inputs.source.directory,
+        name=inputs.source.name,
+        dtype=settings.dtype,
+        max_context=settings.max_context,
+        max_num_seqs=settings.max_num_seqs,
+        kv_cache_gib=settings.kv_cache_gib,
+        trust_remote_code=settings.trust_remote_code,
+        engine_args=settings.engine_args,
+    )
+
+
+def _configure_logging(level: str, console: Console) -> None:
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, log_time_format="%X")
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    for package in ("server", "pruning"):
+        logging.getLogger(package).setLevel(level.upper())
+    # vLLM tells a lot at info, in each of its processes.
+    quiet = "DEBUG" if level == "debug" else "ERROR" if level == "error" else "WARNING"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", quiet)
+
+
+def _end_now(code: int) -> None:
+    """End this process and the engine's without waiting for anything."""
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
+            child.terminate()
+    for child in psutil.wait_procs(children, timeout=_END_SECONDS)[1]:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    sys.stdout.flush()
+    os._exit(code)

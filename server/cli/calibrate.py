@@ -1,0 +1,72 @@
+"""``fathom calibrate``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pruning.text import TextError, load_texts
+from server.cli.connection import DEFAULT_ADDRESS, Address, connected
+from server.cli.problems import report_problem
+from server.progress import ProgressReport
+from server.rpc.generated.fathom.v1 import common_pb2, control_pb2
+
+
+def calibrate(
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="Text to rank the layers on, read here: a file, a directory or a Hugging Face "
+            "dataset. None: the text that the server was started with."
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens to rank the layers on.", min=0, max=2**32 - 1),
+    ] = None,
+    max_characters: Annotated[
+        int, typer.Option(help="Characters of --text to send at most.", min=1)
+    ] = 2_000_000,
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Rank the layers anew, on a server that goes on serving, and print the plan."""
+    try:
+        texts = [] if text is None else load_texts(text, max_characters=max_characters)
+    except TextError as error:
+        report_problem(f"--text: {error}")
+        sys.exit(2)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    request = control_pb2.CalibrateRequest(texts=texts, max_tokens=max_tokens)
+    with connected(address) as client, ProgressReport(Console(stderr=True)) as report:
+        plan = None
+        for response in client.calibrate(request):
+            match response.WhichOneof("event"):
+                case "progress":
+                    progress = response.progress
+                    report.advance(progress.phase, progress.done, progress.total)
+                case "plan":
+                    plan = response.plan
+    assert plan is not None, "the stream ends with the plan"
+    console = Console(highlight=False)
+    console.print(_table(plan))
+    order = ", ".join(map(str, plan.removal_order))
+    console.print(f"Removal order: {order}", soft_wrap=True)
+
+
+def _table(plan: common_pb2.Plan) -> Table:
+    removed = {layer: position for position, layer in enumerate(plan.removal_order, start=1)}
+    table = Table(title=f"Block influence on {plan.num_tokens} tokens", title_justify="left")
+    for heading in ("Layer", "Influence", "Removed"):
+        table.add_column(heading, justify="right")
+    for layer in plan.layers:
+        table.add_row(
+            str(layer.layer),
+            f"{layer.score:.4f} ± {layer.stderr:.4f}",
+            str(removed[layer.layer]),
+        )
+    return table

@@ -1,0 +1,85 @@
+"""``fathom generate``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from server.cli.connection import DEFAULT_ADDRESS, Address, connected
+from server.rpc.generated.fathom.v1 import common_pb2, inference_pb2
+
+_UINT32 = {"min": 0, "max": 2**32 - 1}
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads it from stdin.")],
+    depth: Annotated[int | None, typer.Option(help="Layers that run.", **_UINT32)] = None,
+    prune_ratio: Annotated[
+        float | None, typer.Option(help="Share of the layers that is left out.")
+    ] = None,
+    level: Annotated[str | None, typer.Option(help="Level of the server to run at.")] = None,
+    prefill_depth: Annotated[
+        int | None,
+        typer.Option(help="Layers that run for the prompt, if not as for --depth.", **_UINT32),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.", **_UINT32)] = 128,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Share of the probability to choose from.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes random choices repeatable.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends the generation; may be repeated.")
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on after the end of the text.")
+    ] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send the prompt as a user's message of a chat.")
+    ] = False,
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Generate text at a depth and print it as it comes; the depth that ran goes to stderr."""
+    given = {"--depth": depth, "--prune-ratio": prune_ratio, "--level": level}
+    chosen = [name for name, value in given.items() if value is not None]
+    if len(chosen) > 1:
+        raise typer.BadParameter(f"{' and '.join(chosen)} exclude each other")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    request = inference_pb2.GenerateRequest(
+        prefill_depth=None if prefill_depth is None else common_pb2.Depth(layers=prefill_depth),
+        sampling=inference_pb2.SamplingParams(temperature=temperature, top_p=top_p, seed=seed),
+        stop=inference_pb2.StopConditions(
+            max_tokens=max_tokens, stop=stop or [], ignore_eos=ignore_eos
+        ),
+    )
+    if chosen:
+        request.depth.CopyFrom(common_pb2.Depth(layers=depth, prune_ratio=prune_ratio, level=level))
+    if chat:
+        request.chat.messages.add(role="user", content=text)
+    else:
+        request.prompt = text
+    with connected(address) as client:
+        for response in client.generate_stream(request):
+            match response.WhichOneof("event"):
+                case "delta":
+                    sys.stdout.write(response.delta.text)
+                    sys.stdout.flush()
+                case "finish_info":
+                    print(flush=True)
+                    print(_summary(response.finish_info), file=sys.stderr)
+
+
+def _summary(info: inference_pb2.FinishInfo) -> str:
+    served, usage, seconds = info.served, info.usage, info.timings.total
+    depth = str(served.decode_layers)
+    if served.prefill_layers != served.decode_layers:
+        depth = f"{served.decode_layers} (prompt: {served.prefill_layers})"
+    why = common_pb2.Served.Reason.Name(served.reason).removeprefix("REASON_").lower()
+    end = inference_pb2.FinishInfo.Reason.Name(info.reason).removeprefix("REASON_").lower()
+    rate = usage.num_generated_tokens / seconds if seconds else 0.0
+    return (
+        f"[depth {depth}, {why}; {usage.num_generated_tokens} tokens in {seconds:.2f} s, "
+        f"{rate:.1f} tokens/s; end: {end}]"
+    )

@@ -1,0 +1,66 @@
+"""``fathom model``."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from server.cli.connection import DEFAULT_ADDRESS, Address, connected
+from server.rpc.generated.fathom.v1 import common_pb2, inference_pb2
+
+
+def model(address: Address = DEFAULT_ADDRESS) -> None:
+    """Show the model that is served, and what each depth costs and gains."""
+    with connected(address) as client:
+        served = client.get_model()
+    console = Console(highlight=False)
+    quantization = f", {served.quantization}" if served.quantization else ""
+    console.print(
+        escape(
+            f"{served.name}: {served.architecture}, {served.num_layers} layers, "
+            f"{served.dtype}{quantization}, context of {served.max_context} tokens"
+        )
+    )
+    console.print(_table(served))
+
+
+def _table(served: inference_pb2.Model) -> Table:
+    names: dict[tuple[int, int], list[str]] = {}
+    for level in served.levels:
+        name = f"{level.name} (default)" if level.is_default else level.name
+        names.setdefault(_depths(level), []).append(name)
+    table = Table()
+    table.add_column("Depth", justify="right")
+    table.add_column("Level")
+    for heading in ("Perplexity", "Agreement", "KL (nats)", "Tokens/s", "Speedup"):
+        table.add_column(heading, justify="right")
+    rows = {_depths(row): row for row in [*served.depths, *served.levels]}
+    for depths in sorted(rows, key=lambda pair: (pair[1], pair[0]), reverse=True):
+        prefill, decode = depths
+        table.add_row(
+            str(decode) if prefill == decode else f"{prefill}/{decode}",
+            ", ".join(names.get(depths, [])),
+            *_measurements(rows[depths]),
+        )
+    if any(prefill != decode for prefill, decode in rows):
+        table.caption = "8/16: 8 layers for the prompt, 16 for what is generated"
+    return table
+
+
+def _depths(level: common_pb2.Level) -> tuple[int, int]:
+    return level.prefill_layers, level.decode_layers
+
+
+def _measurements(level: common_pb2.Level) -> list[str]:
+    quality, speed = level.quality, level.speed
+    cells = ["-"] * 5
+    if level.HasField("quality"):
+        cells[:3] = [
+            f"{quality.perplexity:.2f} ± {quality.perplexity_stderr:.2f}",
+            f"{quality.agreement:.1%}",
+            f"{quality.kl_nats:.3f}",
+        ]
+    if level.HasField("speed"):
+        cells[3:] = [f"{speed.tokens_per_second:.0f}", f"{speed.speedup:.2f}x"]
+    return cells

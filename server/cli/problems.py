@@ -1,0 +1,9 @@
+"""Tells people what went wrong, in one line and without a traceback."""
+
+from __future__ import annotations
+
+import sys
+
+
+def report_problem(problem: str) -> None:
+    print(f"fathom: {' '.join(problem.split())}", file=sys.stderr)

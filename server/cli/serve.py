@@ -1,0 +1,61 @@
+"""``fathom serve``."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from server.cli.problems import report_problem
+from server.config import Settings, allowed_values, load_settings
+
+
+def serve(**flags: Any) -> None:
+    """Serve a model over gRPC until SIGTERM or Ctrl-C.
+
+    Every flag may also be given as a variable, such as FATHOM_PORT, or in the file of --config.
+    """
+    settings = load_settings(flags)
+
+    # Imported here to keep the other commands quick.
+    from server import app
+    from server.inputs import StartError
+
+    try:
+        app.serve(settings)
+    except StartError as error:
+        report_problem(str(error))
+        sys.exit(2)
+
+
+def _flags() -> list[inspect.Parameter]:
+    """Return one parameter for each setting. Values stay text: the settings check them."""
+    parameters = []
+    for name, field in Settings.model_fields.items():
+        kind: Any = bool if field.annotation is bool else str
+        metavar = None if kind is bool else _metavar(allowed_values(field))
+        option = typer.Option(help=field.description, metavar=metavar, show_default=False)
+        parameters.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[kind | None, option],
+            )
+        )
+    return parameters
+
+
+def _metavar(allowed: str) -> str:
+    if "," in allowed and " " not in allowed.replace(", ", ""):
+        return "|".join(allowed.split(", "))
+    return {"a path": "PATH", "an existing file": "FILE"}.get(allowed) or (
+        "NUMBER" if any(character.isdigit() for character in allowed) else "TEXT"
+    )
+
+
+# The flags are made from the settings, so that neither can have what the other lacks.
+serve.__signature__ = inspect.Signature(_flags())  # type: ignore[attr-defined]
+serve.__annotations__ = {parameter.name: parameter.annotation for parameter in _flags()}

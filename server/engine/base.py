@@ -1,0 +1,171 @@
+"""The interface between the service and whatever runs tokens."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from pruning.importance import BlockInfluence
+from pruning.quality import Quality
+
+# Called with (done, total), in tokens.
+ProgressCallback = Callable[[int, int], None]
+
+
+class EngineDead(Exception):
+    """The process that runs tokens has ended; what it was doing is lost."""
+
+
+class FinishReason(enum.Enum):
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSelection:
+    """The layers that a request leaves out, in ascending order."""
+
+    prefill_skips: tuple[int, ...] = ()
+    decode_skips: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How tokens are chosen and when to stop; ``None`` leaves it to the model's defaults."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop: bool = False
+    # How many of the most likely tokens are reported; None: no log-probabilities at all.
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One request to generate from ``prompt_ids`` with some layers left out."""
+
+    request_id: str
+    prompt_ids: Sequence[int]
+    layers: LayerSelection
+    sampling: SamplingOptions
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """The log-probability, in nats, of a token, with the most likely ones in its place."""
+
+    token_id: int
+    logprob: float
+    text: str
+    top: tuple[TokenScore, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDelta:
+    """What one step added to a request; the last one has a ``finish_reason``."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    scores: tuple[TokenScore, ...] = ()
+    num_cached_tokens: int = 0
+    # Seconds that the request waited in the engine before its prompt was begun.
+    queue_seconds: float = 0.0
+    finish_reason: FinishReason | None = None
+    # The stop string or the stop token that ended the request.
+    stopped_by: str | int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The model that an engine has loaded."""
+
+    name: str
+    architecture: str
+    dtype: str
+    quantization: str
+    num_layers: int
+    vocab_size: int
+    max_context: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadInfo:
+    """Requests in the engine at this moment."""
+
+    num_running: int
+    num_waiting: int
+
+
+class Engine(Protocol):
+    """Runs tokens of one model at any depth.
+
+    Every method but ``start`` and ``shutdown`` raises :class:`EngineDead` once the process that
+    runs tokens has ended. Cancelling the task that iterates over ``generate``, or closing the
+    iterator, frees the engine at once.
+    """
+
+    name: str
+
+    async def start(self) -> None:
+        """Load the model; may be called again after :class:`EngineDead`."""
+
+    async def shutdown(self) -> None: ...
+
+    @property
+    def model(self) -> ModelInfo: ...
+
+    @property
+    def is_alive(self) -> bool: ...
+
+    def load(self) -> LoadInfo: ...
+
+    def tokenize(self, text: str, *, special_tokens: bool = True) -> list[int]: ...
+
+    def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Raise :class:`server.errors.FailedPrecondition` where the model has no chat template."""
+        ...
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Return the text of each token by itself."""
+        ...
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
+        """Raise :class:`server.errors.InvalidArgument` for options the model cannot serve."""
+        ...
+
+    async def score(
+        self, request_id: str, token_ids: Sequence[int], num_context: int, layers: LayerSelection
+    ) -> list[TokenScore]:
+        """Return the scores of ``token_ids[num_context:]``; ``num_context`` is at least 1.
+
+        The context runs as a prompt would, the scored tokens as generated ones.
+        """
+        ...
+
+    async def measure_importance(
+        self, windows: Sequence[Sequence[int]], progress: ProgressCallback
+    ) -> BlockInfluence:
+        """Measure every layer's Block Influence over ``windows`` of token ids, at full depth."""
+        ...
+
+    async def measure_quality(
+        self,
+        windows: Sequence[Sequence[int]],
+        selections: Sequence[LayerSelection],
+        progress: ProgressCallback,
+    ) -> list[Quality]:
+        """Measure each selection on the second half of each window, given the first half."""
+        ...

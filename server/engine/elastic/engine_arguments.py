@@ -1,0 +1,151 @@
+"""From Fathom's configuration of the engine to vLLM's arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import psutil
+
+from server.engine.elastic.architectures import elastic_architecture
+from server.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from vllm import AsyncEngineArgs
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+_GIB = 1 << 30
+# What Fathom sets itself, with the setting to use instead, where there is one.
+_RESERVED = {
+    "model": "model",
+    "revision": "revision",
+    "trust_remote_code": "trust_remote_code",
+    "dtype": "dtype",
+    "max_model_len": "max_context",
+    "max_num_seqs": "max_num_seqs",
+    "enforce_eager": None,
+    "logits_processors": None,
+    "worker_extension_cls": None,
+    "speculative_config": None,
+    "runner": None,
+}
+# The path in full: on CPU, vLLM turns the short name into an executor with one process more.
+_IN_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+
+
+@dataclass(frozen=True, slots=True)
+class ElasticConfig:
+    """What the elastic engine is started with. ``model`` is a local checkpoint directory."""
+
+    model: Path
+    # What clients are told the model is called.
+    name: str
+    dtype: DtypeName = "auto"
+    max_context: int | None = None
+    max_num_seqs: int = 256
+    # CPU only; None takes a quarter of the free memory, 4 GiB at most.
+    kv_cache_gib: float | None = None
+    trust_remote_code: bool = False
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+
+
+def vllm_arguments(config: ElasticConfig) -> AsyncEngineArgs:
+    """Return vLLM's arguments for ``config``.
+
+    Raises:
+        InvalidArgument: ``engine_args`` has a name that vLLM does not know, or that Fathom sets.
+        UnsupportedArchitecture: The model cannot run at several depths.
+    """
+    from transformers import AutoConfig
+    from vllm import AsyncEngineArgs
+    from vllm.platforms import current_platform
+
+    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    check_engine_args(config.engine_args, known)
+    model_config = AutoConfig.from_pretrained(
+        config.model, trust_remote_code=config.trust_remote_code
+    )
+    overrides = dict(config.engine_args.get("hf_overrides", {}))
+    overrides["architectures"] = [elastic_architecture(model_config.architectures or [])]
+    arguments: dict[str, Any] = {
+        "model": str(config.model),
+        "served_model_name": config.name,
+        "dtype": config.dtype,
+        "max_model_len": config.max_context,
+        "max_num_seqs": config.max_num_seqs,
+        "trust_remote_code": config.trust_remote_code,
+        "enforce_eager": True,
+        "enable_prefix_caching": True,
+        "use_tqdm_on_load": False,
+        "logits_processors": ["server.engine.elastic.row_tracker:RowTracker"],
+        "worker_extension_cls": "server.engine.elastic.worker_extension.ElasticWorkerExtension",
+    }
+    if current_platform.is_cpu():
+        prepare_cpu_environment()
+        quantized = getattr(model_config, "quantization_config", None) is not None
+        arguments["dtype"] = cpu_dtype(config.dtype, quantized=quantized)
+        arguments["kv_cache_memory_bytes"] = _cpu_kv_cache_bytes(config.kv_cache_gib)
+        if config.engine_args.get("tensor_parallel_size", 1) == 1:
+            arguments["distributed_executor_backend"] = _IN_PROCESS_EXECUTOR
+    return AsyncEngineArgs(**{**arguments, **config.engine_args, "hf_overrides": overrides})
+
+
+def check_engine_args(engine_args: Mapping[str, Any], known: set[str]) -> None:
+    """Raise :class:`InvalidArgument` for a name that may not be passed through to vLLM."""
+    for name, value in engine_args.items():
+        if name in _RESERVED:
+            instead = _RESERVED[name]
+            allowed = f"the setting {instead} instead" if instead else "left to Fathom"
+            raise InvalidArgument(f"engine_args.{name}", value, allowed)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            allowed = "an argument of vLLM's engine"
+            if near:
+                allowed += f", such as {', '.join(near)}"
+            raise InvalidArgument(f"engine_args.{name}", value, allowed)
+
+
+def cpu_dtype(dtype: DtypeName, *, quantized: bool) -> DtypeName:
+    """Return the data type for a CPU.
+
+    Without instructions for it, bfloat16 runs at a third of float32's speed there, and float16
+    slower still; vLLM's quantized kernels know no float32.
+    """
+    import torch
+
+    if dtype != "auto":
+        return dtype
+    has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if has_bfloat16 or quantized else "float32"
+
+
+def _cpu_kv_cache_bytes(gib: float | None) -> int:
+    if gib is not None:
+        return int(gib * _GIB)
+    return min(4 * _GIB, psutil.virtual_memory().available // 4)
+
+
+def prepare_environment() -> None:
+    """Set what vLLM and its processes read from the environment, where the operator has not."""
+    defaults = {
+        # The newer model runner, GPU only, has another interface for what the row tracker does.
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        # What vLLM imports warns of its own future.
+        "PYTHONWARNINGS": "ignore::FutureWarning",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def prepare_cpu_environment() -> None:
+    """Let the engine's process have every core; left alone, vLLM takes one."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))

@@ -1,0 +1,113 @@
+"""What is measured inside the engine, on requests that are marked for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from pruning.importance import BlockInfluenceEstimator
+from pruning.quality import token_statistics
+from server.engine.elastic.attention import ElasticStep
+from server.engine.elastic.payload import ImportanceProbe, QualityProbe
+from server.engine.elastic.row_table import RowTable
+
+# Positions whose logits exist at one time: 512 x 128k x 4 bytes are 256 MiB.
+_CHUNK = 512
+# [num_positions, hidden_size] -> [num_positions, vocab_size]; None off the rank that has them
+ComputeLogits = Callable[[torch.Tensor], torch.Tensor | None]
+
+
+class ImportanceMeter:
+    """Accumulates Block Influence over the marked requests of any number of steps."""
+
+    def __init__(self, num_layers: int) -> None:
+        self._num_layers = num_layers
+        self._estimator = BlockInfluenceEstimator(num_layers)
+
+    def reset(self) -> None:
+        self._estimator = BlockInfluenceEstimator(self._num_layers)
+
+    def marked_tokens(self, step: ElasticStep, table: RowTable) -> torch.Tensor | None:
+        """Return the indices of the step's tokens to measure on."""
+        marked = [
+            torch.arange(tokens.start, tokens.stop)
+            for row, probed in table.probed.items()
+            if isinstance(probed.probe, ImportanceProbe) and step.has_row(row)
+            for tokens in [step.row_tokens(row)]
+        ]
+        return torch.cat(marked) if marked else None
+
+    def update(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        self._estimator.update(layer, before, after)
+
+    def sums(self) -> list[list[float]]:
+        return self._estimator.sums()
+
+
+class QualityMeter:
+    """Compares marked requests with the same text at full depth.
+
+    The final hidden states of the reference are kept, [num_tokens, hidden_size] for each
+    window, until ``reset``; logits are made again from them, a chunk at a time.
+    """
+
+    def __init__(self, compute_logits: ComputeLogits) -> None:
+        self._compute_logits = compute_logits
+        self.reset()
+
+    def reset(self) -> None:
+        # window -> the states from position first_scored - 1 on, in the chunks they came in
+        self._references: dict[int, list[torch.Tensor]] = {}
+        # (window, selection) -> the position that comes next. A request that is recomputed after
+        # a preemption passes a second time what has been counted.
+        self._next: dict[tuple[int, int | None], int] = {}
+        self._sums: dict[tuple[int, int], torch.Tensor] = {}
+
+    def observe(self, step: ElasticStep, table: RowTable, hidden: torch.Tensor) -> None:
+        """Take what the step computed for marked requests; ``hidden`` is after the final norm."""
+        for row, probed in table.probed.items():
+            if not isinstance(probed.probe, QualityProbe) or not step.has_row(row):
+                continue
+            tokens = step.row_tokens(row)
+            first = int(step.first_position[row])
+            # Position p predicts token p + 1.
+            origin = probed.probe.first_scored - 1
+            key = (probed.probe.window, probed.probe.selection)
+            begin = max(first, self._next.get(key, origin))
+            end = min(first + tokens.stop - tokens.start, len(probed.token_ids) - 1)
+            if begin >= end:
+                continue
+            self._next[key] = end
+            states = hidden[tokens.start + begin - first : tokens.start + end - first]
+            if probed.probe.selection is None:
+                self._references.setdefault(probed.probe.window, []).append(states.clone())
+            else:
+                reference = torch.cat(self._references[probed.probe.window])
+                self._compare(
+                    (probed.probe.window, probed.probe.selection),
+                    states,
+                    reference[begin - origin : end - origin],
+                    torch.tensor(probed.token_ids[begin + 1 : end + 1], device=states.device),
+                )
+
+    def _compare(
+        self,
+        key: tuple[int, int],
+        states: torch.Tensor,
+        reference: torch.Tensor,
+        targets: torch.Tensor,
+    ) -> None:
+        for low in range(0, len(states), _CHUNK):
+            chunk = slice(low, low + _CHUNK)
+            logits = self._compute_logits(states[chunk])
+            reference_logits = self._compute_logits(reference[chunk])
+            if logits is None or reference_logits is None:
+                return
+            statistics = token_statistics(logits, reference_logits, targets[chunk])
+            previous = self._sums.get(key)
+            self._sums[key] = statistics if previous is None else previous + statistics
+
+    def sums(self) -> list[tuple[int, int, list[float]]]:
+        """Return (window, selection, sums) of everything compared."""
+        return [(*key, sums.tolist()) for key, sums in self._sums.items()]

@@ -1,0 +1,179 @@
+"""The model classes that walk their layers by the choice of each token."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, cast
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group
+from vllm.forward_context import ForwardContext, get_forward_context
+from vllm.model_executor.layers.attention.attention import unified_kv_cache_update
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.mistral import MistralForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.sequence import IntermediateTensors
+
+from server.engine.elastic.attention import ElasticStep, Runners, TokenSubset, elastic_backend
+from server.engine.elastic.measurement import ImportanceMeter, QualityMeter
+from server.engine.elastic.residual_stream import ResidualStream
+from server.engine.elastic.row_tracker import row_table
+
+
+class ElasticCausalLM:
+    """Mixed into a model of vLLM's before its class; takes over the walk through its layers.
+
+    It counts on what the supported families share: ``model.layers``, each of which is called
+    with (positions, hidden, residual) and has ``input_layernorm`` and ``self_attn`` with
+    ``qkv_proj``, ``rotary_emb`` and ``attn``, and ``model.norm``. `compatibility.py` checks it.
+    """
+
+    model: Any
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self.rows = row_table(vllm_config)
+        self.importance = ImportanceMeter(vllm_config.model_config.hf_text_config.num_hidden_layers)
+        self.quality = QualityMeter(cast(Any, self).compute_logits)
+        for _, layer in self._layers():
+            attention = layer.self_attn.attn
+            attention.attn_backend = elastic_backend(attention.attn_backend, self.rows)
+
+    def _layers(self) -> list[tuple[int, Any]]:
+        indices = range(self.model.start_layer, self.model.end_layer)
+        return [(index, self.model.layers[index]) for index in indices]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        stream = self._entering_stream(input_ids, intermediate_tensors, inputs_embeds)
+        context = get_forward_context()
+        marked: torch.Tensor | None = None
+        step: ElasticStep | None = None
+        for index, layer in self._layers():
+            step = _step_of(context, layer)
+            if step is None:  # vLLM is profiling memory or warming up
+                stream.run(Runners.EVERY, functools.partial(layer, positions))
+                continue
+            if self.rows.probed and marked is None:
+                marked = self.importance.marked_tokens(step, self.rows)
+            before = None if marked is None else stream.total(marked)
+            self._walk_layer(index, layer, stream, positions, step, context)
+            if marked is not None and before is not None:
+                self.importance.update(index, before, stream.total(marked))
+
+        hidden: torch.Tensor
+        hidden, residual = stream.parts()
+        if not get_pp_group().is_last_rank:
+            if residual is None:
+                residual = torch.zeros_like(hidden)
+            return IntermediateTensors({"hidden_states": hidden, "residual": residual})
+        if residual is None:
+            hidden = self.model.norm(hidden)
+        else:
+            hidden, _ = self.model.norm(hidden, residual)
+        if self.rows.probed and step is not None:
+            self.quality.observe(step, self.rows, hidden)
+        return hidden
+
+    def _entering_stream(
+        self,
+        input_ids: torch.Tensor | None,
+        intermediate_tensors: IntermediateTensors | None,
+        inputs_embeds: torch.Tensor | None,
+    ) -> ResidualStream:
+        if not get_pp_group().is_first_rank:
+            assert intermediate_tensors is not None
+            return ResidualStream(
+                intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
+            )
+        if inputs_embeds is None:
+            inputs_embeds = self.model.embed_input_ids(input_ids)
+        return ResidualStream(inputs_embeds, None)
+
+    def _walk_layer(
+        self,
+        index: int,
+        layer: Any,
+        stream: ResidualStream,
+        positions: torch.Tensor,
+        step: ElasticStep,
+        context: ForwardContext,
+    ) -> None:
+        leavers = step.key_leavers(index)
+        if leavers is not None:
+            _leave_keys_and_values(layer, stream.total(leavers), positions[leavers], leavers)
+
+        runners = step.runners(index)
+        if isinstance(runners, TokenSubset):
+            subset_positions = positions[runners.tokens]
+            with runners.in_context(context, layer.self_attn.attn.layer_name):
+                stream.run(runners, functools.partial(layer, subset_positions))
+        else:
+            stream.run(runners, functools.partial(layer, positions))
+
+
+def _step_of(context: ForwardContext, layer: Any) -> ElasticStep | None:
+    if context.attn_metadata is None:
+        return None
+    assert isinstance(context.attn_metadata, dict)
+    metadata = context.attn_metadata[layer.self_attn.attn.layer_name]
+    return cast(ElasticStep, cast(Any, metadata).elastic_step)
+
+
+def _leave_keys_and_values(
+    layer: Any, stream: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor
+) -> None:
+    """Write what ``layer`` would cache for tokens that do not run it.
+
+    This is what the first half of the layer computes from the ``stream``, [num_tokens,
+    hidden_size], as it passes by.
+    """
+    attention = layer.self_attn
+    qkv, _ = attention.qkv_proj(layer.input_layernorm(stream))
+    sizes = [attention.q_size, attention.kv_size, attention.kv_size]
+    query, key, value = qkv.split(sizes, dim=-1)
+    if hasattr(attention, "k_norm"):
+        by_head = key.view(-1, attention.num_kv_heads, attention.head_dim)
+        key = attention.k_norm(by_head).view(key.shape)
+    _, key = attention.rotary_emb(positions, query, key)
+    slots = get_forward_context().slot_mapping
+    assert isinstance(slots, dict)
+    name = attention.attn.layer_name
+    whole = slots[name]
+    slots[name] = whole[tokens]
+    shape = (-1, attention.num_kv_heads, attention.head_dim)
+    unified_kv_cache_update(key.view(shape), value.view(shape), name)
+    slots[name] = whole
+
+
+class ElasticLlamaForCausalLM(ElasticCausalLM, LlamaForCausalLM):
+    """Llama, and what vLLM serves with its class."""
+
+
+class ElasticMistralForCausalLM(ElasticCausalLM, MistralForCausalLM):
+    """Mistral and Ministral."""
+
+
+class ElasticQwen2ForCausalLM(ElasticCausalLM, Qwen2ForCausalLM):
+    """Qwen2 and Qwen2.5."""
+
+
+class ElasticQwen3ForCausalLM(ElasticCausalLM, Qwen3ForCausalLM):
+    """Qwen3."""
+
+
+# Hugging Face architecture -> the class that runs it at any depth.
+ELASTIC_CLASSES: dict[str, type[nn.Module]] = {
+    "LlamaForCausalLM": ElasticLlamaForCausalLM,
+    "MistralForCausalLM": ElasticMistralForCausalLM,
+    "Qwen2ForCausalLM": ElasticQwen2ForCausalLM,
+    "Qwen3ForCausalLM": ElasticQwen3ForCausalLM,
+}

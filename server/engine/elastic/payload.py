@@ -1,0 +1,93 @@
+"""What a request tells the model about itself, as plain types that vLLM can carry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from server.engine.base import LayerSelection
+
+# The key in SamplingParams.extra_args.
+KEY = "fathom"
+
+
+@dataclass(frozen=True, slots=True)
+class ImportanceProbe:
+    """Measures what every layer does to the tokens of this request."""
+
+
+@dataclass(frozen=True, slots=True)
+class QualityProbe:
+    """Compares the request's next-token distributions with those of its reference.
+
+    Requests of the same ``window`` hold the same text. The one without a ``selection`` is the
+    reference: it runs first, at full depth, and is remembered.
+    """
+
+    window: int
+    selection: int | None
+    first_scored: int
+
+
+Probe = ImportanceProbe | QualityProbe
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """The layers a request skips, and what is to be measured on it.
+
+    ``num_context`` is the number of tokens that count as prompt where that is not the prompt's
+    length: the others of the prompt run as generated tokens would.
+    """
+
+    layers: LayerSelection
+    num_context: int | None = None
+    probe: Probe | None = None
+
+    def to_extra_args(self) -> dict[str, Any]:
+        data: dict[str, Any] = {
+            "prefill_skips": list(self.layers.prefill_skips),
+            "decode_skips": list(self.layers.decode_skips),
+        }
+        if self.num_context is not None:
+            data["num_context"] = self.num_context
+        match self.probe:
+            case ImportanceProbe():
+                data["importance"] = True
+            case QualityProbe(window, selection, first_scored):
+                data["quality"] = [window, selection, first_scored]
+        return {KEY: data}
+
+    @classmethod
+    def from_extra_args(cls, extra_args: dict[str, Any] | None) -> Payload:
+        """Read a request's payload; one without any runs at full depth."""
+        data = (extra_args or {}).get(KEY)
+        if data is None:
+            return cls(LayerSelection())
+        probe: Probe | None = None
+        if data.get("importance"):
+            probe = ImportanceProbe()
+        elif "quality" in data:
+            probe = QualityProbe(*data["quality"])
+        return cls(
+            LayerSelection(tuple(data["prefill_skips"]), tuple(data["decode_skips"])),
+            data.get("num_context"),
+            probe,
+        )
+
+
+def cache_salt(layers: LayerSelection, request_id: str) -> str:
+    """Return what a request's entries in the prefix cache are keyed by, beside its tokens.
+
+    Keys and values depend on the layers that made them. Where prompt and generated tokens skip
+    different layers they also depend on where the prompt ended, which the cache does not know:
+    such a request shares with none but itself.
+    """
+    if layers.prefill_skips == layers.decode_skips:
+        return f"fathom-{_listed(layers.prefill_skips)}"
+    return f"fathom-{request_id}"
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ",".join(map(str, layers))

@@ -1,0 +1,17 @@
+"""The entry point by which every process of vLLM learns of the elastic models."""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Register the elastic classes; called by vLLM, more than once in a process."""
+    from vllm import ModelRegistry
+
+    from server.engine.elastic.architectures import ELASTIC_ARCHITECTURES
+    from server.engine.elastic.model import ELASTIC_CLASSES
+
+    registered = ModelRegistry.get_supported_archs()
+    for name, elastic_name in ELASTIC_ARCHITECTURES.items():
+        # The class itself: of a dotted name vLLM would learn more in a process of its own.
+        if elastic_name not in registered:
+            ModelRegistry.register_model(elastic_name, ELASTIC_CLASSES[name])

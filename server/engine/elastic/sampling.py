@@ -1,0 +1,74 @@
+"""Between the service's sampling options and scores and vLLM's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from server.engine.base import SamplingOptions, TokenScore
+from server.engine.elastic.payload import Payload
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.logprobs import Logprob
+
+# Options whose name and meaning vLLM shares.
+_SAME_NAME = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "min_tokens",
+    "logprobs",
+)
+
+
+def sampling_params(
+    options: SamplingOptions, payload: Payload, defaults: Mapping[str, Any]
+) -> SamplingParams:
+    """Return vLLM's parameters; ``defaults`` come from the model's generation config."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    given = {name: value for name in _SAME_NAME if (value := getattr(options, name)) is not None}
+    return SamplingParams(
+        **{
+            **defaults,
+            **given,
+            "max_tokens": options.max_tokens,
+            "stop": list(options.stop),
+            "stop_token_ids": list(options.stop_token_ids),
+            "ignore_eos": options.ignore_eos,
+            "include_stop_str_in_output": options.include_stop,
+            "output_kind": RequestOutputKind.DELTA,
+            "extra_args": payload.to_extra_args(),
+        }
+    )
+
+
+def token_scores(
+    token_ids: Sequence[int],
+    logprobs: Sequence[Mapping[int, Logprob] | None] | None,
+    num_top: int,
+) -> tuple[TokenScore, ...]:
+    """Return the scores of ``token_ids``, each with the ``num_top`` most likely tokens."""
+    if logprobs is None:
+        return ()
+    scores = []
+    for token_id, candidates in zip(token_ids, logprobs, strict=True):
+        if candidates is None:
+            continue
+        ranked = sorted(
+            (entry.rank or 0, identity, entry) for identity, entry in candidates.items()
+        )
+        top = tuple(
+            TokenScore(identity, entry.logprob, entry.decoded_token or "")
+            for _, identity, entry in ranked[:num_top]
+        )
+        chosen = candidates[token_id]
+        scores.append(TokenScore(token_id, chosen.logprob, chosen.decoded_token or "", top))
+    return tuple(scores)

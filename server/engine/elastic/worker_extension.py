@@ -1,0 +1,42 @@
+"""What the server asks of the worker that holds the model, over vLLM's collective_rpc.
+
+Answers are plain types: one that msgpack cannot carry ends the worker's output thread, and the
+call never returns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.distributed import get_tensor_model_parallel_rank
+
+from server.engine.elastic.model import ElasticCausalLM
+
+
+class ElasticWorkerExtension:
+    """Mixed into vLLM's worker."""
+
+    model_runner: Any
+
+    def _elastic_model(self) -> ElasticCausalLM:
+        model = self.model_runner.model
+        assert isinstance(model, ElasticCausalLM)
+        return model
+
+    def fathom_reset_importance(self) -> None:
+        self._elastic_model().importance.reset()
+
+    def fathom_importance_sums(self) -> list[list[float]] | None:
+        """Return the sums of this worker's layers; ranks that repeat another's return None."""
+        if get_tensor_model_parallel_rank() != 0:
+            return None
+        return self._elastic_model().importance.sums()
+
+    def fathom_reset_quality(self) -> None:
+        self._elastic_model().quality.reset()
+
+    def fathom_quality_sums(self) -> list[tuple[int, int, list[float]]]:
+        """Return (window, selection, sums); empty on the ranks that have no logits."""
+        if get_tensor_model_parallel_rank() != 0:
+            return []
+        return self._elastic_model().quality.sums()

@@ -1,0 +1,51 @@
+"""What can go wrong with a request, apart from the transport that reports it."""
+
+from __future__ import annotations
+
+
+class FathomError(Exception):
+    """Base of the errors that clients are told about."""
+
+
+class InvalidArgument(FathomError):
+    """A field of a request or a setting has a value that is not allowed."""
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        self.field = field
+        self.value = value
+        self.allowed = allowed
+        super().__init__(f"{field}: got {_shortened(value)}, allowed: {allowed}")
+
+
+class UnknownLevel(FathomError):
+    """A request names a level that the server does not have."""
+
+    def __init__(self, name: str, known: list[str]) -> None:
+        self.name = name
+        self.known = known
+        super().__init__(f"no level {_shortened(name)}; the levels are {', '.join(known)}")
+
+
+class Overloaded(FathomError):
+    """The queue is full; try again after ``retry_after`` seconds."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        self.retry_after = retry_after
+        super().__init__(message)
+
+
+class Unavailable(FathomError):
+    """The server is starting, draining, or its engine is down; another may answer."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        self.retry_after = retry_after
+        super().__init__(message)
+
+
+class FailedPrecondition(FathomError):
+    """The request is sound, but the server is not in a state to do it."""
+
+
+def _shortened(value: object, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -1,0 +1,116 @@
+"""What the settings name: model, plan, levels and texts, checked before the model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pruning.checkpoint import CheckpointError, check_checkpoint, read_config
+from pruning.fingerprint import model_fingerprint
+from pruning.plan import Plan, PlanError
+from pruning.text import TextError, load_texts
+from server.config import Settings
+from server.demo_model.corpus import Part, documents
+from server.engine.elastic.architectures import UnsupportedArchitecture, elastic_architecture
+from server.errors import FathomError, InvalidArgument
+from server.levels import Level, check_levels, default_levels
+from server.model_source import ModelSource, find_model
+from server.policy_store import PlanFile
+
+# Tokens are rarely longer; bounds what is read of a large text.
+_CHARACTERS_PER_TOKEN = 16
+
+
+class StartError(Exception):
+    """The server cannot start like this; one line that names the setting and what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a server is started with."""
+
+    source: ModelSource
+    fingerprint: str
+    num_layers: int
+    levels: tuple[Level, ...]
+    default_level: str
+    # None: to be made.
+    plan: Plan | None
+    texts: Sequence[str]
+    held_out_texts: Sequence[str]
+
+
+def read_inputs(settings: Settings) -> Inputs:
+    """Read what the settings name.
+
+    Raises:
+        StartError: something is missing, damaged, or does not fit the model.
+    """
+    with refused_as("model", CheckpointError, UnsupportedArchitecture):
+        source = find_model(settings.model, settings.revision)
+        check_checkpoint(source.directory)
+        fingerprint = model_fingerprint(source.directory)
+        num_layers = _num_layers(source.directory)
+    with refused_as("levels"):
+        levels = _levels(settings, num_layers)
+        names = [level.name for level in levels]
+        default_level = settings.default_level or names[0]
+        if default_level not in names:
+            raise InvalidArgument("default_level", default_level, f"one of {', '.join(names)}")
+    plan = None
+    if settings.plan is not None:
+        with refused_as("plan", PlanError, OSError):
+            plan = PlanFile(fingerprint, num_layers).load(settings.plan)
+    with refused_as("calibration", TextError):
+        texts = _texts(settings.calibration, Part.CALIBRATION, settings.calibration_tokens)
+    with refused_as("quality_text", TextError):
+        held_out_texts = _texts(settings.quality_text, Part.HELD_OUT, settings.quality_tokens)
+    return Inputs(
+        source=source,
+        fingerprint=fingerprint,
+        num_layers=num_layers,
+        levels=levels,
+        default_level=default_level,
+        plan=plan,
+        texts=texts,
+        held_out_texts=held_out_texts,
+    )
+
+
+@contextmanager
+def refused_as(setting: str, *errors: type[Exception]) -> Iterator[None]:
+    """Raise :class:`StartError` for ``errors``, which do not name the setting that led to them,
+    and for those of :mod:`server.errors`, which do.
+    """
+    try:
+        yield
+    except FathomError as error:
+        raise StartError(str(error)) from error
+    except errors as error:
+        raise StartError(f"{setting}: {error}") from error
+
+
+def _num_layers(directory: Path) -> int:
+    config = read_config(directory)
+    elastic_architecture(config.get("architectures") or [])
+    num_layers = config.get("num_hidden_layers")
+    if not isinstance(num_layers, int) or num_layers < 1:
+        raise CheckpointError(
+            f"{directory / 'config.json'}: num_hidden_layers: found {num_layers!r}, "
+            "allowed: 1 or more"
+        )
+    return num_layers
+
+
+def _levels(settings: Settings, num_layers: int) -> tuple[Level, ...]:
+    if not settings.levels:
+        return default_levels(num_layers)
+    return check_levels(spec.resolve(num_layers) for spec in settings.levels.values())
+
+
+def _texts(source: str | None, part: Part, max_tokens: int) -> Sequence[str]:
+    if source is None:
+        return list(documents([part]))
+    return load_texts(source, max_characters=max_tokens * _CHARACTERS_PER_TOKEN)

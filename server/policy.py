@@ -1,0 +1,215 @@
+"""Which depth a request gets."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from pruning.plan import Plan
+from pruning.quality import Quality
+from server.engine.base import LayerSelection
+from server.errors import FailedPrecondition, InvalidArgument, UnknownLevel
+from server.levels import DepthPair, Level, check_levels, layers_of
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """A depth as a number of layers."""
+
+    num_layers: int
+
+
+@dataclass(frozen=True, slots=True)
+class PruneRatio:
+    """A depth as the share of layers that is left out."""
+
+    ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class NamedLevel:
+    """The depths of an operating point."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Auto:
+    """The server chooses, within ``max_quality_loss``: the perplexity ratio to dense, less 1."""
+
+    max_quality_loss: float | None = None
+
+
+# None is a request that names no depth.
+DepthChoice = Layers | PruneRatio | NamedLevel | Auto | None
+
+
+class Reason(enum.Enum):
+    """Why a request is served at its depth."""
+
+    REQUESTED = "requested"
+    DEFAULT = "default"
+    AUTO = "auto"
+    DEGRADED = "degraded"
+
+
+@dataclass(frozen=True, slots=True)
+class ServedDepth:
+    """The depth that a request is served at, in layers, and why."""
+
+    prefill_layers: int
+    decode_layers: int
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Decode throughput of ``num_streams`` concurrent requests; ``speedup`` is over dense."""
+
+    tokens_per_second: float
+    speedup: float
+    num_streams: int
+
+
+@dataclass(frozen=True, slots=True)
+class DepthPolicy:
+    """Plan and levels of one model, with what was measured of them.
+
+    Immutable: the service replaces the whole policy at once, and requests that run keep the
+    layers that they were given. The first level is the default and what ``Auto`` gets where no
+    other is named. Raises :class:`UnknownLevel` where one that is named does not exist.
+    """
+
+    plan: Plan
+    levels: tuple[Level, ...]
+    default_level: str = ""
+    auto_level: str = ""
+    # Of the plan in force.
+    qualities: Mapping[DepthPair, Quality] = field(default_factory=dict)
+    speeds: Mapping[DepthPair, Speed] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_levels(self.levels)
+        for name in ("qualities", "speeds"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+        object.__setattr__(self, "default_level", self.default_level or self.levels[0].name)
+        object.__setattr__(self, "auto_level", self.auto_level or self.default_level)
+        self.level(self.default_level)
+        self.level(self.auto_level)
+
+    @property
+    def num_layers(self) -> int:
+        return self.plan.num_layers
+
+    @property
+    def dense(self) -> DepthPair:
+        return DepthPair(self.num_layers, self.num_layers)
+
+    def level(self, name: str) -> Level:
+        """Return the level of that name; raise :class:`UnknownLevel`, which lists the known."""
+        for level in self.levels:
+            if level.name == name:
+                return level
+        raise UnknownLevel(name, [level.name for level in self.levels])
+
+    def selection(self, depths: DepthPair) -> LayerSelection:
+        """Return the layers that the plan leaves out at these depths."""
+        return LayerSelection(
+            prefill_skips=tuple(sorted(self.plan.skipped(depths.prefill_layers))),
+            decode_skips=tuple(sorted(self.plan.skipped(depths.decode_layers))),
+        )
+
+    def resolve(
+        self, depth: DepthChoice, prefill_depth: DepthChoice = None
+    ) -> tuple[LayerSelection, ServedDepth]:
+        """Return the layers that a request leaves out, and the depth it is served at.
+
+        A level sets both depths, unless ``prefill_depth`` is given. Raises
+        :class:`InvalidArgument`, naming the field, :class:`UnknownLevel`, and
+        :class:`FailedPrecondition` where a quality is asked for and none has been measured.
+        """
+        depths, reason = self._depths(depth, "depth")
+        if prefill_depth is not None:
+            prefill, _ = self._depths(prefill_depth, "prefill_depth")
+            depths = DepthPair(prefill.prefill_layers, depths.decode_layers)
+        served = ServedDepth(depths.prefill_layers, depths.decode_layers, reason)
+        return self.selection(depths), served
+
+    def with_plan(self, plan: Plan) -> DepthPolicy:
+        """Return the policy under another plan, whose quality has not been measured.
+
+        Speed depends on how many layers run, not on which, and stays.
+        """
+        return dataclasses.replace(self, plan=plan, qualities={})
+
+    def with_levels(self, levels: tuple[Level, ...], default_level: str | None) -> DepthPolicy:
+        """Return the policy with other levels.
+
+        Without ``default_level`` the present default stays where it still exists, else it is
+        the first level; likewise the level for ``Auto``, else it is the default.
+        """
+        names = {level.name for level in levels}
+        kept = self.default_level if self.default_level in names else ""
+        return dataclasses.replace(
+            self,
+            levels=levels,
+            default_level=kept if default_level is None else default_level,
+            auto_level=self.auto_level if self.auto_level in names else "",
+        )
+
+    def with_auto_level(self, name: str) -> DepthPolicy:
+        """Return the policy that gives ``Auto`` another level."""
+        self.level(name)
+        return dataclasses.replace(self, auto_level=name)
+
+    def with_measurements(
+        self, qualities: Mapping[DepthPair, Quality], speeds: Mapping[DepthPair, Speed]
+    ) -> DepthPolicy:
+        """Return the policy with these measurements added."""
+        return dataclasses.replace(
+            self,
+            qualities={**self.qualities, **qualities},
+            speeds={**self.speeds, **speeds},
+        )
+
+    def _depths(self, choice: DepthChoice, field: str) -> tuple[DepthPair, Reason]:
+        match choice:
+            case Layers(num_layers):
+                layers = layers_of(num_layers, self.num_layers, f"{field}.layers")
+                return DepthPair(layers, layers), Reason.REQUESTED
+            case PruneRatio(ratio):
+                layers = layers_of(ratio, self.num_layers, f"{field}.prune_ratio")
+                return DepthPair(layers, layers), Reason.REQUESTED
+            case NamedLevel(name):
+                return self.level(name).depths, Reason.REQUESTED
+            case Auto(max_quality_loss=loss):
+                if loss is None:
+                    return self.level(self.auto_level).depths, Reason.AUTO
+                layers = self._shallowest(loss, f"{field}.auto.max_quality_loss")
+                return DepthPair(layers, layers), Reason.AUTO
+            case None:
+                return self.level(self.default_level).depths, Reason.DEFAULT
+
+    def _shallowest(self, max_quality_loss: float, field: str) -> int:
+        """Return the smallest measured depth that loses no more quality than that."""
+        if not max_quality_loss >= 0:
+            raise InvalidArgument(field, max_quality_loss, "0 or more")
+        perplexities = {
+            depths.decode_layers: quality.perplexity
+            for depths, quality in self.qualities.items()
+            if depths.prefill_layers == depths.decode_layers
+        }
+        dense = perplexities.get(self.num_layers)
+        if dense is None:
+            raise FailedPrecondition(
+                f"{field}: got {max_quality_loss}, but the quality of no depth has been measured "
+                "on this server; name a depth, or leave max_quality_loss out"
+            )
+        return min(
+            layers
+            for layers, perplexity in perplexities.items()
+            if layers == self.num_layers or perplexity / dense - 1 <= max_quality_loss
+        )

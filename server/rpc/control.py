@@ -1,0 +1,68 @@
+"""The service ``fathom.v1.Control``."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+
+from server.calibration import Progress
+from server.rpc import conversion
+from server.rpc.generated.fathom.v1 import control_pb2 as pb
+from server.rpc.generated.fathom.v1 import control_pb2_grpc
+from server.service import Service
+
+
+class ControlServicer(control_pb2_grpc.ControlServicer):
+    """What operators do; exceptions are left to the interceptor."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def GetPlan(
+        self, request: pb.GetPlanRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.GetPlanResponse:
+        return pb.GetPlanResponse(plan=conversion.plan_message(self._service.policy.plan))
+
+    async def Calibrate(
+        self, request: pb.CalibrateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
+        max_tokens = request.max_tokens if request.HasField("max_tokens") else None
+        async with aclosing(self._service.calibrate(request.texts, max_tokens)) as events:
+            async for event in events:
+                response = pb.CalibrateResponse()
+                if isinstance(event, Progress):
+                    response.progress.CopyFrom(conversion.progress_message(event))
+                else:
+                    response.plan.CopyFrom(conversion.plan_message(event))
+                await context.write(response)
+
+    async def SetLevels(
+        self, request: pb.SetLevelsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.SetLevelsResponse:
+        specs = [
+            conversion.level_spec(spec, f"levels[{i}]") for i, spec in enumerate(request.levels)
+        ]
+        default_level = request.default_level if request.HasField("default_level") else None
+        policy = await self._service.set_levels(specs, default_level)
+        return pb.SetLevelsResponse(
+            levels=[conversion.level_message(level, policy) for level in policy.levels]
+        )
+
+    async def SetPolicy(
+        self, request: pb.SetPolicyRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.SetPolicyResponse:
+        self._service.set_auto_level(request.policy.level)
+        return pb.SetPolicyResponse(policy=pb.Policy(level=self._service.policy.auto_level))
+
+    async def GetStatus(
+        self, request: pb.GetStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.GetStatusResponse:
+        return conversion.status_message(self._service.status())
+
+    async def Drain(
+        self, request: pb.DrainRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.DrainResponse:
+        num_unfinished = await self._service.drain(conversion.grace_seconds(request))
+        return pb.DrainResponse(num_unfinished=num_unfinished)

@@ -1,0 +1,125 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Depth(_message.Message):
+    __slots__ = ("layers", "prune_ratio", "level", "auto")
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    PRUNE_RATIO_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    AUTO_FIELD_NUMBER: _ClassVar[int]
+    layers: int
+    prune_ratio: float
+    level: str
+    auto: Auto
+    def __init__(self, layers: _Optional[int] = ..., prune_ratio: _Optional[float] = ..., level: _Optional[str] = ..., auto: _Optional[_Union[Auto, _Mapping]] = ...) -> None: ...
+
+class Auto(_message.Message):
+    __slots__ = ("max_quality_loss",)
+    MAX_QUALITY_LOSS_FIELD_NUMBER: _ClassVar[int]
+    max_quality_loss: float
+    def __init__(self, max_quality_loss: _Optional[float] = ...) -> None: ...
+
+class Served(_message.Message):
+    __slots__ = ("prefill_layers", "decode_layers", "reason")
+    class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        REASON_UNSPECIFIED: _ClassVar[Served.Reason]
+        REASON_REQUESTED: _ClassVar[Served.Reason]
+        REASON_DEFAULT: _ClassVar[Served.Reason]
+        REASON_AUTO: _ClassVar[Served.Reason]
+        REASON_DEGRADED: _ClassVar[Served.Reason]
+    REASON_UNSPECIFIED: Served.Reason
+    REASON_REQUESTED: Served.Reason
+    REASON_DEFAULT: Served.Reason
+    REASON_AUTO: Served.Reason
+    REASON_DEGRADED: Served.Reason
+    PREFILL_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    prefill_layers: int
+    decode_layers: int
+    reason: Served.Reason
+    def __init__(self, prefill_layers: _Optional[int] = ..., decode_layers: _Optional[int] = ..., reason: _Optional[_Union[Served.Reason, str]] = ...) -> None: ...
+
+class Level(_message.Message):
+    __slots__ = ("name", "prefill_layers", "decode_layers", "quality", "speed", "is_default")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
+    SPEED_FIELD_NUMBER: _ClassVar[int]
+    IS_DEFAULT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    prefill_layers: int
+    decode_layers: int
+    quality: Quality
+    speed: Speed
+    is_default: bool
+    def __init__(self, name: _Optional[str] = ..., prefill_layers: _Optional[int] = ..., decode_layers: _Optional[int] = ..., quality: _Optional[_Union[Quality, _Mapping]] = ..., speed: _Optional[_Union[Speed, _Mapping]] = ..., is_default: _Optional[bool] = ...) -> None: ...
+
+class Quality(_message.Message):
+    __slots__ = ("perplexity", "perplexity_stderr", "agreement", "kl_nats", "num_tokens")
+    PERPLEXITY_FIELD_NUMBER: _ClassVar[int]
+    PERPLEXITY_STDERR_FIELD_NUMBER: _ClassVar[int]
+    AGREEMENT_FIELD_NUMBER: _ClassVar[int]
+    KL_NATS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    perplexity: float
+    perplexity_stderr: float
+    agreement: float
+    kl_nats: float
+    num_tokens: int
+    def __init__(self, perplexity: _Optional[float] = ..., perplexity_stderr: _Optional[float] = ..., agreement: _Optional[float] = ..., kl_nats: _Optional[float] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+
+class Speed(_message.Message):
+    __slots__ = ("tokens_per_second", "speedup", "num_streams")
+    TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    SPEEDUP_FIELD_NUMBER: _ClassVar[int]
+    NUM_STREAMS_FIELD_NUMBER: _ClassVar[int]
+    tokens_per_second: float
+    speedup: float
+    num_streams: int
+    def __init__(self, tokens_per_second: _Optional[float] = ..., speedup: _Optional[float] = ..., num_streams: _Optional[int] = ...) -> None: ...
+
+class Plan(_message.Message):
+    __slots__ = ("removal_order", "layers", "metric", "model_fingerprint", "text_fingerprint", "num_tokens", "created_at", "versions")
+    class VersionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    REMOVAL_ORDER_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    METRIC_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CREATED_AT_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    removal_order: _containers.RepeatedScalarFieldContainer[int]
+    layers: _containers.RepeatedCompositeFieldContainer[LayerImportance]
+    metric: str
+    model_fingerprint: str
+    text_fingerprint: str
+    num_tokens: int
+    created_at: float
+    versions: _containers.ScalarMap[str, str]
+    def __init__(self, removal_order: _Optional[_Iterable[int]] = ..., layers: _Optional[_Iterable[_Union[LayerImportance, _Mapping]]] = ..., metric: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., text_fingerprint: _Optional[str] = ..., num_tokens: _Optional[int] = ..., created_at: _Optional[float] = ..., versions: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class LayerImportance(_message.Message):
+    __slots__ = ("layer", "score", "stderr")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    STDERR_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    score: float
+    stderr: float
+    def __init__(self, layer: _Optional[int] = ..., score: _Optional[float] = ..., stderr: _Optional[float] = ...) -> None: ...

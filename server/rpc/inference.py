@@ -1,0 +1,89 @@
+"""The service ``fathom.v1.Inference``."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+
+from server.engine.base import GenerationDelta
+from server.generation import FinishInfo, PromptInfo
+from server.rpc import conversion
+from server.rpc.generated.fathom.v1 import inference_pb2 as pb
+from server.rpc.generated.fathom.v1 import inference_pb2_grpc
+from server.rpc.interceptors import note_depth
+from server.service import Service
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServicer):
+    """Generation and scoring; exceptions are left to the interceptor."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.GenerateResponse:
+        response = pb.GenerateResponse()
+        texts: list[str] = []
+        async with aclosing(self._service.generate(conversion.generation(request))) as events:
+            async for event in events:
+                match event:
+                    case PromptInfo():
+                        note_depth(event.served)
+                        response.prompt_info.CopyFrom(conversion.prompt_info_message(event))
+                    case GenerationDelta():
+                        delta = conversion.delta_message(event, token_ids=request.output.token_ids)
+                        texts.append(delta.text)
+                        response.token_ids.extend(delta.token_ids)
+                        response.logprobs.extend(delta.logprobs)
+                    case FinishInfo():
+                        response.finish_info.CopyFrom(conversion.finish_info_message(event))
+                        response.served.CopyFrom(conversion.served_message(event.served))
+        response.text = "".join(texts)
+        return response
+
+    async def GenerateStream(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
+        # Written rather than yielded: a generator that gRPC iterates over is not closed when a
+        # call is cancelled while a message is on its way.
+        async with aclosing(self._service.generate(conversion.generation(request))) as events:
+            async for event in events:
+                response = pb.GenerateStreamResponse()
+                match event:
+                    case PromptInfo():
+                        note_depth(event.served)
+                        response.prompt_info.CopyFrom(conversion.prompt_info_message(event))
+                    case GenerationDelta():
+                        response.delta.CopyFrom(
+                            conversion.delta_message(event, token_ids=request.output.token_ids)
+                        )
+                    case FinishInfo():
+                        response.finish_info.CopyFrom(conversion.finish_info_message(event))
+                await context.write(response)
+
+    async def Score(
+        self, request: pb.ScoreRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.ScoreResponse:
+        result = await self._service.score(conversion.scoring(request))
+        note_depth(result.served)
+        return conversion.score_message(result)
+
+    async def Tokenize(
+        self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.TokenizeResponse:
+        ids, texts = await self._service.tokenize(
+            conversion.text_to_tokenize(request),
+            special_tokens=not request.without_special_tokens,
+        )
+        return pb.TokenizeResponse(ids=ids, tokens=texts)
+
+    async def GetModel(
+        self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.GetModelResponse:
+        service = self._service
+        return pb.GetModelResponse(
+            model=conversion.model_message(service.model, service.engine_name, service.policy)
+        )

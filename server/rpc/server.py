@@ -1,0 +1,145 @@
+"""The gRPC server: both services, health and reflection on one port."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from server.errors import InvalidArgument
+from server.rpc.control import ControlServicer
+from server.rpc.generated.fathom.v1 import (
+    control_pb2,
+    control_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+)
+from server.rpc.inference import InferenceServicer
+from server.rpc.interceptors import CallInterceptor
+from server.service import Service, State
+
+INFERENCE: str = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+CONTROL: str = control_pb2.DESCRIPTOR.services_by_name["Control"].full_name
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class RpcServer:
+    """Serves a :class:`Service`, in whatever state it is; health follows the state."""
+
+    def __init__(
+        self,
+        service: Service,
+        host: str,
+        port: int,
+        *,
+        max_message_bytes: int = 16 * 2**20,
+        max_concurrent_streams: int | None = None,
+    ) -> None:
+        """Prepare to listen on ``port``, 0 for any free one."""
+        self._service = service
+        self._host = host
+        self._wanted_port = port
+        self._server = grpc.aio.server(
+            interceptors=[CallInterceptor(service.metrics)],
+            options=_options(max_message_bytes, max_concurrent_streams),
+        )
+        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(service), self._server)
+        control_pb2_grpc.add_ControlServicer_to_server(ControlServicer(service), self._server)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = [INFERENCE, CONTROL, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        reflection.enable_server_reflection(names, self._server)
+        self._following: asyncio.Task[None] | None = None
+        self._port = 0
+
+    @property
+    def port(self) -> int:
+        """The port that the server listens on, once it has been started."""
+        return self._port
+
+    async def start(self) -> None:
+        """Listen; raise :class:`InvalidArgument`, naming ``port`` or ``host``, if impossible."""
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        try:
+            self._port = self._server.add_insecure_port(f"{host}:{self._wanted_port}")
+        except RuntimeError:
+            raise _why_not_bound(self._host, self._wanted_port) from None
+        await self._health.set(CONTROL, _SERVING)
+        await self._publish(self._service.state)
+        await self._server.start()
+        self._following = asyncio.create_task(self._follow())
+
+    async def stop(self) -> None:
+        """Tell watchers that nothing is served, and end all calls that are still open.
+
+        :meth:`Service.drain` first lets requests finish.
+        """
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
+        await self._health.enter_graceful_shutdown()
+        # Watchers never end by themselves, so there is no point in waiting for open calls.
+        await self._server.stop(_LAST_MESSAGES_SECONDS)
+
+    async def _follow(self) -> None:
+        state = self._service.state
+        while True:
+            await self._publish(state)
+            state = await self._service.state_after(state)
+
+    async def _publish(self, state: State) -> None:
+        status = _SERVING if state is State.SERVING else _NOT_SERVING
+        for name in ("", INFERENCE):
+            await self._health.set(name, status)
+
+
+# For what has been answered already to get to the clients.
+_LAST_MESSAGES_SECONDS = 0.1
+
+
+def _options(max_message_bytes: int, max_concurrent_streams: int | None) -> list[tuple[str, int]]:
+    options = [
+        # Otherwise a second server on the port would go unnoticed, and get half of the calls.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        # Clients whose machine is gone are noticed, so that their requests end.
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # Clients may ping as often, also through unary calls that are silent for long.
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ("grpc.http2.max_ping_strikes", 0),
+    ]
+    if max_concurrent_streams is not None:
+        options.append(("grpc.max_concurrent_streams", max_concurrent_streams))
+    return options
+
+
+def _why_not_bound(host: str, port: int) -> InvalidArgument:
+    """Bind as gRPC did, whose error does not say what was wrong."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )[0]
+    except OSError as error:
+        return InvalidArgument("host", host, f"an address of this machine ({error.strerror})")
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+            probe.listen()
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                return InvalidArgument(
+                    "host", host, f"an address of this machine ({error.strerror})"
+                )
+            return InvalidArgument(
+                "port", port, f"a port that is free on {host} ({error.strerror})"
+            )
+    return InvalidArgument("port", port, f"a port that gRPC can listen on at {host}")

@@ -1,0 +1,57 @@
+"""Which gRPC status an exception becomes."""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf import any_pb2
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import status_pb2
+from google.rpc.error_details_pb2 import RetryInfo
+from grpc_status import rpc_status
+
+from server.errors import (
+    FailedPrecondition,
+    FathomError,
+    InvalidArgument,
+    Overloaded,
+    Unavailable,
+    UnknownLevel,
+)
+
+CODES: dict[type[Exception], grpc.StatusCode] = {
+    InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
+    UnknownLevel: grpc.StatusCode.NOT_FOUND,
+    Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Unavailable: grpc.StatusCode.UNAVAILABLE,
+    FailedPrecondition: grpc.StatusCode.FAILED_PRECONDITION,
+}
+
+# Status and message travel as HTTP/2 headers, of which peers accept some 8 KiB.
+_MAX_MESSAGE = 1024
+
+
+def code_of(error: Exception) -> grpc.StatusCode:
+    """Return the code of the nearest class of ``error``; INTERNAL for one that is in no table."""
+    for cls in type(error).__mro__:
+        if cls in CODES:
+            return CODES[cls]
+    return grpc.StatusCode.INTERNAL
+
+
+def status_of(error: Exception) -> grpc.Status:
+    """Return the status that a client is told, with when to try again where that may help.
+
+    Of an error that no client is meant to see it says nothing but that it was logged.
+    """
+    code = code_of(error)
+    message = str(error) if isinstance(error, FathomError) else "an error that the server logged"
+    if len(message) > _MAX_MESSAGE:
+        message = f"{message[: _MAX_MESSAGE - 3]}..."
+    status = status_pb2.Status(code=code.value[0], message=message)
+    if isinstance(error, Overloaded | Unavailable):
+        delay = Duration()
+        delay.FromNanoseconds(int(error.retry_after * 1e9))
+        detail = any_pb2.Any()
+        detail.Pack(RetryInfo(retry_delay=delay))
+        status.details.append(detail)
+    return rpc_status.to_status(status)

@@ -1,0 +1,538 @@
+"""The service: admits requests, decides their depth, runs them, and keeps the engine alive."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
+from typing import TypeVar, cast
+
+from pruning.plan import Plan
+from server.admission import Admission
+from server.calibration import Calibrator, Progress
+from server.engine.base import (
+    Engine,
+    EngineDead,
+    GenerationDelta,
+    GenerationRequest,
+    LoadInfo,
+    ModelInfo,
+    SamplingOptions,
+)
+from server.errors import FailedPrecondition, InvalidArgument, Unavailable
+from server.generation import (
+    ChatPrompt,
+    FinishInfo,
+    Generation,
+    GenerationEvent,
+    Prompt,
+    PromptInfo,
+    Scoring,
+    ScoringResult,
+    TextPrompt,
+    Timings,
+    TokenPrompt,
+)
+from server.levels import LevelSpec, check_levels
+from server.metrics import Metrics
+from server.policy import DepthPolicy, ServedDepth
+from server.supervisor import Supervisor
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class State(enum.Enum):
+    """What a service is doing."""
+
+    STARTING = "starting"
+    SERVING = "serving"
+    DRAINING = "draining"
+    ENGINE_DOWN = "engine down"
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A service at this moment; times in seconds."""
+
+    state: State
+    # What is being done to get ready; empty once it is.
+    startup_phase: str
+    startup_seconds: dict[str, float]
+    load: LoadInfo
+    uptime: float
+    num_engine_restarts: int
+    version: str
+
+
+class Service:
+    """Serves one model at any depth.
+
+    Made in state STARTING, in which it refuses all requests, so that the transport can listen
+    while the model loads; :meth:`open` starts to serve. All methods belong to the thread of the
+    event loop.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        metrics: Metrics,
+        *,
+        max_waiting: int = 1024,
+        grace_seconds: float = 30.0,
+        max_logprobs: int = 20,
+        version: str = "",
+        save: Callable[[DepthPolicy], None] | None = None,
+        poll_seconds: float = 1.0,
+        first_restart_delay: float = 0.5,
+        max_restart_delay: float = 30.0,
+    ) -> None:
+        """Serve with ``engine``, once it has been started.
+
+        ``max_logprobs`` is the engine's limit. ``save`` is called, in a thread, with every
+        policy that :meth:`calibrate` and :meth:`set_levels` have measured, to keep it.
+        """
+        self.metrics = metrics
+        self._engine = engine
+        self._admission = Admission(max_waiting)
+        self._grace_seconds = grace_seconds
+        self._max_logprobs = max_logprobs
+        self._version = version
+        self._save = save
+        self._state = State.STARTING
+        self._state_changed = asyncio.Event()
+        self._startup_phase = "initializing"
+        self._startup_seconds: dict[str, float] = {}
+        self._created = time.monotonic()
+        self._num_engine_restarts = 0
+        self._model: ModelInfo | None = None
+        self._policy: DepthPolicy | None = None
+        self._calibrator: Calibrator | None = None
+        self._calibrating = asyncio.Lock()
+        # One thread: it keeps long texts off the event loop, and tokenizers to one text at a time.
+        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._supervisor = Supervisor(
+            engine,
+            self._engine_died,
+            self._engine_restarted,
+            poll_seconds=poll_seconds,
+            first_delay=first_restart_delay,
+            max_delay=max_restart_delay,
+        )
+        self._supervision: asyncio.Task[None] | None = None
+        metrics.watch_engine(lambda: engine.is_alive, self._load)
+
+    # Life
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    async def state_after(self, seen: State) -> State:
+        """Return the state as soon as it is not ``seen``; states that were brief are missed."""
+        while self._state is seen:
+            await self._state_changed.wait()
+        return self._state
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Name what the start is doing meanwhile, and record how long it took."""
+        self._startup_phase = name
+        started = time.monotonic()
+        yield
+        self._startup_seconds[name] = time.monotonic() - started
+        self.metrics.set_startup(name, self._startup_seconds[name])
+
+    def open(self, policy: DepthPolicy, calibrator: Calibrator) -> None:
+        """Begin to serve; the engine has been started, and is watched from now on."""
+        self._model = self._engine.model
+        self._calibrator = calibrator
+        self._install(policy)
+        self._startup_phase = ""
+        self._supervision = asyncio.create_task(self._supervisor.run())
+        if self._state is State.STARTING:
+            self._set_state(State.SERVING)
+
+    async def drain(self, grace_seconds: float | None = None) -> int:
+        """Refuse new requests and wait for those in flight; return how many are left.
+
+        Waits at most ``grace_seconds``, by default those of the settings.
+        """
+        self._set_state(State.DRAINING)
+        grace = self._grace_seconds if grace_seconds is None else grace_seconds
+        try:
+            await asyncio.wait_for(self._admission.idle(), grace)
+        except TimeoutError:
+            logger.warning("%d requests did not end in %g s", self._admission.num_in_flight, grace)
+        return self._admission.num_in_flight
+
+    async def close(self) -> None:
+        """Stop watching the engine, whose shutdown is up to the caller."""
+        self._set_state(State.DRAINING)
+        if self._supervision is not None:
+            self._supervision.cancel()
+            await asyncio.gather(self._supervision, return_exceptions=True)
+        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+
+    def status(self) -> Status:
+        return Status(
+            state=self._state,
+            startup_phase=self._startup_phase,
+            startup_seconds=dict(self._startup_seconds),
+            load=self._load(),
+            uptime=time.monotonic() - self._created,
+            num_engine_restarts=self._num_engine_restarts,
+            version=self._version,
+        )
+
+    # Requests
+
+    async def generate(self, request: Generation) -> AsyncGenerator[GenerationEvent, None]:
+        """Yield :class:`PromptInfo`, what the engine's steps add, and :class:`FinishInfo`.
+
+        Closing the iterator frees the engine. Raises the errors of :mod:`server.errors`.
+        """
+        arrived = time.monotonic()
+        self._require_serving()
+        with self._admission.admit(request.request_id) as request_id, self._engine_errors():
+            prompt_ids = await self._prompt_ids(request.prompt)
+            layers, served = self.policy.resolve(request.depth, request.prefill_depth)
+            sampling = self._checked(request.sampling, len(prompt_ids))
+            yield PromptInfo(request_id, len(prompt_ids), served)
+            if request.echo:
+                yield GenerationDelta(self._text(request.prompt, prompt_ids), ())
+            engine_request = GenerationRequest(request_id, prompt_ids, layers, sampling)
+            try:
+                async with aclosing(self._run(engine_request, served, arrived)) as events:
+                    async for event in events:
+                        yield event
+            finally:
+                self.metrics.end(served.decode_layers, time.monotonic() - arrived)
+
+    async def score(self, request: Scoring) -> ScoringResult:
+        """Return the log-probabilities of the tokens of the continuation."""
+        self._require_serving()
+        with self._admission.admit(request.request_id) as request_id, self._engine_errors():
+            context_ids: list[int] = []
+            if request.context is not None:
+                context_ids = await self._ids(request.context)
+                self._check_ids(context_ids, "context_ids.ids")
+                if not context_ids:
+                    field = _field(request.context, "context_text", "context_ids.ids")
+                    raise InvalidArgument(field, "", "at least one token")
+            ids = await self._ids(request.continuation, special_tokens=request.context is None)
+            self._check_ids(ids, "token_ids.ids")
+            field = _field(request.continuation, "text", "token_ids.ids")
+            if len(context_ids) + len(ids) < 2 or not ids:
+                allowed = "at least one token to score, after at least one token of context"
+                raise InvalidArgument(field, f"{len(ids)} tokens", allowed)
+            self._check_length(len(context_ids) + len(ids), field)
+            layers, served = self.policy.resolve(request.depth, request.prefill_depth)
+            scores = await self._engine.score(
+                request_id, context_ids + ids, len(context_ids) or 1, layers
+            )
+            return ScoringResult(tuple(scores), served)
+
+    async def tokenize(
+        self, prompt: Prompt, *, special_tokens: bool = True
+    ) -> tuple[list[int], list[str]]:
+        """Return the ids and the texts of the prompt's tokens."""
+        self._require_started()
+        with self._engine_errors():
+            ids = await self._ids(prompt, special_tokens=special_tokens)
+            return ids, await self._in_thread(lambda: self._engine.token_texts(ids))
+
+    # Control
+
+    @property
+    def model(self) -> ModelInfo:
+        """The model that is served; raises :class:`Unavailable` until it is known."""
+        self._require_started()
+        assert self._model is not None
+        return self._model
+
+    @property
+    def engine_name(self) -> str:
+        return self._engine.name
+
+    @property
+    def policy(self) -> DepthPolicy:
+        """The policy in force; raises :class:`Unavailable` until there is one."""
+        self._require_started()
+        assert self._policy is not None
+        return self._policy
+
+    def set_auto_level(self, name: str) -> None:
+        """Choose the level of requests that leave the depth to the server."""
+        self._install(self.policy.with_auto_level(name))
+
+    async def calibrate(
+        self, texts: Sequence[str] = (), max_tokens: int | None = None
+    ) -> AsyncGenerator[Progress | Plan, None]:
+        """Rank the layers anew and measure the levels; yield progress, then the plan in force.
+
+        Closing the iterator before the plan came leaves everything as it was. Raises
+        :class:`FailedPrecondition` while another measurement runs.
+        """
+        self._require_serving()
+        async with self._measurement() as calibrator:
+            queue: asyncio.Queue[Progress | None] = asyncio.Queue()
+            task = asyncio.create_task(
+                self._calibrate(calibrator, texts, max_tokens, queue.put_nowait)
+            )
+            task.add_done_callback(lambda _: queue.put_nowait(None))
+            try:
+                while (progress := await queue.get()) is not None:
+                    yield progress
+                yield await task
+            finally:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+    async def set_levels(
+        self, specs: Sequence[LevelSpec], default_level: str | None = None
+    ) -> DepthPolicy:
+        """Measure the levels that are new, then replace all levels at once.
+
+        Raises :class:`InvalidArgument`, naming ``levels[i]``, and :class:`FailedPrecondition`
+        while another measurement runs; nothing is replaced then.
+        """
+        self._require_serving()
+        num_layers = self.policy.num_layers
+        levels = check_levels(
+            spec.resolve(num_layers, f"levels[{i}]") for i, spec in enumerate(specs)
+        )
+        self.policy.with_levels(levels, default_level)  # refuses a default that does not exist
+        async with self._measurement() as calibrator:
+            policy = self.policy.with_levels(levels, default_level)
+            policy = await self._measured(calibrator, policy, lambda _: None)
+            # What SetPolicy changed meanwhile stays.
+            self._install(
+                self.policy.with_levels(levels, default_level).with_measurements(
+                    policy.qualities, policy.speeds
+                )
+            )
+            await self._keep(self.policy)
+            return self.policy
+
+    # Inside
+
+    async def _run(
+        self, request: GenerationRequest, served: ServedDepth, arrived: float
+    ) -> AsyncGenerator[GenerationEvent, None]:
+        depth = served.decode_layers
+        submitted = time.monotonic() - arrived
+        queue = first_token = 0.0
+        latest: float | None = None
+        num_generated = num_cached = 0
+        # The interface asks for less, but whatever can be closed at once is a generator.
+        generator = cast("AsyncGenerator[GenerationDelta, None]", self._engine.generate(request))
+        async with aclosing(generator) as deltas:
+            async for delta in deltas:
+                elapsed = time.monotonic() - arrived
+                if latest is None:
+                    self._admission.begin(request.request_id)
+                    queue, first_token = submitted + delta.queue_seconds, elapsed
+                    num_cached = delta.num_cached_tokens
+                    self.metrics.begin(depth, len(request.prompt_ids), queue, first_token)
+                else:
+                    self.metrics.observe_gap(depth, elapsed - latest, len(delta.token_ids))
+                latest = elapsed
+                num_generated += len(delta.token_ids)
+                self.metrics.add_tokens(depth, len(delta.token_ids))
+                yield delta
+                if delta.finish_reason is not None:
+                    yield FinishInfo(
+                        reason=delta.finish_reason,
+                        stopped_by=delta.stopped_by,
+                        num_prompt_tokens=len(request.prompt_ids),
+                        num_generated_tokens=num_generated,
+                        num_cached_tokens=num_cached,
+                        timings=Timings(queue, first_token, time.monotonic() - arrived),
+                        served=served,
+                    )
+                    return
+        raise RuntimeError(f"the engine ended request {request.request_id} without a reason")
+
+    async def _calibrate(
+        self,
+        calibrator: Calibrator,
+        texts: Sequence[str],
+        max_tokens: int | None,
+        on_progress: Callable[[Progress], None],
+    ) -> Plan:
+        with self._engine_errors():
+            plan = await calibrator.measure_plan(on_progress, texts, max_tokens)
+        policy = await self._measured(calibrator, self.policy.with_plan(plan), on_progress)
+        # What SetPolicy changed meanwhile stays.
+        self._install(
+            self.policy.with_plan(plan).with_measurements(policy.qualities, policy.speeds)
+        )
+        await self._keep(self.policy)
+        return plan
+
+    async def _measured(
+        self,
+        calibrator: Calibrator,
+        policy: DepthPolicy,
+        on_progress: Callable[[Progress], None],
+    ) -> DepthPolicy:
+        """Return the policy with the quality and speed of those of its depths that lack them."""
+        with self._engine_errors():
+            wanted = calibrator.depths_to_measure(policy)
+            qualities = await calibrator.measure_quality(
+                policy, [pair for pair in wanted if pair not in policy.qualities], on_progress
+            )
+            speeds = await calibrator.measure_speed(
+                policy,
+                [level.depths for level in policy.levels if level.depths not in policy.speeds],
+                on_progress,
+            )
+        return policy.with_measurements(qualities, speeds)
+
+    @contextmanager
+    def _engine_errors(self) -> Iterator[None]:
+        num_restarts = self._num_engine_restarts
+        try:
+            yield
+        except EngineDead as error:
+            # A request may learn late of a death that has been dealt with.
+            if num_restarts == self._num_engine_restarts:
+                self._engine_died()
+                self._supervisor.report_death()
+            raise Unavailable("the engine has died; it is being started again") from error
+
+    def _engine_died(self) -> bool:
+        if self._state is State.SERVING:
+            self._set_state(State.ENGINE_DOWN)
+        return self._state is State.ENGINE_DOWN
+
+    def _engine_restarted(self) -> None:
+        self._num_engine_restarts += 1
+        self.metrics.count_engine_restart()
+        if self._state is State.ENGINE_DOWN:
+            self._set_state(State.SERVING)
+
+    def _set_state(self, state: State) -> None:
+        if state is not self._state:
+            logger.info("%s", state.value)
+            self._state = state
+            self._state_changed.set()
+            self._state_changed = asyncio.Event()
+
+    def _require_started(self) -> None:
+        if self._policy is None:
+            raise Unavailable(f"the server is starting: {self._startup_phase}")
+
+    def _require_serving(self) -> None:
+        match self._state:
+            case State.STARTING:
+                raise Unavailable(f"the server is starting: {self._startup_phase}")
+            case State.DRAINING:
+                raise Unavailable("the server is draining and takes no more requests")
+            case State.ENGINE_DOWN:
+                raise Unavailable("the engine has died; it is being started again")
+
+    def _load(self) -> LoadInfo:
+        try:
+            return self._engine.load()
+        except EngineDead:
+            return LoadInfo(0, 0)
+
+    def _install(self, policy: DepthPolicy) -> None:
+        self._policy = policy
+        self.metrics.set_policy(policy)
+
+    async def _keep(self, policy: DepthPolicy) -> None:
+        if self._save is not None:
+            try:
+                await asyncio.to_thread(self._save, policy)
+            except OSError:
+                logger.exception("the plan is in force, but could not be kept for the next start")
+
+    @asynccontextmanager
+    async def _measurement(self) -> AsyncIterator[Calibrator]:
+        if self._calibrating.locked():
+            raise FailedPrecondition("another Calibrate or SetLevels is running")
+        assert self._calibrator is not None
+        async with self._calibrating:
+            yield self._calibrator
+
+    async def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        match prompt:
+            case TextPrompt(""):
+                raise InvalidArgument("prompt", "", "at least one token")
+            case ChatPrompt(()):
+                raise InvalidArgument("chat.messages", [], "at least one message")
+        ids = await self._ids(prompt)
+        field = _field(prompt, "prompt", "token_ids.ids")
+        if not ids:
+            raise InvalidArgument(field, ids, "at least one token")
+        self._check_ids(ids, field)
+        self._check_length(len(ids), field)
+        return ids
+
+    async def _ids(self, prompt: Prompt, *, special_tokens: bool = True) -> list[int]:
+        match prompt:
+            case TextPrompt(text):
+                return await self._in_thread(
+                    lambda: self._engine.tokenize(text, special_tokens=special_tokens)
+                )
+            case TokenPrompt(ids):
+                return list(ids)
+            case ChatPrompt(messages):
+                return await self._in_thread(lambda: self._engine.tokenize_chat(messages))
+
+    async def _in_thread(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function)
+
+    def _text(self, prompt: Prompt, ids: Sequence[int]) -> str:
+        return (
+            prompt.text
+            if isinstance(prompt, TextPrompt)
+            else "".join(self._engine.token_texts(ids))
+        )
+
+    def _check_ids(self, ids: Sequence[int], field: str) -> None:
+        for i, token_id in enumerate(ids):
+            if not 0 <= token_id < self.model.vocab_size:
+                allowed = f"0 to {self.model.vocab_size - 1}"
+                raise InvalidArgument(f"{field}[{i}]", token_id, allowed)
+
+    def _check_length(self, num_tokens: int, field: str) -> None:
+        # One place is left for the token that is generated.
+        longest = self.model.max_context - 1
+        if num_tokens > longest:
+            allowed = f"at most {longest} tokens: the context holds {longest + 1}"
+            raise InvalidArgument(field, f"{num_tokens} tokens", allowed)
+
+    def _checked(self, sampling: SamplingOptions, num_prompt_tokens: int) -> SamplingOptions:
+        """Return the options, with the limits that follow from the model."""
+        vocab_size, room = self.model.vocab_size, self.model.max_context - num_prompt_tokens
+        self._check_ids(sampling.stop_token_ids, "stop.stop_token_ids")
+        max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
+        if sampling.min_tokens is not None and sampling.min_tokens > max_tokens:
+            allowed = f"at most {max_tokens}, the most that can be generated"
+            raise InvalidArgument("stop.min_tokens", sampling.min_tokens, allowed)
+        if sampling.logprobs is not None and sampling.logprobs > self._max_logprobs:
+            raise InvalidArgument(
+                "output.logprobs", sampling.logprobs, f"0 to {self._max_logprobs}"
+            )
+        top_k = None if sampling.top_k is None else min(sampling.top_k, vocab_size)
+        return replace(sampling, max_tokens=max_tokens, top_k=top_k)
+
+
+def _field(prompt: Prompt, text: str, ids: str) -> str:
+    match prompt:
+        case TextPrompt():
+            return text
+        case TokenPrompt():
+            return ids
+        case ChatPrompt():
+            return "chat.messages"

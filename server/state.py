@@ -1,0 +1,204 @@
+"""What a server keeps between starts, in a directory that several servers may share."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from filelock import FileLock, Timeout
+from pydantic import TypeAdapter, ValidationError
+
+FORMAT_VERSION = 1
+LOCK_POLL_SECONDS = 0.2
+LOCK_REPORT_SECONDS = 30.0
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class StateError(ValueError):
+    """An entry is damaged, of another format, or not the one that was asked for."""
+
+
+class EntryFormat(Protocol[T]):
+    """How entries of one kind are kept in files.
+
+    ``load`` raises :class:`ValueError` for a file that is no such entry. ``save`` replaces the
+    file as a whole: a reader sees the old entry or the new one, never a part.
+    """
+
+    def load(self, path: Path) -> T: ...
+
+    def save(self, value: T, path: Path) -> None: ...
+
+
+class JsonEntry(EntryFormat[T]):
+    """Entries of ``type_`` as JSON, with the key they were made for and a checksum."""
+
+    def __init__(self, type_: type[T], key: Mapping[str, object]) -> None:
+        self._adapter: TypeAdapter[T] = TypeAdapter(type_)
+        self._key = json.loads(_canonical(key))
+
+    def load(self, path: Path) -> T:
+        try:
+            document = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise StateError(f"not a complete JSON document: {error}") from None
+        if not isinstance(document, dict):
+            raise StateError("not a JSON object")
+        if (version := document.get("format_version")) != FORMAT_VERSION:
+            raise StateError(f"format_version: found {version!r}, allowed: {FORMAT_VERSION}")
+        if document.get("key") != self._key:
+            raise StateError("key: made for another model or with other settings")
+        content = document.get("content")
+        if document.get("sha256") != _digest(content):
+            raise StateError("sha256: the content is not what was written")
+        try:
+            return self._adapter.validate_python(content)
+        except ValidationError as error:
+            details = error.errors()[0]
+            location = ".".join(map(str, ("content", *details["loc"])))
+            raise StateError(f"{location}: {details['msg']}") from None
+
+    def save(self, value: T, path: Path) -> None:
+        content = self._adapter.dump_python(value, mode="json")
+        document = {
+            "format_version": FORMAT_VERSION,
+            "key": self._key,
+            "sha256": _digest(content),
+            "content": content,
+        }
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            with temporary.open("x", encoding="utf-8") as file:
+                json.dump(document, file, indent=2)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+class StateDirectory:
+    """Entries by kind and key. What cannot be kept is reported and does without.
+
+    A key is what an entry depends on: the fingerprint of the model and the settings it was made
+    with. Its digest names the file.
+    """
+
+    def __init__(self, path: Path, lock_seconds: float = 600.0) -> None:
+        self._path = path
+        self._lock_seconds = lock_seconds
+        self._reported: set[tuple[Path, str]] = set()
+
+    def path_of(self, kind: str, key: Mapping[str, object]) -> Path:
+        return self._path / f"{kind}-{_digest(key)[:32]}.json"
+
+    def load(self, kind: str, key: Mapping[str, object], entry: EntryFormat[T]) -> T | None:
+        """Return the entry; None where there is none, or none that can be trusted."""
+        path = self.path_of(kind, key)
+        try:
+            return entry.load(path)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            self._report_once(path, f"is not used and will be made anew: {error}")
+        except OSError as error:
+            self._report_once(path, f"cannot be read: {error}")
+        return None
+
+    def save(self, kind: str, key: Mapping[str, object], entry: EntryFormat[T], value: T) -> None:
+        path = self.path_of(kind, key)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            entry.save(value, path)
+        except OSError as error:
+            logger.warning("%s cannot be kept for the next start: %s", path, error)
+
+    async def load_or_make(
+        self,
+        kind: str,
+        key: Mapping[str, object],
+        entry: EntryFormat[T],
+        make: Callable[[], Awaitable[T]],
+    ) -> T:
+        """Return the entry, made and kept first where there is none that can be trusted.
+
+        Of several servers that need the same one, one makes it and the others wait for it.
+        """
+        found = self.load(kind, key, entry)
+        if found is not None:
+            return found
+        async with self.locked(kind, key):
+            # Another server may have made it meanwhile.
+            found = self.load(kind, key, entry)
+            if found is not None:
+                return found
+            value = await make()
+            self.save(kind, key, entry, value)
+            return value
+
+    @contextlib.asynccontextmanager
+    async def locked(self, kind: str, key: Mapping[str, object]) -> AsyncIterator[None]:
+        """Hold the entry's lock.
+
+        The lock saves work, it guards no data. So where it cannot be had, because the directory
+        is not writable or the other server takes too long, that is reported and work goes on.
+        """
+        path = self.path_of(kind, key).with_suffix(".lock")
+        lock = FileLock(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            await self._acquire(lock)
+        except OSError as error:
+            logger.warning("%s cannot be locked: %s", path, error)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _report_once(self, path: Path, problem: str) -> None:
+        if (path, problem) not in self._reported:
+            self._reported.add((path, problem))
+            logger.warning("%s %s", path, problem)
+
+    async def _acquire(self, lock: FileLock) -> None:
+        started = time.monotonic()
+        reported = -math.inf
+        while True:
+            try:
+                lock.acquire(timeout=0)
+                return
+            except Timeout:
+                now = time.monotonic()
+                if now - started >= self._lock_seconds:
+                    logger.warning(
+                        "%s was not released for %.0f s; going on without",
+                        lock.lock_file,
+                        now - started,
+                    )
+                    return
+                if now - reported >= LOCK_REPORT_SECONDS:
+                    logger.info("waiting for another server to release %s", lock.lock_file)
+                    reported = now
+                await asyncio.sleep(LOCK_POLL_SECONDS)
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(_canonical(value).encode()).hexdigest()

@@ -1,0 +1,76 @@
+"""Starts the engine again when it has died."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from server.engine.base import Engine
+
+logger = logging.getLogger(__name__)
+
+
+class Supervisor:
+    """Watches the engine, and starts it again with exponential back-off.
+
+    ``on_death`` is called once when the engine is found dead and tells whether it is to be
+    started again; ``on_restart`` once it runs again.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        on_death: Callable[[], bool],
+        on_restart: Callable[[], None],
+        *,
+        poll_seconds: float = 1.0,
+        first_delay: float = 0.5,
+        max_delay: float = 30.0,
+    ) -> None:
+        self._engine = engine
+        self._on_death = on_death
+        self._on_restart = on_restart
+        self._poll_seconds = poll_seconds
+        self._first_delay = first_delay
+        self._max_delay = max_delay
+        self._look = asyncio.Event()
+        self._delay = first_delay
+
+    def report_death(self) -> None:
+        """Start the engine again now, without waiting for the next look at it."""
+        self._look.set()
+
+    async def run(self) -> None:
+        """Watch until cancelled, or until ``on_death`` says that nothing is to be done."""
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        while True:
+            try:
+                await asyncio.wait_for(self._look.wait(), self._poll_seconds)
+            except TimeoutError:
+                if self._engine.is_alive:
+                    continue
+            self._look.clear()
+            if not self._on_death():
+                return
+            if loop.time() - started > self._max_delay:
+                self._delay = self._first_delay
+            await self._restart()
+            started = loop.time()
+            self._look.clear()
+            self._on_restart()
+
+    async def _restart(self) -> None:
+        while True:
+            # Doubled even where the start succeeds: an engine may die again as soon as it is up.
+            delay, self._delay = self._delay, min(2 * self._delay, self._max_delay)
+            logger.error("the engine has died; it is started again in %g s", delay)
+            await asyncio.sleep(delay)
+            try:
+                await self._engine.start()
+            except Exception:
+                logger.exception("the engine could not be started again")
+            else:
+                logger.info("the engine runs again")
+                return

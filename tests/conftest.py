@@ -1,0 +1,23 @@
+"""Where real data for tests lies, and the tests that need it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+DATA = Path(__file__).parents[1].parent / "shared" / "data"
+
+
+def data_path(relative: str) -> Path:
+    """Return a path below the data directory beside the repository, or skip the test."""
+    path = DATA / relative
+    if not path.exists():
+        pytest.skip(f"{path} is absent")
+    return path
+
+
+@pytest.fixture(scope="session")
+def stories_model() -> Path:
+    """A real pretrained Llama of 5 layers and 260,000 parameters."""
+    return data_path("models/stories260K")

@@ -1,0 +1,147 @@
+"""A real gRPC server on a real port, with a toy engine behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import urllib.request
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+
+import grpc
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from pruning.plan import Plan
+from server.calibration import Calibrator
+from server.levels import Level
+from server.metrics import Metrics, MetricsServer
+from server.policy import DepthPolicy
+from server.rpc.client import AsyncClient
+from server.rpc.generated.fathom.v1 import inference_pb2
+from server.rpc.server import RpcServer
+from server.service import Service
+from tests.server.rpc.toy_engine import NUM_LAYERS, ToyEngine
+
+REMOVAL_ORDER = (5, 4, 3, 6, 2, 1, 7, 0)
+LEVELS = (Level("dense", 8, 8), Level("fast", 4, 4), Level("generative", 4, 8))
+
+
+def make_plan() -> Plan:
+    return Plan(
+        removal_order=REMOVAL_ORDER,
+        scores=(0.9, 0.6, 0.5, 0.3, 0.2, 0.1, 0.4, 0.8),
+        stderrs=(0.01,) * NUM_LAYERS,
+        model_fingerprint="sha256:model",
+        text_fingerprint="sha256:text",
+        num_tokens=1000,
+        versions={"toy": "1"},
+        created_at=1.7e9,
+    )
+
+
+@dataclass
+class Deployment:
+    """Everything of one server, and a client."""
+
+    engine: ToyEngine
+    metrics: Metrics
+    service: Service
+    rpc: RpcServer
+    metrics_server: MetricsServer
+    saved: list[DepthPolicy]
+    client: AsyncClient = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.client = AsyncClient(self.address)
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.rpc.port}"
+
+    async def open(self) -> None:
+        """Start the engine and begin to serve."""
+        with self.service.phase("engine"):
+            await self.engine.start()
+        calibrator = Calibrator(
+            self.engine,
+            model_fingerprint="sha256:model",
+            versions={"toy": "1"},
+            texts=["calibration text " * 20],
+            max_tokens=200,
+            held_out_texts=["held-out text " * 20],
+            max_held_out_tokens=200,
+            every_depth=True,
+        )
+        self.service.open(DepthPolicy(make_plan(), LEVELS), calibrator)
+
+    async def scrape(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+        """Read the metrics over HTTP, by name and labels."""
+        url = f"http://127.0.0.1:{self.metrics_server.port}/metrics"
+
+        def read() -> str:
+            with urllib.request.urlopen(url, timeout=30) as response:
+                return str(response.read().decode())
+
+        text = await asyncio.to_thread(read)
+        return {
+            (sample.name, frozenset(sample.labels.items())): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+
+    async def metric(self, name: str, **labels: str) -> float | None:
+        return (await self.scrape()).get((name, frozenset(labels.items())))
+
+
+@pytest.fixture
+async def starting(request: pytest.FixtureRequest) -> AsyncIterator[Deployment]:
+    """A server that listens, but is still starting; a mark ``service`` may set its options."""
+    options = getattr(request, "param", {})
+    async with AsyncExitStack() as stack:
+        engine, metrics = ToyEngine(), Metrics()
+        saved: list[DepthPolicy] = []
+        service = Service(
+            engine,
+            metrics,
+            save=saved.append,
+            version="1.2.3",
+            first_restart_delay=0.01,
+            poll_seconds=0.05,
+            **options,
+        )
+        stack.push_async_callback(service.close)
+        rpc = RpcServer(service, "127.0.0.1", 0, max_message_bytes=2**20)
+        await rpc.start()
+        stack.push_async_callback(rpc.stop)
+        metrics_server = MetricsServer(metrics, "127.0.0.1", 0)
+        stack.callback(metrics_server.close)
+        deployment = Deployment(engine, metrics, service, rpc, metrics_server, saved)
+        stack.push_async_callback(deployment.client.close)
+        yield deployment
+
+
+@pytest.fixture
+async def deployment(starting: Deployment) -> Deployment:
+    """A server that serves."""
+    await starting.open()
+    return starting
+
+
+async def failure(call: Awaitable[object]) -> grpc.aio.AioRpcError:
+    """Return the error that a call ends with."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value
+
+
+def message_of(error: grpc.aio.AioRpcError) -> str:
+    """Return the message, which must speak of nothing but the request."""
+    message = error.details() or ""
+    assert not re.search(r"Traceback|\.py\b|object at 0x", message)
+    return message
+
+
+async def collect(call: object) -> list[inference_pb2.GenerateStreamResponse]:
+    return [message async for message in call]  # type: ignore[attr-defined]
