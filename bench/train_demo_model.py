@@ -193,8 +193,8 @@ def bits_per_character(
 
 
 def learning_rate_factor(step: int, num_steps: int) -> float:
-    """Return a trapezoid: 2 % warm-up, constant, then down to nothing over the last 45 %."""
-    warm_up, cool_down = 0.02 * num_steps, 0.45 * num_steps
+    """Return a trapezoid: warm-up, constant, then down to nothing over the last 45 %."""
+    warm_up, cool_down = 40, 0.45 * num_steps
     return min(1.0, (step + 1) / warm_up, (num_steps - step) / cool_down)
 
 
@@ -306,7 +306,7 @@ def train(settings: Settings, work_dir: Path, report_every: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work-dir", type=Path, required=True)
-    parser.add_argument("--num-steps", type=int, default=2000)
+    parser.add_argument("--num-steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--matrix-learning-rate", type=float, default=3e-3)

@@ -63,6 +63,8 @@ def read_header(path: Path) -> bytes:
     """
     from safetensors import SafetensorError, safe_open
 
+    if not path.is_file():
+        raise CheckpointError(f"{path}: not a file, or a link to one that is missing")
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(len(_GIT_LFS))

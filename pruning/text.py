@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -73,11 +72,11 @@ def token_windows(
     windows: list[list[int]] = []
     remaining = max_tokens
     for piece in _round_robin(token_ids_of_documents, window):
-        if remaining < min_window:
-            break
         if len(piece) >= min_window:
             windows.append(list(piece[:remaining]))
             remaining -= len(windows[-1])
+        if remaining < min_window:
+            break
     if not windows:
         raise TextError(f"no text of {min_window} or more tokens is left to make a window of")
     return windows
@@ -98,6 +97,8 @@ def _round_robin(documents: Iterable[Sequence[int]], window: int) -> Iterator[Se
 
 
 def _documents(source: str, max_characters: int | None) -> Iterator[str]:
+    if not source:
+        raise TextError(f"calibration text: got '', allowed: {_ALLOWED_SOURCE}")
     path = Path(source).expanduser()
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if _is_text(file) and file.is_file())
@@ -107,7 +108,7 @@ def _documents(source: str, max_characters: int | None) -> Iterator[str]:
             yield from _file_documents(file, max_characters)
     elif path.exists():
         yield from _file_documents(path, max_characters)
-    elif not source or _is_text(path) or source.startswith((os.sep, "~", ".")):
+    elif _is_text(path) or source.startswith((os.sep, "~", ".")):
         raise TextError(f"{source!r}: no such file or directory, allowed: {_ALLOWED_SOURCE}")
     else:
         yield from _dataset_documents(source)
@@ -125,7 +126,7 @@ def _file_documents(path: Path, max_characters: int | None) -> Iterator[str]:
         case ".jsonl":
             for number, line in _lines(path):
                 if line.strip():
-                    yield _text_of(_parsed(line, path, number), f"{path}, line {number}")
+                    yield _text_of(_parsed(line.strip(), path, number), f"{path}, line {number}")
         case ".json":
             items = _parsed("".join(line for _, line in _lines(path)), path, 1)
             if not isinstance(items, list):
@@ -133,7 +134,9 @@ def _file_documents(path: Path, max_characters: int | None) -> Iterator[str]:
             for index, item in enumerate(items):
                 yield _text_of(item, f"{path}, item {index}")
         case suffix:
-            raise TextError(f"{path}: a file {suffix or 'with no suffix'}, allowed: {_SUFFIXES}")
+            raise TextError(
+                f"{path}: a file {suffix or 'with no suffix'}, allowed: {', '.join(_SUFFIXES)}"
+            )
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -182,7 +185,7 @@ def _text_of(value: object, where: str) -> str:
 
 def _dataset_documents(source: str) -> Iterator[str]:
     try:
-        datasets = importlib.import_module("datasets")
+        import datasets
     except ImportError:
         raise TextError(
             f"{source!r}: no such file or directory, and to read it as a Hugging Face dataset "

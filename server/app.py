@@ -18,7 +18,6 @@ from pruning.fingerprint import text_fingerprint
 from server.calibration import Calibrator, Progress
 from server.config import Settings
 from server.engine.base import Engine, ModelInfo
-from server.engine.elastic.compatibility import IncompatibleVllm
 from server.engine.elastic.engine import ElasticEngine
 from server.engine.elastic.engine_arguments import ElasticConfig
 from server.hardware import describe_hardware
@@ -114,9 +113,12 @@ class Application:
 
     async def _start(self, inputs: Inputs, engine: Engine, service: Service) -> None:
         """Load the model, and get its plan and measurements from the state directory or anew."""
-        with self._progress.working("Loading the model"), service.phase("engine"):
-            with refused_as("engine", IncompatibleVllm):
-                await engine.start()
+        with (
+            self._progress.working("Loading the model"),
+            service.phase("engine"),
+            refused_as("engine", Exception),  # there is no telling what vLLM may find
+        ):
+            await engine.start()
         with refused_as("model"):
             with service.phase("plan"):
                 calibrator = self._calibrator(inputs, engine)
@@ -234,9 +236,12 @@ def _configure_logging(level: str, console: Console) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for package in ("server", "pruning"):
         logging.getLogger(package).setLevel(level.upper())
-    # vLLM tells a lot at info, in each of its processes.
-    quiet = "DEBUG" if level == "debug" else "ERROR" if level == "error" else "WARNING"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", quiet)
+    # Most of what these libraries warn of is how the engine is meant to run here.
+    library_level = "INFO" if level == "debug" else "ERROR"
+    logging.getLogger("vllm").setLevel(library_level)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", library_level)
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", library_level.lower())
 
 
 def _end_now(code: int) -> None:

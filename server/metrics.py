@@ -21,7 +21,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from server.engine.base import LoadInfo
-from server.errors import InvalidArgument
+from server.listening import cannot_listen
 from server.policy import DepthPolicy
 
 # Of the gauge of tokens per second, in seconds.
@@ -182,10 +182,7 @@ class MetricsServer:
         try:
             self._server, self._thread = start_http_server(port, host, both)
         except OSError as error:
-            if error.errno is not None and error.errno > 0 and error.strerror:
-                allowed = f"a port that is free on {host} ({error.strerror})"
-                raise InvalidArgument("metrics_port", port, allowed) from None
-            raise InvalidArgument("metrics_host", host, f"an address ({error})") from None
+            raise cannot_listen(error, host, port, "metrics_") from None
 
     @property
     def port(self) -> int:

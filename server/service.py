@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, S
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from pruning.plan import Plan
 from server.admission import Admission
@@ -331,9 +331,7 @@ class Service:
         queue = first_token = 0.0
         latest: float | None = None
         num_generated = num_cached = 0
-        # The interface asks for less, but whatever can be closed at once is a generator.
-        generator = cast("AsyncGenerator[GenerationDelta, None]", self._engine.generate(request))
-        async with aclosing(generator) as deltas:
+        async with aclosing(self._engine.generate(request)) as deltas:
             async for delta in deltas:
                 elapsed = time.monotonic() - arrived
                 if latest is None:

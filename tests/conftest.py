@@ -21,3 +21,9 @@ def data_path(relative: str) -> Path:
 def stories_model() -> Path:
     """A real pretrained Llama of 5 layers and 260,000 parameters."""
     return data_path("models/stories260K")
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The model that is served when none is named."""
+    return Path(__file__).parents[1] / "server" / "demo_model"

@@ -26,7 +26,7 @@ def connected(address: str) -> Iterator[Client]:
     except CallError as error:
         # What the library says itself where no server has answered.
         if error.code == "UNAVAILABLE" and error.message.startswith(
-            ("failed to connect", "DNS resolution failed")
+            ("failed to connect", "DNS resolution failed", "errors resolving")
         ):
             raise CallError(
                 error.code,

@@ -29,7 +29,10 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(help="Share of the probability to choose from.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes random choices repeatable.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Makes random choices repeatable.", min=-(2**63), max=2**63 - 1),
+    ] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="Text that ends the generation; may be repeated.")
     ] = None,
@@ -47,6 +50,11 @@ def generate(
     if len(chosen) > 1:
         raise typer.BadParameter(f"{' and '.join(chosen)} exclude each other")
     text = sys.stdin.read() if prompt == "-" else prompt
+    for value in (text, level or "", *(stop or [])):
+        if not value.isprintable() and any(
+            "\ud800" <= character <= "\udfff" for character in value
+        ):
+            raise typer.BadParameter(f"{value!r} is not UTF-8")
     request = inference_pb2.GenerateRequest(
         prefill_depth=None if prefill_depth is None else common_pb2.Depth(layers=prefill_depth),
         sampling=inference_pb2.SamplingParams(temperature=temperature, top_p=top_p, seed=seed),

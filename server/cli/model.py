@@ -57,10 +57,14 @@ def _measurements(level: common_pb2.Level) -> list[str]:
     cells = ["-"] * 5
     if level.HasField("quality"):
         cells[:3] = [
-            f"{quality.perplexity:.2f} ± {quality.perplexity_stderr:.2f}",
+            f"{_short(quality.perplexity)} ± {_short(quality.perplexity_stderr)}",
             f"{quality.agreement:.1%}",
             f"{quality.kl_nats:.3f}",
         ]
     if level.HasField("speed"):
         cells[3:] = [f"{speed.tokens_per_second:.0f}", f"{speed.speedup:.2f}x"]
     return cells
+
+
+def _short(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"

@@ -36,7 +36,8 @@ def _flags() -> list[inspect.Parameter]:
     for name, field in Settings.model_fields.items():
         kind: Any = bool if field.annotation is bool else str
         metavar = None if kind is bool else _metavar(allowed_values(field))
-        option = typer.Option(help=field.description, metavar=metavar, show_default=False)
+        flag = f"--{name.replace('_', '-')}"
+        option = typer.Option(flag, help=field.description, metavar=metavar, show_default=False)
         parameters.append(
             inspect.Parameter(
                 name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import grpc
 from google.rpc.error_details_pb2 import RetryInfo
@@ -163,9 +163,10 @@ class AsyncClient:
         await self._channel.close()
 
 
-def retry_delay(call: grpc.Call) -> float | None:
+def retry_delay(call: grpc.Call | grpc.aio.AioRpcError) -> float | None:
     """Return when a failed call may be tried again, in seconds, where the server said so."""
-    status = rpc_status.from_call(call)
+    # The stubs know of calls alone, but all that is asked for are code, details and metadata.
+    status = rpc_status.from_call(cast("grpc.Call", call))
     for detail in status.details if status is not None else ():
         info = RetryInfo()
         if detail.Unpack(info):

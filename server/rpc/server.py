@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import socket
 
 import grpc
@@ -11,6 +10,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from server.errors import InvalidArgument
+from server.listening import cannot_listen
 from server.rpc.control import ControlServicer
 from server.rpc.generated.fathom.v1 import (
     control_pb2,
@@ -124,22 +124,13 @@ def _options(max_message_bytes: int, max_concurrent_streams: int | None) -> list
 def _why_not_bound(host: str, port: int) -> InvalidArgument:
     """Bind as gRPC did, whose error does not say what was wrong."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
+        (family, kind, protocol, _, address), *_ = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM
-        )[0]
-    except OSError as error:
-        return InvalidArgument("host", host, f"an address of this machine ({error.strerror})")
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+        )
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
             probe.listen()
-        except OSError as error:
-            if error.errno == errno.EADDRNOTAVAIL:
-                return InvalidArgument(
-                    "host", host, f"an address of this machine ({error.strerror})"
-                )
-            return InvalidArgument(
-                "port", port, f"a port that is free on {host} ({error.strerror})"
-            )
+    except OSError as error:
+        return cannot_listen(error, host, port)
     return InvalidArgument("port", port, f"a port that gRPC can listen on at {host}")

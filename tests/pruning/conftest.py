@@ -1,40 +1,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from safetensors.torch import save_file
 
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Callable[[str], Path]:
-    """Return the path of real data beside the repository; skip the test where it is absent."""
-
-    def path_of(name: str) -> Path:
-        if not (DATA / name).exists():
-            pytest.skip(f"../shared/data/{name} is absent")
-        return DATA / name
-
-    return path_of
-
-
-@pytest.fixture(scope="session")
-def stories_directory(shared_data: Callable[[str], Path]) -> Path:
-    return shared_data("models/stories260K")
-
-
-@pytest.fixture
-def single_thread() -> Iterator[None]:
-    """Keep tiny models from spending their time on handing work between threads."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+# How long an example takes says nothing on a busy machine.
+settings.register_profile("fathom", deadline=None)
+settings.load_profile("fathom")
 
 
 @pytest.fixture

@@ -25,9 +25,9 @@ def test_accepts_a_whole_checkpoint(checkpoint: Path) -> None:
     check_checkpoint(checkpoint)
 
 
-def test_accepts_a_real_checkpoint(stories_directory: Path) -> None:
-    check_checkpoint(stories_directory)
-    check_checkpoint(str(stories_directory))
+def test_accepts_a_real_checkpoint(stories_model: Path) -> None:
+    check_checkpoint(stories_model)
+    check_checkpoint(str(stories_model))
 
 
 def test_refuses_what_is_no_directory(checkpoint: Path) -> None:
@@ -64,6 +64,12 @@ def test_refuses_a_missing_shard(checkpoint: Path) -> None:
         f"{checkpoint / SHARD}: missing, though model.safetensors.index.json names it "
         "(1 of 2 shards are missing)",
     )
+
+
+def test_refuses_a_dangling_link(checkpoint: Path) -> None:
+    (checkpoint / SHARD).unlink()
+    (checkpoint / SHARD).symlink_to(checkpoint / "absent")
+    refused(checkpoint, f"{checkpoint / SHARD}: not a file, or a link to one that is missing")
 
 
 def test_refuses_a_damaged_index(checkpoint: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -87,7 +88,7 @@ def test_refuses_a_model_without_layers() -> None:
 def test_removal_order_is_a_permutation_by_score_then_depth(scores: list[float]) -> None:
     order = removal_order(scores)
     check_removal_order(order, len(scores))
-    for first, second in zip(order, order[1:], strict=False):
+    for first, second in pairwise(order):
         assert scores[first] < scores[second] or (
             scores[first] == scores[second] and first > second
         )

@@ -3,8 +3,10 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from pruning.importance import (
     measure_block_influence,
     merge_sums,
 )
+from tests.conftest import data_path
 
 
 def states(num_tokens: int, hidden: int = 16, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,7 +44,7 @@ def oracle(before: torch.Tensor, after: torch.Tensor) -> tuple[float, float]:
 def measure(before: torch.Tensor, after: torch.Tensor, *cuts: int) -> BlockInfluence:
     estimator = BlockInfluenceEstimator(1)
     bounds = [0, *sorted(cuts), len(before)]
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         estimator.update(0, before[start:end], after[start:end])
     return block_influence(estimator.sums())
 
@@ -67,6 +70,21 @@ def test_chunks_do_not_matter(split: tuple[int, list[int]]) -> None:
     assert pieces.scores == pytest.approx(whole.scores, rel=1e-13)
     assert pieces.stderrs == pytest.approx(whole.stderrs, rel=1e-9)
     assert pieces.num_tokens == whole.num_tokens == num_tokens
+
+
+def test_float32_states_are_summed_in_float64() -> None:
+    before, after = (state.float() for state in states(3000))
+    together = BlockInfluenceEstimator(1)
+    influences = []
+    for token in range(3000):
+        alone = BlockInfluenceEstimator(1)
+        for estimator in (alone, together):
+            estimator.update(0, before[token : token + 1], after[token : token + 1])
+        influences.append(alone.sums()[0][1])
+    num_tokens, total, squares = together.sums()[0]
+    assert num_tokens == 3000
+    assert total == pytest.approx(math.fsum(influences), rel=1e-13)
+    assert squares == pytest.approx(math.fsum(x * x for x in influences), rel=1e-13)
 
 
 def test_merged_sums_are_those_of_all_tokens() -> None:
@@ -169,7 +187,16 @@ def test_refuses_shapes_and_layers_that_do_not_fit() -> None:
 
 
 @pytest.fixture
-def llama() -> LlamaForCausalLM:
+def single_thread() -> Iterator[None]:
+    """Keep tiny models from spending their time on handing work between threads."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def llama() -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -179,14 +206,15 @@ def llama() -> LlamaForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    model = LlamaForCausalLM(config).double().eval()
+    untyped: Any = LlamaForCausalLM
+    model = untyped(config).double().eval()
     # Weights of another scale than the initial ones, so that the final norm turns the state.
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model
 
 
-def test_last_layer_is_measured_before_the_final_norm(llama: LlamaForCausalLM) -> None:
+def test_last_layer_is_measured_before_the_final_norm(llama: Any) -> None:
     input_ids = torch.arange(40).reshape(2, 20)
     without_norm = copy.deepcopy(llama)
     without_norm.model.norm = nn.Identity()
@@ -202,7 +230,7 @@ def test_last_layer_is_measured_before_the_final_norm(llama: LlamaForCausalLM) -
     assert abs(falsified - expected[2][0]) > 0.01
 
 
-def test_padding_is_not_counted(llama: LlamaForCausalLM) -> None:
+def test_padding_is_not_counted(llama: Any) -> None:
     lengths = [5, 12, 9]
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(1, 64, (1, length), generator=generator) for length in lengths]
@@ -219,14 +247,14 @@ def test_padding_is_not_counted(llama: LlamaForCausalLM) -> None:
     assert measure_block_influence(llama, [padded]).num_tokens == 36
 
 
-def test_layers_may_be_named(llama: LlamaForCausalLM) -> None:
+def test_layers_may_be_named(llama: Any) -> None:
     input_ids = torch.arange(30)[None]
     every = measure_block_influence(llama, [input_ids])
     last = measure_block_influence(llama, [input_ids], layers=[llama.model.layers[2]])
     assert last.scores == every.scores[2:]
 
 
-def test_hooks_are_removed_even_after_an_error(llama: LlamaForCausalLM) -> None:
+def test_hooks_are_removed_even_after_an_error(llama: Any) -> None:
     input_ids = torch.arange(30)[None]
     with pytest.raises(ValueError, match="attention_masks: got shape"):
         measure_block_influence(llama, [input_ids], [torch.ones(1, 29)])
@@ -234,14 +262,14 @@ def test_hooks_are_removed_even_after_an_error(llama: LlamaForCausalLM) -> None:
     assert not any(layer._forward_hooks for layer in llama.model.layers)
 
 
-def test_refuses_models_it_cannot_measure(llama: LlamaForCausalLM) -> None:
+def test_refuses_models_it_cannot_measure(llama: Any) -> None:
     with pytest.raises(ValueError, match="training mode"):
         measure_block_influence(llama.train(), [torch.arange(30)[None]])
     with pytest.raises(ValueError, match="Linear has no module list named 'layers'"):
         measure_block_influence(nn.Linear(2, 2).eval(), [torch.arange(30)[None]])
 
 
-def test_a_damaged_weight_is_refused_with_its_layer(llama: LlamaForCausalLM) -> None:
+def test_a_damaged_weight_is_refused_with_its_layer(llama: Any) -> None:
     with torch.no_grad():
         llama.model.layers[1].mlp.up_proj.weight[3, 5] = math.nan
     with pytest.raises(ImportanceError, match="layer 1: the block influence is not finite"):
@@ -249,14 +277,14 @@ def test_a_damaged_weight_is_refused_with_its_layer(llama: LlamaForCausalLM) -> 
 
 
 @pytest.mark.usefixtures("single_thread")
-def test_stories260k(stories_directory: Path, shared_data: Callable[[str], Path]) -> None:
-    texts = json.loads(shared_data("text/tinystories_1000.json").read_text())[:100]
-    tokenizer = AutoTokenizer.from_pretrained(stories_directory)
-    model = AutoModelForCausalLM.from_pretrained(stories_directory, dtype=torch.float32).eval()
+def test_stories260k(stories_model: Path) -> None:
+    texts = json.loads(data_path("text/tinystories_1000.json").read_text())[:100]
+    tokenizer = AutoTokenizer.from_pretrained(stories_model)
+    model = AutoModelForCausalLM.from_pretrained(stories_model, dtype=torch.float32)
     input_ids = torch.tensor(
         [tokenizer(t, truncation=True, max_length=128).input_ids for t in texts]
     )
-    measured = measure_block_influence(model, input_ids.split(25))
+    measured = measure_block_influence(model, input_ids.chunk(4))
     assert measured.num_tokens == 100 * 128
     assert measured.scores == pytest.approx([0.230, 0.144, 0.116, 0.122, 0.153], abs=0.01)
     assert all(0 < stderr < 0.002 for stderr in measured.stderrs)

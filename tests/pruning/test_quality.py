@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -23,9 +25,10 @@ def case() -> Case:
 def test_agrees_with_the_definitions(case: Case) -> None:
     logits, reference, targets = (part.numpy() for part in case)
 
-    def log_softmax(x: np.ndarray) -> np.ndarray:
-        x = x.astype(np.float64)
-        return x - np.log(np.exp(x).sum(-1, keepdims=True))
+    def log_softmax(logits: Any) -> npt.NDArray[np.float64]:
+        x: npt.NDArray[np.float64] = logits.astype(np.float64)
+        x -= np.log(np.exp(x).sum(-1, keepdims=True))
+        return x
 
     p, q = log_softmax(reference), log_softmax(logits)
     expected = [
@@ -55,8 +58,8 @@ def test_chunks_do_not_matter(case: Case, monkeypatch: pytest.MonkeyPatch) -> No
 def test_tokens_that_both_rule_out_do_not_matter(case: Case) -> None:
     logits, reference, targets = case
     ruled_out = torch.full((40, 3), -math.inf)
-    widened = (torch.cat([x, ruled_out], -1) for x in (logits, reference))
-    assert token_statistics(*widened, targets).tolist() == pytest.approx(
+    widened, reference = (torch.cat([x, ruled_out], -1) for x in (logits, reference))
+    assert token_statistics(widened, reference, targets).tolist() == pytest.approx(
         token_statistics(*case).tolist(), rel=1e-7
     )
 
@@ -122,7 +125,7 @@ def test_refuses_windows_without_meaning() -> None:
     with pytest.raises(QualityError, match="window 1: got no tokens"):
         quality_of_windows([good, [0, 0.0, 0, 0.0]])
     for value in (math.nan, math.inf):
-        with pytest.raises(QualityError, match="window 2: .* not finite"):
+        with pytest.raises(QualityError, match=r"window 2: .* not finite"):
             quality_of_windows([good, good, [2, value, 1, 0.5]])
 
 
@@ -131,5 +134,5 @@ def test_logits_that_are_nan_are_refused(case: Case) -> None:
     sums = [token_statistics(logits, reference, targets).tolist()]
     logits[7, 3] = math.nan
     sums.append(token_statistics(logits, reference, targets).tolist())
-    with pytest.raises(QualityError, match="window 1: .* not finite"):
+    with pytest.raises(QualityError, match=r"window 1: .* not finite"):
         quality_of_windows(sums)

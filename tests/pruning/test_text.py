@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pruning.text import TextError, load_texts, token_windows
+from tests.conftest import data_path
 
 
 def write(path: Path, content: str | bytes) -> str:
@@ -48,10 +49,10 @@ def test_a_directory_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
     assert load_texts(str(tmp_path)) == ["first", "second", "third"]
 
 
-def test_real_texts(shared_data: Callable[[str], Path]) -> None:
-    texts = load_texts(str(shared_data("text")))
+def test_real_texts() -> None:
+    texts = load_texts(str(data_path("text")))
     assert len(texts) == 4 + 1000
-    assert load_texts(str(shared_data("text/tinystories_1000.json"))) == texts[4:]
+    assert load_texts(str(data_path("text/tinystories_1000.json"))) == texts[4:]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
@@ -115,16 +116,21 @@ def test_refuses_a_directory_without_text(tmp_path: Path) -> None:
         load_texts(str(tmp_path))
 
 
-@pytest.mark.parametrize("source", ["", "absent.txt", "./absent", "/absent/text", "~/absent text"])
+@pytest.mark.parametrize("source", ["absent.txt", "./absent", "/absent/text", "~/absent text"])
 def test_refuses_a_missing_file(source: str) -> None:
     with pytest.raises(TextError, match="no such file or directory, allowed: a file"):
         load_texts(source)
 
 
+def test_refuses_no_source() -> None:
+    with pytest.raises(TextError, match="calibration text: got '', allowed: a file"):
+        load_texts("")
+
+
 def test_a_dataset_needs_its_package() -> None:
     if importlib.util.find_spec("datasets") is not None:
         pytest.skip("the package datasets is installed")
-    with pytest.raises(TextError, match="'some/name:config:test': .* pip install datasets"):
+    with pytest.raises(TextError, match=r"'some/name:config:test': .* pip install datasets"):
         load_texts("some/name:config:test")
 
 
@@ -138,7 +144,7 @@ def test_a_dataset_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert load_texts("corpus:default:test") == ["one", "two"]
     assert load_texts("corpus::test", max_characters=4) == ["one", "t"]
     assert load_texts("corpus:default") == ["three"]
-    with pytest.raises(TextError, match="'corpus::absent': cannot be read as a dataset: .*absent"):
+    with pytest.raises(TextError, match=r"'corpus::absent': cannot be read as a dataset: .*absent"):
         load_texts("corpus::absent")
 
 

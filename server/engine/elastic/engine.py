@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import signal
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
 from pruning.importance import BlockInfluence, block_influence, merge_sums
@@ -107,7 +109,16 @@ class ElasticEngine:
             self._load_logger = LoadLogger(config, engine_index)
             return self._load_logger
 
-        return AsyncLLM.from_engine_args(vllm_arguments(self._config), stat_loggers=[load_logger])
+        # Ctrl-C reaches every process of a terminal's group. When the engine's processes, which
+        # inherit the mask, are to end is the server's decision: it lets requests finish first.
+        resource_tracker.ensure_running()  # when it is started, it resets the mask
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return AsyncLLM.from_engine_args(
+                vllm_arguments(self._config), stat_loggers=[load_logger]
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     async def shutdown(self) -> None:
         if self._llm is not None:

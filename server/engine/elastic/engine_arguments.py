@@ -35,7 +35,7 @@ _RESERVED = {
     "runner": None,
 }
 # The path in full: on CPU, vLLM turns the short name into an executor with one process more.
-_IN_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+IN_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def vllm_arguments(config: ElasticConfig) -> AsyncEngineArgs:
         arguments["dtype"] = cpu_dtype(config.dtype, quantized=quantized)
         arguments["kv_cache_memory_bytes"] = _cpu_kv_cache_bytes(config.kv_cache_gib)
         if config.engine_args.get("tensor_parallel_size", 1) == 1:
-            arguments["distributed_executor_backend"] = _IN_PROCESS_EXECUTOR
+            arguments["distributed_executor_backend"] = IN_PROCESS_EXECUTOR
     return AsyncEngineArgs(**{**arguments, **config.engine_args, "hf_overrides": overrides})
 
 

@@ -49,9 +49,9 @@ class Deployment:
     metrics: Metrics
     service: Service
     rpc: RpcServer
-    metrics_server: MetricsServer
     saved: list[DepthPolicy]
     client: AsyncClient = field(init=False)
+    metrics_server: MetricsServer | None = None
 
     def __post_init__(self) -> None:
         self.client = AsyncClient(self.address)
@@ -76,8 +76,15 @@ class Deployment:
         )
         self.service.open(DepthPolicy(make_plan(), LEVELS), calibrator)
 
+    async def close(self) -> None:
+        await self.client.close()
+        if self.metrics_server is not None:
+            self.metrics_server.close()
+
     async def scrape(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
         """Read the metrics over HTTP, by name and labels."""
+        if self.metrics_server is None:
+            self.metrics_server = MetricsServer(self.metrics, "127.0.0.1", 0)
         url = f"http://127.0.0.1:{self.metrics_server.port}/metrics"
 
         def read() -> str:
@@ -97,7 +104,7 @@ class Deployment:
 
 @pytest.fixture
 async def starting(request: pytest.FixtureRequest) -> AsyncIterator[Deployment]:
-    """A server that listens, but is still starting; a mark ``service`` may set its options."""
+    """A server that listens, but is still starting; an indirect parameter sets options."""
     options = getattr(request, "param", {})
     async with AsyncExitStack() as stack:
         engine, metrics = ToyEngine(), Metrics()
@@ -115,10 +122,8 @@ async def starting(request: pytest.FixtureRequest) -> AsyncIterator[Deployment]:
         rpc = RpcServer(service, "127.0.0.1", 0, max_message_bytes=2**20)
         await rpc.start()
         stack.push_async_callback(rpc.stop)
-        metrics_server = MetricsServer(metrics, "127.0.0.1", 0)
-        stack.callback(metrics_server.close)
-        deployment = Deployment(engine, metrics, service, rpc, metrics_server, saved)
-        stack.push_async_callback(deployment.client.close)
+        deployment = Deployment(engine, metrics, service, rpc, saved)
+        stack.push_async_callback(deployment.close)
         yield deployment
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 
 from pruning.importance import BlockInfluence
 from pruning.quality import Quality
@@ -125,14 +126,15 @@ class ToyEngine:
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         return [text_of(token_id) for token_id in token_ids]
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationDelta]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         self.requests.append(request)
         await self._enter(request.request_id)
         finished = False
         try:
-            async for delta in self._deltas(request):
-                finished = delta.finish_reason is not None
-                yield delta
+            async with aclosing(self._deltas(request)) as deltas:
+                async for delta in deltas:
+                    finished = delta.finish_reason is not None
+                    yield delta
         finally:
             await self._leave(request.request_id, finished)
 
@@ -160,9 +162,7 @@ class ToyEngine:
             await self._step()
             done += len(window)
             progress(done, total)
-        scores = tuple(
-            -logprob(windows[0], layer, LayerSelection()) for layer in range(NUM_LAYERS)
-        )
+        scores = tuple(-logprob(windows[0], layer, LayerSelection()) for layer in range(NUM_LAYERS))
         return BlockInfluence(scores, (0.01,) * NUM_LAYERS, total)
 
     async def measure_quality(
@@ -187,7 +187,7 @@ class ToyEngine:
             progress(i, len(selections))
         return qualities
 
-    async def _deltas(self, request: GenerationRequest) -> AsyncIterator[GenerationDelta]:
+    async def _deltas(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         sampling = request.sampling
         assert sampling.max_tokens is not None
         ids, text = list(request.prompt_ids), ""
@@ -211,7 +211,9 @@ class ToyEngine:
             yield GenerationDelta(
                 text=text_of(token_id),
                 token_ids=(token_id,),
-                scores=self._scores(before, token_id, request) if sampling.logprobs else (),
+                scores=self._scores(before, token_id, request)
+                if sampling.logprobs is not None
+                else (),
                 num_cached_tokens=1 if i == 0 else 0,
                 queue_seconds=0.25 if i == 0 else 0.0,
                 finish_reason=reason,

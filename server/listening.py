@@ -1,0 +1,19 @@
+"""Says which setting is wrong where an address cannot be listened on."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from server.errors import InvalidArgument
+
+
+def cannot_listen(error: OSError, host: str, port: int, prefix: str = "") -> InvalidArgument:
+    """Return the error that names the setting ``host`` or ``port``, with ``prefix`` before it."""
+    if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+        return InvalidArgument(f"{prefix}host", host, f"an address of this machine ({_why(error)})")
+    return InvalidArgument(f"{prefix}port", port, f"a port that is free on {host} ({_why(error)})")
+
+
+def _why(error: OSError) -> str:
+    return error.strerror or str(error)

@@ -1,0 +1,56 @@
+"""Unmodified vLLM, to compare with."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from server.engine.elastic.engine_arguments import (
+    IN_PROCESS_EXECUTOR,
+    DtypeName,
+    prepare_cpu_environment,
+    prepare_environment,
+)
+
+
+def generate_with_vllm(
+    checkpoint: Path,
+    prompts: Sequence[Sequence[int]],
+    num_tokens: int,
+    dtype: DtypeName = "float32",
+) -> list[list[int]]:
+    """Return greedy tokens of plain vLLM for all of ``prompts`` at once."""
+    prepare_environment()
+    if not torch.cuda.is_available():
+        prepare_cpu_environment()
+    from vllm import AsyncEngineArgs, SamplingParams
+    from vllm.inputs.engine import tokens_input
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    arguments = AsyncEngineArgs(
+        model=str(checkpoint),
+        dtype=dtype,
+        enforce_eager=True,
+        kv_cache_memory_bytes=1 << 28,
+        max_num_seqs=64,
+        use_tqdm_on_load=False,
+        distributed_executor_backend=None if torch.cuda.is_available() else IN_PROCESS_EXECUTOR,
+    )
+
+    async def everything() -> list[list[int]]:
+        llm = AsyncLLM.from_engine_args(arguments)
+        try:
+            return list(await asyncio.gather(*[one(llm, *item) for item in enumerate(prompts)]))
+        finally:
+            llm.shutdown()
+
+    async def one(llm: AsyncLLM, number: int, prompt: Sequence[int]) -> list[int]:
+        params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+        async for output in llm.generate(tokens_input(list(prompt)), params, str(number)):
+            last = output
+        return list(last.outputs[0].token_ids)
+
+    return asyncio.run(everything())

@@ -1,0 +1,196 @@
+"""What operators do over gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+
+from server.rpc.generated.fathom.v1 import common_pb2, control_pb2, inference_pb2
+from tests.server.rpc.conftest import REMOVAL_ORDER, Deployment, failure, message_of
+from tests.server.rpc.toy_engine import expected_tokens
+
+
+def generate_request(**depth: object) -> inference_pb2.GenerateRequest:
+    return inference_pb2.GenerateRequest(
+        prompt="Once",
+        depth=common_pb2.Depth(**depth),  # type: ignore[arg-type]
+        stop=inference_pb2.StopConditions(max_tokens=3, ignore_eos=True),
+    )
+
+
+async def test_get_plan(deployment: Deployment) -> None:
+    plan = (await deployment.client.control.GetPlan(control_pb2.GetPlanRequest())).plan
+    assert list(plan.removal_order) == list(REMOVAL_ORDER)
+    assert [layer.layer for layer in plan.layers] == list(range(8))
+    assert [layer.score for layer in plan.layers] == [0.9, 0.6, 0.5, 0.3, 0.2, 0.1, 0.4, 0.8]
+    assert (plan.metric, plan.num_tokens, plan.created_at) == ("block_influence", 1000, 1.7e9)
+    assert (plan.model_fingerprint, plan.text_fingerprint) == ("sha256:model", "sha256:text")
+    assert dict(plan.versions) == {"toy": "1"}
+
+
+async def test_calibrate_installs_plan_and_measurements(deployment: Deployment) -> None:
+    request = control_pb2.CalibrateRequest(texts=["some other text " * 9], max_tokens=100)
+    *events, last = [event async for event in deployment.client.control.Calibrate(request)]
+    assert {event.WhichOneof("event") for event in events} == {"progress"}
+    by_phase: dict[str, list[tuple[int, int]]] = {}
+    for event in events:
+        progress = event.progress
+        by_phase.setdefault(progress.phase, []).append((progress.done, progress.total))
+    assert list(by_phase) == ["importance", "quality", "speed"]
+    for steps in by_phase.values():
+        assert steps == sorted(steps)
+        assert steps[-1][0] == steps[-1][1] > 0
+    plan = last.plan
+    assert list(plan.removal_order) != list(REMOVAL_ORDER)
+    # The token that begins a text is measured, too.
+    assert plan.num_tokens == 101
+    scores = {layer.layer: layer.score for layer in plan.layers}
+    assert list(plan.removal_order) == sorted(scores, key=lambda layer: scores[layer])
+    answer = await deployment.client.control.GetPlan(control_pb2.GetPlanRequest())
+    assert answer.plan == plan
+
+    response = await deployment.client.inference.GetModel(inference_pb2.GetModelRequest())
+    dense, fast, generative = response.model.levels
+    assert dense.quality.perplexity == 10
+    assert dense.speed.speedup == 1
+    for level in (dense, fast, generative):
+        assert level.quality.num_tokens > 0
+        assert level.speed.tokens_per_second > 0
+        assert level.speed.num_streams == 8
+    uniform = [
+        d.decode_layers for d in response.model.depths if d.prefill_layers == d.decode_layers
+    ]
+    assert uniform == [8, 7, 6, 5, 4, 3, 2, 1]
+    assert [policy.plan.text_fingerprint for policy in deployment.saved] == [plan.text_fingerprint]
+
+    auto = generate_request(auto=common_pb2.Auto(max_quality_loss=0.25))
+    answered = await deployment.client.inference.Generate(auto)
+    # exp(0.1 * 2) - 1 is 0.22, exp(0.1 * 3) - 1 is 0.35.
+    assert answered.served == common_pb2.Served(
+        prefill_layers=6, decode_layers=6, reason=common_pb2.Served.REASON_AUTO
+    )
+    samples = await deployment.scrape()
+    assert samples["fathom_depth_perplexity", frozenset({("depth", "8")})] == 10
+    assert (
+        samples["fathom_layer_block_influence", frozenset({("layer", "3")})] == plan.layers[3].score
+    )
+
+
+async def test_running_requests_keep_their_layers(deployment: Deployment) -> None:
+    asked = generate_request(layers=4)
+    asked.stop.max_tokens = 4000
+    asked.output.token_ids = True
+    # Large messages: the server cannot send them all before they are read.
+    asked.output.logprobs = 20
+    stream = deployment.client.inference.GenerateStream(asked)
+    assert (await stream.read()).HasField("prompt_info")
+    await deployment.engine.until_running(1)
+    running = deployment.engine.requests[-1]
+    async for _ in deployment.client.control.Calibrate(control_pb2.CalibrateRequest()):
+        pass
+    assert deployment.engine.load().num_running == 1
+    token_ids: list[int] = []
+    while not (message := await stream.read()).HasField("finish_info"):
+        token_ids.extend(message.delta.token_ids)
+    assert token_ids == expected_tokens(running.prompt_ids, running.layers, 4000)
+    await deployment.client.inference.Generate(generate_request(layers=4))
+    assert deployment.engine.requests[-1].layers != running.layers
+
+
+async def test_a_cancelled_calibration_changes_nothing(deployment: Deployment) -> None:
+    deployment.engine.gate.clear()
+    call = deployment.client.control.Calibrate(control_pb2.CalibrateRequest())
+    while not deployment.service._calibrating.locked():
+        await asyncio.sleep(0.01)
+    other = deployment.client.control.Calibrate(control_pb2.CalibrateRequest())
+    error = await failure(other.read())
+    assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert message_of(error) == "another Calibrate or SetLevels is running"
+    call.cancel()
+    while deployment.service._calibrating.locked():
+        await asyncio.sleep(0.01)
+    assert deployment.service.policy.plan.removal_order == REMOVAL_ORDER
+    deployment.engine.gate.set()
+    events = [
+        event async for event in deployment.client.control.Calibrate(control_pb2.CalibrateRequest())
+    ]
+    assert events[-1].HasField("plan")
+
+
+async def test_set_levels(deployment: Deployment) -> None:
+    request = control_pb2.SetLevelsRequest(default_level="thin")
+    thin = request.levels.add(name="thin")
+    thin.depth.prune_ratio = 0.75
+    wide = request.levels.add(name="wide")
+    wide.depth.layers = 7
+    wide.prefill_depth.layers = 5
+    response = await deployment.client.control.SetLevels(request)
+    levels = [
+        (lv.name, lv.prefill_layers, lv.decode_layers, lv.is_default) for lv in response.levels
+    ]
+    assert levels == [("thin", 2, 2, True), ("wide", 5, 7, False)]
+    assert all(level.HasField("quality") and level.HasField("speed") for level in response.levels)
+    answered = await deployment.client.inference.Generate(generate_request())
+    assert answered.served == common_pb2.Served(
+        prefill_layers=2, decode_layers=2, reason=common_pb2.Served.REASON_DEFAULT
+    )
+    error = await failure(deployment.client.inference.Generate(generate_request(level="fast")))
+    assert error.code() is grpc.StatusCode.NOT_FOUND
+    assert message_of(error) == "no level 'fast'; the levels are thin, wide"
+
+
+async def test_set_policy(deployment: Deployment) -> None:
+    policy = control_pb2.Policy(level="fast")
+    request = control_pb2.SetPolicyRequest(policy=policy)
+    assert (await deployment.client.control.SetPolicy(request)).policy == policy
+    answered = await deployment.client.inference.Generate(generate_request(auto=common_pb2.Auto()))
+    assert answered.served == common_pb2.Served(
+        prefill_layers=4, decode_layers=4, reason=common_pb2.Served.REASON_AUTO
+    )
+    assert await deployment.metric("fathom_policy_level", level="fast") == 1
+
+
+async def test_status_while_starting_and_serving(starting: Deployment) -> None:
+    get_status = starting.client.control.GetStatus
+    with starting.service.phase("reading text"):
+        status = await get_status(control_pb2.GetStatusRequest())
+    assert status.state == control_pb2.GetStatusResponse.STATE_STARTING
+    assert status.startup_phase == "reading text"
+    await starting.open()
+    starting.engine.gate.clear()
+    call = starting.client.inference.Generate(generate_request())
+    await starting.engine.until_running(1)
+    status = await get_status(control_pb2.GetStatusRequest())
+    assert status.state == control_pb2.GetStatusResponse.STATE_SERVING
+    assert (status.num_running, status.num_waiting, status.num_engine_restarts) == (1, 0, 0)
+    assert set(status.startup_seconds) == {"reading text", "engine"}
+    assert (status.startup_phase, status.version) == ("", "1.2.3")
+    assert status.uptime_seconds > 0
+    starting.engine.gate.set()
+    await call
+
+
+@pytest.mark.parametrize("waits", [True, False])
+async def test_drain(deployment: Deployment, waits: bool) -> None:
+    deployment.engine.gate.clear()
+    running = deployment.client.inference.Generate(generate_request())
+    await deployment.engine.until_running(1)
+    request = control_pb2.DrainRequest() if waits else control_pb2.DrainRequest(grace_seconds=0.1)
+    drain = deployment.client.control.Drain(request)
+    status = control_pb2.GetStatusResponse()
+    while status.state != control_pb2.GetStatusResponse.STATE_DRAINING:
+        status = await deployment.client.control.GetStatus(control_pb2.GetStatusRequest())
+    error = await failure(deployment.client.inference.Generate(generate_request()))
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert message_of(error) == "the server is draining and takes no more requests"
+    if waits:
+        deployment.engine.gate.set()
+        assert (await running).finish_info.usage.num_generated_tokens == 3
+        assert (await drain).num_unfinished == 0
+    else:
+        assert (await drain).num_unfinished == 1
+        await deployment.rpc.stop()
+        await failure(running)
+        await deployment.engine.until_freed(deployment.engine.requests[0].request_id)

@@ -1,0 +1,159 @@
+"""A server that is not ready, is full, or whose engine dies."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+
+from server.rpc.client import retry_delay
+from server.rpc.generated.fathom.v1 import control_pb2, inference_pb2
+from server.service import State
+from tests.server.rpc.conftest import Deployment, collect, failure, message_of
+
+
+def request() -> inference_pb2.GenerateRequest:
+    return inference_pb2.GenerateRequest(
+        prompt="Once", stop=inference_pb2.StopConditions(max_tokens=3, ignore_eos=True)
+    )
+
+
+async def test_a_starting_server_says_what_it_is_doing(starting: Deployment) -> None:
+    inference, control = starting.client.inference, starting.client.control
+    with starting.service.phase("loading the model"):
+        for call in (
+            inference.Generate(request()),
+            inference.GenerateStream(request()).read(),
+            inference.Score(inference_pb2.ScoreRequest(text="abc")),
+            inference.Tokenize(inference_pb2.TokenizeRequest(text="abc")),
+            inference.GetModel(inference_pb2.GetModelRequest()),
+            control.GetPlan(control_pb2.GetPlanRequest()),
+            control.Calibrate(control_pb2.CalibrateRequest()).read(),
+            control.SetLevels(control_pb2.SetLevelsRequest()),
+            control.SetPolicy(control_pb2.SetPolicyRequest()),
+        ):
+            error = await failure(call)
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+            assert message_of(error) == "the server is starting: loading the model"
+            assert retry_delay(error) == 1.0
+    await starting.open()
+    assert (await inference.Generate(request())).HasField("finish_info")
+    assert "loading the model" in starting.service.status().startup_seconds
+    assert await starting.metric("fathom_startup_seconds", phase="engine") is not None
+
+
+@pytest.mark.parametrize("starting", [{"max_waiting": 2}], indirect=True)
+async def test_a_full_queue(deployment: Deployment) -> None:
+    deployment.engine.gate.clear()
+    waiting = [
+        asyncio.ensure_future(collect(deployment.client.inference.GenerateStream(request())))
+    ]
+    waiting += [
+        asyncio.ensure_future(collect(deployment.client.inference.GenerateStream(request())))
+    ]
+    await deployment.engine.until_running(2)
+    for call in (
+        deployment.client.inference.Generate(request()),
+        deployment.client.inference.Score(inference_pb2.ScoreRequest(text="abc")),
+    ):
+        error = await failure(call)
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert message_of(error) == ("2 requests wait, as many as max_waiting allows; try again")
+        assert retry_delay(error) == 1.0
+    assert await deployment.metric("fathom_requests_running") == 2
+    deployment.engine.gate.set()
+    for messages in await asyncio.gather(*waiting):
+        assert messages[-1].finish_info.usage.num_generated_tokens == 3
+    assert (await deployment.client.inference.Generate(request())).HasField("finish_info")
+
+
+@pytest.mark.parametrize("starting", [{"max_waiting": 1}], indirect=True)
+async def test_requests_with_a_token_wait_no_longer(deployment: Deployment) -> None:
+    long = request()
+    long.stop.max_tokens = 4000
+    streams = []
+    for _ in range(3):
+        streams.append(deployment.client.inference.GenerateStream(long))
+        assert (await streams[-1].read()).HasField("prompt_info")
+        assert (await streams[-1].read()).HasField("delta")
+    for stream in streams:
+        stream.cancel()
+    await deployment.engine.until_running(0)
+
+
+async def test_a_dead_engine_is_started_again(deployment: Deployment) -> None:
+    deployment.engine.gate.clear()
+    stream = deployment.client.inference.GenerateStream(request())
+    assert (await stream.read()).HasField("prompt_info")
+    unary = deployment.client.inference.Generate(request())
+    await deployment.engine.until_running(2)
+    assert await deployment.metric("fathom_engine_up") == 1
+    deployment.engine.num_failing_starts = 3
+    deployment.engine.die()
+    for call in (stream.read(), unary):
+        error = await failure(call)
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert message_of(error) == "the engine has died; it is being started again"
+        assert retry_delay(error) == 1.0
+    assert await deployment.service.state_after(State.ENGINE_DOWN) is State.SERVING
+    deployment.engine.gate.set()
+    assert (await deployment.client.inference.Generate(request())).HasField("finish_info")
+    assert deployment.engine.num_starts == 2
+    assert await deployment.metric("fathom_engine_restarts_total") == 1
+    assert await deployment.metric("fathom_engine_up") == 1
+    status = await deployment.client.control.GetStatus(control_pb2.GetStatusRequest())
+    assert status.num_engine_restarts == 1
+    labels = {"method": "fathom.v1.Inference/Generate", "depth": "8"}
+    assert await deployment.metric("fathom_requests_total", **labels, code="UNAVAILABLE") == 1
+    assert await deployment.metric("fathom_requests_total", **labels, code="OK") == 1
+
+
+async def test_an_idle_engine_is_watched(deployment: Deployment) -> None:
+    deployment.engine.num_failing_starts = 10**6
+    deployment.engine.die()
+    assert await deployment.service.state_after(State.SERVING) is State.ENGINE_DOWN
+    error = await failure(deployment.client.inference.Generate(request()))
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert retry_delay(error) == 1.0
+    assert await deployment.metric("fathom_engine_up") == 0
+    # What needs no engine is still answered.
+    model = await deployment.client.inference.GetModel(inference_pb2.GetModelRequest())
+    assert model.model.num_layers == 8
+    deployment.engine.num_failing_starts = 0
+    assert await deployment.service.state_after(State.ENGINE_DOWN) is State.SERVING
+
+
+async def test_a_death_during_calibration(deployment: Deployment) -> None:
+    deployment.engine.gate.clear()
+    call = deployment.client.control.Calibrate(control_pb2.CalibrateRequest())
+    while not deployment.service._calibrating.locked():
+        await asyncio.sleep(0.01)
+    deployment.engine.die()
+    error = await failure(call.read())
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    deployment.engine.gate.set()
+    while deployment.service.state is not State.SERVING:
+        await deployment.service.state_after(deployment.service.state)
+    assert (await deployment.client.inference.Generate(request())).HasField("finish_info")
+
+
+async def test_a_draining_server_does_not_start_its_engine_again(deployment: Deployment) -> None:
+    deployment.engine.gate.clear()
+    call = deployment.client.inference.Generate(request())
+    await deployment.engine.until_running(1)
+    drain = asyncio.ensure_future(deployment.service.drain())
+    assert await deployment.service.state_after(State.SERVING) is State.DRAINING
+    deployment.engine.die()
+    assert (await failure(call)).code() is grpc.StatusCode.UNAVAILABLE
+    assert await drain == 0
+    assert deployment.service.state is State.DRAINING
+    assert deployment.engine.num_starts == 1
+
+
+async def test_a_server_that_is_stopped_while_it_starts_never_serves(
+    starting: Deployment,
+) -> None:
+    assert await starting.service.drain() == 0
+    await starting.open()
+    assert starting.service.state is State.DRAINING
