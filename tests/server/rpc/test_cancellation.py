@@ -62,7 +62,11 @@ async def test_cancelled_while_the_server_waits_for_a_slow_reader(deployment: De
     # What the client has not read fills the connection, so that the server waits to write.
     call = deployment.client.inference.GenerateStream(asked)
     await call.read()
-    await deployment.engine.until_running(1)
+    num_steps = -1
+    while num_steps < deployment.engine.num_steps:
+        num_steps = deployment.engine.num_steps
+        await asyncio.sleep(0.1)
+    assert deployment.engine.load().num_running == 1
     call.cancel()
     await assert_freed(deployment, "GenerateStream", "CANCELLED")
 

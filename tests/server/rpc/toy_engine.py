@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from typing import Any
 
 from pruning.importance import BlockInfluence
 from pruning.quality import Quality
@@ -70,6 +71,7 @@ class ToyEngine:
         self.requests: list[GenerationRequest] = []
         # Ids of requests that were closed or cancelled before their end.
         self.freed: list[str] = []
+        self.num_steps = 0
         self.num_starts = 0
         # So many of the next starts fail.
         self.num_failing_starts = 0
@@ -235,10 +237,12 @@ class ToyEngine:
     async def _step(self) -> None:
         """Wait for the gate; raise :class:`EngineDead` once the engine has died."""
         await asyncio.sleep(0)
+        self.num_steps += 1
         if not self.gate.is_set() and not self._death.done():
             opened = asyncio.ensure_future(self.gate.wait())
+            either: list[asyncio.Future[Any]] = [opened, self._death]
             try:
-                await asyncio.wait([opened, self._death], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 opened.cancel()
         self._require_alive()
