@@ -306,7 +306,7 @@ def train(settings: Settings, work_dir: Path, report_every: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work-dir", type=Path, required=True)
-    parser.add_argument("--num-steps", type=int, default=1500)
+    parser.add_argument("--num-steps", type=int, default=1200)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--matrix-learning-rate", type=float, default=3e-3)

@@ -17,7 +17,6 @@ from server.engine.elastic.architectures import UnsupportedArchitecture, elastic
 from server.errors import FathomError, InvalidArgument
 from server.levels import Level, check_levels, default_levels
 from server.model_source import ModelSource, find_model
-from server.policy_store import PlanFile
 
 # Tokens are rarely longer; bounds what is read of a large text.
 _CHARACTERS_PER_TOKEN = 16
@@ -62,7 +61,9 @@ def read_inputs(settings: Settings) -> Inputs:
     plan = None
     if settings.plan is not None:
         with refused_as("plan", PlanError, OSError):
-            plan = PlanFile(fingerprint, num_layers).load(settings.plan)
+            plan = Plan.load(settings.plan)
+        with refused_as(f"plan: {settings.plan}", PlanError):
+            plan.check_model(fingerprint, num_layers)
     with refused_as("calibration", TextError):
         texts = _texts(settings.calibration, Part.CALIBRATION, settings.calibration_tokens)
     with refused_as("quality_text", TextError):

@@ -14,6 +14,7 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    disable_created_metrics,
     start_http_server,
 )
 from prometheus_client.core import GaugeMetricFamily
@@ -55,6 +56,7 @@ class Metrics:
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        disable_created_metrics()  # one series more for every counter, which nobody asks for
         self.registry = CollectorRegistry(support_collectors_without_names=True)
         self._requests = Counter(
             "fathom_requests_total",

@@ -494,7 +494,7 @@ class Service:
         return (
             prompt.text
             if isinstance(prompt, TextPrompt)
-            else "".join(self._engine.token_texts(ids))
+            else self._engine.detokenize(ids)
         )
 
     def _check_ids(self, ids: Sequence[int], field: str) -> None:

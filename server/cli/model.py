@@ -28,13 +28,13 @@ def model(address: Address = DEFAULT_ADDRESS) -> None:
 def _table(served: inference_pb2.Model) -> Table:
     names: dict[tuple[int, int], list[str]] = {}
     for level in served.levels:
-        name = f"{level.name} (default)" if level.is_default else level.name
+        name = f"{level.name} *" if level.is_default else level.name
         names.setdefault(_depths(level), []).append(name)
-    table = Table()
+    table = Table(caption_justify="left")
     table.add_column("Depth", justify="right")
     table.add_column("Level")
-    for heading in ("Perplexity", "Agreement", "KL (nats)", "Tokens/s", "Speedup"):
-        table.add_column(heading, justify="right")
+    for heading in ("Perplexity", "Agreement", "KL nats", "Tokens/s", "Speedup"):
+        table.add_column(heading, justify="right", no_wrap=True)
     rows = {_depths(row): row for row in [*served.depths, *served.levels]}
     for depths in sorted(rows, key=lambda pair: (pair[1], pair[0]), reverse=True):
         prefill, decode = depths
@@ -43,8 +43,9 @@ def _table(served: inference_pb2.Model) -> Table:
             ", ".join(names.get(depths, [])),
             *_measurements(rows[depths]),
         )
+    table.caption = "* for requests that name no depth"
     if any(prefill != decode for prefill, decode in rows):
-        table.caption = "8/16: 8 layers for the prompt, 16 for what is generated"
+        table.caption += "; 8/16: 8 layers for the prompt, 16 for what is generated"
     return table
 
 

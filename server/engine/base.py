@@ -135,8 +135,15 @@ class Engine(Protocol):
     def tokenize(self, text: str, *, special_tokens: bool = True) -> list[int]: ...
 
     def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Raise :class:`server.errors.FailedPrecondition` where the model has no chat template."""
+        """Return the prompt that the model's chat template makes of ``messages``.
+
+        Raises:
+            FailedPrecondition: The model has no chat template.
+            InvalidArgument: The template refuses these messages.
+        """
         ...
+
+    def detokenize(self, token_ids: Sequence[int]) -> str: ...
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         """Return the text of each token by itself."""

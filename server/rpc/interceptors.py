@@ -87,10 +87,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     allowed = f"the request message of {method}, with strings in UTF-8"
                     raise InvalidArgument("request", request.problem, allowed)
                 response = await behavior(request, context)
-            except asyncio.CancelledError:
+            except (asyncio.CancelledError, grpc.aio.InternalError) as error:
+                # InternalError is what a message gets that is on its way when the call ends.
                 code = _code_of_cancellation(timeout, context.time_remaining())
                 self._metrics.count_request(method, call.depth, code.name)
-                raise
+                raise asyncio.CancelledError from error
             except Exception as error:
                 code = code_of(error)
                 self._metrics.count_request(method, call.depth, code.name)

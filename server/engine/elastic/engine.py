@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import logging
 import signal
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
 
 from pruning.importance import BlockInfluence, block_influence, merge_sums
 from pruning.quality import Quality, quality_of_windows
@@ -123,7 +126,12 @@ class ElasticEngine:
     async def shutdown(self) -> None:
         if self._llm is not None:
             llm, self._llm = self._llm, None
+            if llm.output_handler is not None:
+                llm.output_handler.cancel()  # or it would report that the engine has died
             await asyncio.to_thread(llm.shutdown)
+            del llm
+            # In its finalizer it shuts down once more, which fails when Python itself ends.
+            gc.collect()
 
     @property
     def model(self) -> ModelInfo:
@@ -147,13 +155,22 @@ class ElasticEngine:
             raise FailedPrecondition(
                 f"model {self.model.name} has no chat template; send a prompt or token ids"
             )
-        ids = self._tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-        )
+        try:
+            ids = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+            )
+        except TemplateError as error:
+            roles = [message.get("role") for message in messages]
+            raise InvalidArgument(
+                "chat.messages", roles, f"what the model's chat template takes ({error})"
+            ) from error
         return list(ids)
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         return [self._tokenizer.decode([token_id]) for token_id in token_ids]

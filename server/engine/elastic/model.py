@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, cast
 
 import torch
@@ -53,14 +52,14 @@ class ElasticCausalLM:
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
-        stream = self._entering_stream(input_ids, intermediate_tensors, inputs_embeds)
+        stream = self._entering_stream(input_ids, positions, intermediate_tensors, inputs_embeds)
         context = get_forward_context()
         marked: torch.Tensor | None = None
         step: ElasticStep | None = None
         for index, layer in self._layers():
             step = _step_of(context, layer)
             if step is None:  # vLLM is profiling memory or warming up
-                stream.run(Runners.EVERY, functools.partial(layer, positions))
+                stream.run(Runners.EVERY, layer)
                 continue
             if self.rows.probed and marked is None:
                 marked = self.importance.marked_tokens(step, self.rows)
@@ -86,17 +85,18 @@ class ElasticCausalLM:
     def _entering_stream(
         self,
         input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
         intermediate_tensors: IntermediateTensors | None,
         inputs_embeds: torch.Tensor | None,
     ) -> ResidualStream:
         if not get_pp_group().is_first_rank:
             assert intermediate_tensors is not None
             return ResidualStream(
-                intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
+                positions, intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
             )
         if inputs_embeds is None:
             inputs_embeds = self.model.embed_input_ids(input_ids)
-        return ResidualStream(inputs_embeds, None)
+        return ResidualStream(positions, inputs_embeds, None)
 
     def _walk_layer(
         self,
@@ -113,11 +113,10 @@ class ElasticCausalLM:
 
         runners = step.runners(index)
         if isinstance(runners, TokenSubset):
-            subset_positions = positions[runners.tokens]
             with runners.in_context(context, layer.self_attn.attn.layer_name):
-                stream.run(runners, functools.partial(layer, subset_positions))
+                stream.run(runners, layer)
         else:
-            stream.run(runners, functools.partial(layer, positions))
+            stream.run(runners, layer)
 
 
 def _step_of(context: ForwardContext, layer: Any) -> ElasticStep | None:

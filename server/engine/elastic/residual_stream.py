@@ -8,8 +8,10 @@ import torch
 
 from server.engine.elastic.attention import Runners, TokenSubset
 
-# (hidden, residual) -> (hidden, residual), each [num_tokens, hidden_size]
-LayerCall = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
+# (positions [num_tokens], hidden, residual) -> (hidden, residual), each [num_tokens, hidden_size]
+LayerCall = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]
+]
 
 
 class ResidualStream:
@@ -20,10 +22,14 @@ class ResidualStream:
     are pruned together lie together, so most of them need no copy.
     """
 
-    def __init__(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+    def __init__(
+        self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> None:
+        self._positions = positions
         self._hidden = hidden
         self._residual = residual
         self._tokens: torch.Tensor | None = None
+        self._subset_positions: torch.Tensor | None = None
         self._subset_hidden: torch.Tensor | None = None
         self._subset_residual: torch.Tensor | None = None
 
@@ -33,13 +39,13 @@ class ResidualStream:
             return
         if isinstance(runners, TokenSubset):
             self._gather(runners.tokens)
-            assert self._subset_hidden is not None
+            assert self._subset_positions is not None and self._subset_hidden is not None
             self._subset_hidden, self._subset_residual = layer(
-                self._subset_hidden, self._subset_residual
+                self._subset_positions, self._subset_hidden, self._subset_residual
             )
         else:
             self._scatter()
-            self._hidden, self._residual = layer(self._hidden, self._residual)
+            self._hidden, self._residual = layer(self._positions, self._hidden, self._residual)
 
     def parts(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return ``(hidden, residual)`` of all tokens; a layer may overwrite them."""
@@ -58,6 +64,7 @@ class ResidualStream:
         if self._residual is None:
             self._residual = torch.zeros_like(self._hidden)
         self._tokens = tokens
+        self._subset_positions = self._positions[tokens]
         self._subset_hidden = self._hidden[tokens]
         self._subset_residual = self._residual[tokens]
 

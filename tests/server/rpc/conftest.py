@@ -19,7 +19,7 @@ from server.levels import Level
 from server.metrics import Metrics, MetricsServer
 from server.policy import DepthPolicy
 from server.rpc.client import AsyncClient
-from server.rpc.generated.fathom.v1 import inference_pb2
+from server.rpc.generated.fathom.v1 import inference_pb2, inference_pb2_grpc
 from server.rpc.server import RpcServer
 from server.service import Service
 from tests.server.rpc.toy_engine import NUM_LAYERS, ToyEngine
@@ -132,6 +132,14 @@ async def deployment(starting: Deployment) -> Deployment:
     """A server that serves."""
     await starting.open()
     return starting
+
+
+@pytest.fixture
+async def narrow_stub(deployment: Deployment) -> AsyncIterator[inference_pb2_grpc.InferenceStub]:
+    """A client whose connection holds little that has not been read, so that the server waits."""
+    options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]
+    async with grpc.aio.insecure_channel(deployment.address, options=options) as channel:
+        yield inference_pb2_grpc.InferenceStub(channel)
 
 
 async def failure(call: Awaitable[object]) -> grpc.aio.AioRpcError:

@@ -7,7 +7,7 @@ import asyncio
 import grpc
 import pytest
 
-from server.rpc.generated.fathom.v1 import inference_pb2
+from server.rpc.generated.fathom.v1 import inference_pb2, inference_pb2_grpc
 from tests.server.rpc.conftest import Deployment, failure
 
 METHOD = "fathom.v1.Inference/"
@@ -56,11 +56,12 @@ async def test_cancelled_stream(deployment: Deployment) -> None:
     await assert_freed(deployment, "GenerateStream", "CANCELLED")
 
 
-async def test_cancelled_while_the_server_waits_for_a_slow_reader(deployment: Deployment) -> None:
+async def test_cancelled_while_the_server_waits_for_a_slow_reader(
+    deployment: Deployment, narrow_stub: inference_pb2_grpc.InferenceStub
+) -> None:
     asked = request("mine")
     asked.output.logprobs = 20
-    # What the client has not read fills the connection, so that the server waits to write.
-    call = deployment.client.inference.GenerateStream(asked)
+    call = narrow_stub.GenerateStream(asked)
     await call.read()
     num_steps = -1
     while num_steps < deployment.engine.num_steps:

@@ -7,7 +7,12 @@ import asyncio
 import grpc
 import pytest
 
-from server.rpc.generated.fathom.v1 import common_pb2, control_pb2, inference_pb2
+from server.rpc.generated.fathom.v1 import (
+    common_pb2,
+    control_pb2,
+    inference_pb2,
+    inference_pb2_grpc,
+)
 from tests.server.rpc.conftest import REMOVAL_ORDER, Deployment, failure, message_of
 from tests.server.rpc.toy_engine import expected_tokens
 
@@ -78,13 +83,15 @@ async def test_calibrate_installs_plan_and_measurements(deployment: Deployment) 
     )
 
 
-async def test_running_requests_keep_their_layers(deployment: Deployment) -> None:
+async def test_running_requests_keep_their_layers(
+    deployment: Deployment, narrow_stub: inference_pb2_grpc.InferenceStub
+) -> None:
     asked = generate_request(layers=4)
-    asked.stop.max_tokens = 4000
+    asked.stop.max_tokens = 1000
     asked.output.token_ids = True
     # Large messages: the server cannot send them all before they are read.
     asked.output.logprobs = 20
-    stream = deployment.client.inference.GenerateStream(asked)
+    stream = narrow_stub.GenerateStream(asked)
     assert (await stream.read()).HasField("prompt_info")
     await deployment.engine.until_running(1)
     running = deployment.engine.requests[-1]
@@ -94,7 +101,7 @@ async def test_running_requests_keep_their_layers(deployment: Deployment) -> Non
     token_ids: list[int] = []
     while not (message := await stream.read()).HasField("finish_info"):
         token_ids.extend(message.delta.token_ids)
-    assert token_ids == expected_tokens(running.prompt_ids, running.layers, 4000)
+    assert token_ids == expected_tokens(running.prompt_ids, running.layers, 1000)
     await deployment.client.inference.Generate(generate_request(layers=4))
     assert deployment.engine.requests[-1].layers != running.layers
 

@@ -1,0 +1,204 @@
+"""A real ``fathom serve`` in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.rpc.client import CallError, Client
+
+FATHOM = Path(sys.executable).parent / "fathom"
+# How long anything may take before a test gives up; nothing is meant to take that long.
+PATIENCE = 240.0
+# Little of everything, so that a start is quick and several servers fit beside each other.
+SMALL: Mapping[str, object] = {
+    "dtype": "float32",
+    "kv_cache_gib": 0.25,
+    "max_num_seqs": 64,
+    "calibration_tokens": 2048,
+    "quality_tokens": 1024,
+}
+
+T = TypeVar("T")
+
+
+class RunningServer:
+    """The process, where it listens, and what it has written so far."""
+
+    def __init__(self, directory: Path, **settings: object) -> None:
+        """Start; ``directory`` gets the log and, unless it is set, the state directory."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self.port, self.metrics_port = free_ports(2)
+        self.state_directory = Path(str(settings.pop("state_dir", directory / "state")))
+        self._log = directory / "log"
+        chosen = {
+            **SMALL,
+            **settings,
+            "port": self.port,
+            "metrics_port": self.metrics_port,
+            "state_dir": self.state_directory,
+        }
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [FATHOM, "serve", *flags(chosen)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment(),
+                cwd=directory,
+            )
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://127.0.0.1:{self.metrics_port}/metrics"
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text("utf-8", "replace")
+
+    def client(self, timeout: float = PATIENCE) -> Client:
+        return Client(self.address, timeout=timeout)
+
+    def wait_until_serving(self) -> None:
+        """Raise AssertionError, with the log, for a server that ends before it serves."""
+
+        def serves() -> bool:
+            assert self.process.poll() is None, f"the server has ended:\n{self.log}"
+            try:
+                with self.client(timeout=5.0) as client:
+                    return client.health() == "SERVING"
+            except CallError as error:
+                if error.code not in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
+                    raise
+                return False
+
+        until(serves, lambda: f"not serving:\n{self.log}")
+
+    def scrape(self) -> Scrape:
+        with urllib.request.urlopen(self.metrics_url, timeout=PATIENCE) as response:
+            return Scrape(response.read().decode())
+
+    def engine_process(self) -> psutil.Process:
+        """Return the child that runs the model."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        (engine,) = (child for child in children if "EngineCore" in " ".join(child.cmdline()))
+        return engine
+
+    def stop(self) -> int:
+        """Send SIGTERM, and return the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(PATIENCE)
+
+    def close(self) -> None:
+        """Leave no process behind, whatever has happened."""
+        if self.process.poll() is not None:
+            return
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        try:
+            self.stop()
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        for child in psutil.wait_procs(children, timeout=5.0)[1]:
+            child.kill()
+
+
+class Scrape:
+    """The samples of one reading of the metrics."""
+
+    def __init__(self, text: str) -> None:
+        self._samples = [
+            sample
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        ]
+
+    def sum(self, name: str, **labels: str) -> float:
+        """Return the sum over the samples that have these labels; 0.0 where there is none."""
+        return sum(
+            sample.value
+            for sample in self._samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+    def by_label(self, name: str, label: str) -> dict[str, float]:
+        """Return the values of a family by one of its labels."""
+        return {
+            sample.labels[label]: sample.value for sample in self._samples if sample.name == name
+        }
+
+    def value(self, name: str) -> float:
+        """Return the value of the only sample of that name."""
+        (value,) = (sample.value for sample in self._samples if sample.name == name)
+        return value
+
+
+@contextmanager
+def running_server(directory: Path, **settings: object) -> Iterator[RunningServer]:
+    """Yield a server that serves, and stop it."""
+    server = RunningServer(directory, **settings)
+    try:
+        server.wait_until_serving()
+        yield server
+    finally:
+        server.close()
+
+
+def flags(settings: Mapping[str, object]) -> list[str]:
+    return [
+        argument
+        for name, value in settings.items()
+        for argument in (f"--{name.replace('_', '-')}", str(value))
+    ]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Return this process's environment, without settings of Fathom and without the Hub."""
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith("FATHOM_")
+    }
+    return inherited | {"HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "COLUMNS": "120"} | variables
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports that nothing listens on at this moment."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def until(found: Callable[[], T | None], problem: Callable[[], str]) -> T:
+    """Return the first result that is true, asked for again and again."""
+    give_up = time.monotonic() + PATIENCE
+    while True:
+        result = found()
+        if result:
+            return result
+        assert time.monotonic() < give_up, problem()
+        time.sleep(0.05)
+
+
+def measurements_in(log: str) -> list[str]:
+    """Return what was measured during the start, in order."""
+    return re.findall(r"(Ranking the layers|Measuring \w+): 100 %", log)
