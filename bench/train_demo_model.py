@@ -5,7 +5,10 @@
 Seeded and resumable: run again with the same ``--work-dir``, it goes on from the last
 checkpoint. Layers are dropped at random during training (LayerDrop, Fan et al., arXiv
 1909.11556), both as a regularizer of a corpus this small and because a model that is to be
-pruned is better off used to it. Matrices are optimized by Muon, the rest by AdamW.
+pruned is better off used to it. Matrices are optimized by Muon, the rest by AdamW. What is kept
+is the mean of the weights along the last part of the run (stochastic weight averaging, Izmailov
+et al., arXiv 1803.05407): late in the run the model learns its small corpus by heart, each step
+in another way.
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ CHAT_TEMPLATE = (
 # A paragraph at least this long, in characters, is kept out of training when it also stands in
 # the held-out part: the library repeats itself.
 LEAK_LENGTH = 60
+# The share of the run after which the weights of every report count towards the mean.
+AVERAGED_FROM = 0.7
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,14 @@ def learning_rate_factor(step: int, num_steps: int) -> float:
     return min(1.0, (step + 1) / warm_up, (num_steps - step) / cool_down)
 
 
+def average_weights(paths: list[Path]) -> dict[str, torch.Tensor]:
+    """Return the mean of the state dictionaries in ``paths``."""
+    states = [torch.load(path, weights_only=True) for path in paths]
+    return {
+        name: torch.stack([state[name].float() for state in states]).mean(0) for name in states[0]
+    }
+
+
 def train(settings: Settings, work_dir: Path, report_every: int) -> None:
     torch.manual_seed(settings.seed)
     work_dir.mkdir(parents=True, exist_ok=True)
@@ -270,17 +283,23 @@ def train(settings: Settings, work_dir: Path, report_every: int) -> None:
                 flush=True,
             )
             running = 0.0
+            weights = {k: v.clone() for k, v in model.state_dict().items()}
+            if done >= AVERAGED_FROM * settings.num_steps:
+                torch.save(weights, work_dir / f"weights-{done:06}.pt")
             torch.save(
                 {
                     "settings": vars(settings),
                     "step": done,
-                    "model": {k: v.clone() for k, v in model.state_dict().items()},
+                    "model": weights,
                     "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 },
                 checkpoint_path.with_suffix(".new"),
             )
             checkpoint_path.with_suffix(".new").replace(checkpoint_path)
 
+    averaged = sorted(work_dir.glob("weights-*.pt"))
+    print(f"averaging the weights of {', '.join(path.stem for path in averaged)}")
+    model.load_state_dict(average_weights(averaged))
     model.to(torch.bfloat16)
     bits, perplexity = bits_per_character(model, tokenizer, held_out, settings.context)
     output = work_dir / "model"

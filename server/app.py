@@ -230,10 +230,11 @@ def _configure_logging(level: str, console: Console) -> None:
     handler: logging.Handler
     if console.is_terminal:
         handler = RichHandler(console=console, show_path=False, log_time_format="%X")
+        line = "%(message)s"
     else:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+        line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=logging.WARNING, format=line, handlers=[handler])
     for package in ("server", "pruning"):
         logging.getLogger(package).setLevel(level.upper())
     # Most of what these libraries warn of is how the engine is meant to run here.

@@ -65,7 +65,7 @@ def read_inputs(settings: Settings) -> Inputs:
         with refused_as(f"plan: {settings.plan}", PlanError):
             plan.check_model(fingerprint, num_layers)
     with refused_as("calibration", TextError):
-        texts = _texts(settings.calibration, Part.CALIBRATION, settings.calibration_tokens)
+        texts = calibration_texts(settings)
     with refused_as("quality_text", TextError):
         held_out_texts = _texts(settings.quality_text, Part.HELD_OUT, settings.quality_tokens)
     return Inputs(
@@ -91,6 +91,11 @@ def refused_as(setting: str, *errors: type[Exception]) -> Iterator[None]:
         raise StartError(str(error)) from error
     except errors as error:
         raise StartError(f"{setting}: {error}") from error
+
+
+def calibration_texts(settings: Settings) -> Sequence[str]:
+    """Return the texts to rank the layers on; raises :class:`TextError` where there are none."""
+    return _texts(settings.calibration, Part.CALIBRATION, settings.calibration_tokens)
 
 
 def _num_layers(directory: Path) -> int:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from server.cli.calibrate import calibrate
+from server.cli.export import export
 from server.cli.generate import generate
 from server.cli.health import health
 from server.cli.model import model
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (serve, generate, model, calibrate, health):
+for command in (serve, generate, model, calibrate, export, health):
     app.command()(command)
 
 

@@ -16,6 +16,7 @@ def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSer
     """Serves the demo model, with a state directory that was empty."""
     with running_server(tmp_path_factory.mktemp("demo")) as server:
         yield server
+    assert "Traceback" not in server.log, server.log
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +25,7 @@ def stories_server(
 ) -> Iterator[RunningServer]:
     with running_server(tmp_path_factory.mktemp("stories"), model=stories_model) as server:
         yield server
+    assert "Traceback" not in server.log, server.log
 
 
 @pytest.fixture

@@ -94,11 +94,13 @@ class RunningServer:
         with urllib.request.urlopen(self.metrics_url, timeout=PATIENCE) as response:
             return Scrape(response.read().decode())
 
-    def engine_process(self) -> psutil.Process:
-        """Return the child that runs the model."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        (engine,) = (child for child in children if "EngineCore" in " ".join(child.cmdline()))
-        return engine
+    def children(self) -> list[psutil.Process]:
+        """Return the processes that the server has started, and those that these have."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def engine_processes(self) -> list[psutil.Process]:
+        """Return the children that run the model."""
+        return [child for child in self.children() if "EngineCore" in " ".join(child.cmdline())]
 
     def stop(self) -> int:
         """Send SIGTERM, and return the exit code."""
@@ -109,7 +111,7 @@ class RunningServer:
         """Leave no process behind, whatever has happened."""
         if self.process.poll() is not None:
             return
-        children = psutil.Process(self.process.pid).children(recursive=True)
+        children = self.children()
         try:
             self.stop()
         except subprocess.TimeoutExpired:
@@ -124,10 +126,10 @@ class Scrape:
 
     def __init__(self, text: str) -> None:
         self._samples = [
-            sample
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
+            sample for family in text_string_to_metric_families(text) for sample in family.samples
         ]
+        # Also those that have no samples yet.
+        self.families = set(re.findall(r"^# HELP (\S+)", text, re.MULTILINE))
 
     def sum(self, name: str, **labels: str) -> float:
         """Return the sum over the samples that have these labels; 0.0 where there is none."""
@@ -156,6 +158,8 @@ def running_server(directory: Path, **settings: object) -> Iterator[RunningServe
     try:
         server.wait_until_serving()
         yield server
+        if server.process.poll() is None:
+            assert server.stop() == 0, server.log
     finally:
         server.close()
 

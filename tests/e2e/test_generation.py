@@ -41,10 +41,12 @@ class Subject:
     pairs: list[tuple[int, int]]
 
     def selection(self, prefill: int, decode: int) -> LayerSelection:
-        return LayerSelection(*[
-            tuple(sorted(self.removal_order[: len(self.removal_order) - depth]))
-            for depth in (prefill, decode)
-        ])
+        return LayerSelection(
+            *[
+                tuple(sorted(self.removal_order[: len(self.removal_order) - depth]))
+                for depth in (prefill, decode)
+            ]
+        )
 
     def expected(self, prompt_ids: list[int], prefill: int, decode: int) -> list[int]:
         selection = self.selection(prefill, decode)
@@ -70,7 +72,7 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     pairs = DEMO_PAIRS
     if request.param == "stories":
         checkpoint = request.getfixturevalue("stories_model")
-        pairs = list(itertools.product(range(1, 6), repeat=2))
+        pairs = list(itertools.product(range(1, 6), range(1, 6)))
     with server.client() as client:
         order = list(client.get_plan().plan.removal_order)
     return Subject(server, checkpoint, reference.load(checkpoint), order, pairs)
@@ -167,7 +169,9 @@ def test_stop_string_and_stop_token(subject: Subject) -> None:
         request = greedy_request(PROMPTS[0], 64)
         whole = client.generate(request)
         # The last five characters that have not been there before.
-        end = max(i for i in range(5, len(whole.text)) if whole.text.find(whole.text[i - 5 : i]) == i - 5)
+        end = max(
+            i for i in range(5, len(whole.text)) if whole.text.find(whole.text[i - 5 : i]) == i - 5
+        )
         stop = whole.text[end - 5 : end]
         request.stop.stop.extend(["never\x01generated", stop])
         for include_stop in (False, True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -265,6 +266,14 @@ def test_every_setting_is_described() -> None:
 
 def test_table_of_the_readme_is_current() -> None:
     assert settings_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_example_file_of_the_readme_is_valid(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```yaml\n(.*?)```", readme, flags=re.DOTALL)
+    settings = load_settings({"config": yaml_file(tmp_path, example)})
+    assert settings.levels
+    assert settings.engine_args
 
 
 def test_module_prints_the_table() -> None:

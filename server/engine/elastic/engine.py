@@ -83,8 +83,8 @@ class ElasticEngine:
             InvalidArgument: An entry of ``engine_args`` is none that vLLM takes.
         """
         await self.shutdown()
-        self._llm = await asyncio.to_thread(self._make_llm)
-        config = self._llm.model_config
+        await asyncio.to_thread(self._start_llm)
+        config = self._require_llm().model_config
         self._defaults = config.get_diff_sampling_param()
         # The server's own limit on the length of an answer comes from the request or the context.
         self._defaults.pop("max_tokens", None)
@@ -98,7 +98,8 @@ class ElasticEngine:
             max_context=config.max_model_len,
         )
 
-    def _make_llm(self) -> AsyncLLM:
+    def _start_llm(self) -> None:
+        # Sets what a future would return: vLLM keeps frames of this thread, and so futures, alive.
         prepare_environment()
         check_vllm()
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -117,7 +118,7 @@ class ElasticEngine:
         resource_tracker.ensure_running()  # when it is started, it resets the mask
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            return AsyncLLM.from_engine_args(
+            self._llm = AsyncLLM.from_engine_args(
                 vllm_arguments(self._config), stat_loggers=[load_logger]
             )
         finally:

@@ -9,7 +9,9 @@ def register() -> None:
 
     from server.engine.elastic.architectures import ELASTIC_ARCHITECTURES
     from server.engine.elastic.model import ELASTIC_CLASSES
+    from server.engine.elastic.orphan import end_with_parent
 
+    end_with_parent()
     registered = ModelRegistry.get_supported_archs()
     for name, elastic_name in ELASTIC_ARCHITECTURES.items():
         # The class itself: of a dotted name vLLM would learn more in a process of its own.

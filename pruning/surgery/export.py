@@ -1,0 +1,251 @@
+"""Writes a standalone checkpoint of one depth."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pruning.checkpoint import CheckpointError, check_checkpoint, read_config, weight_files
+from pruning.depths import check_depth
+from pruning.fingerprint import model_fingerprint
+from pruning.plan import Plan
+from pruning.surgery import model_card
+from pruning.surgery.errors import SurgeryError
+from pruning.surgery.layer_map import LayerMap
+from pruning.surgery.model_config import cut_config, embeddings_are_tied, num_layers_of
+from pruning.surgery.module_rules import renumber_rules
+from pruning.surgery.output_directory import check_replaceable, check_space, output_directory
+from pruning.surgery.shard import NewShard, Shard
+from pruning.surgery.tensor_names import TensorNames
+
+PLAN_FILE = "fathom_plan.json"
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_CONFIG = "config.json"
+# What quantizers write beside the configuration.
+_QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json")
+_WRITTEN = frozenset({_CONFIG, *_QUANTIZATION_FILES, model_card.FILE_NAME, PLAN_FILE})
+_WEIGHT_SUFFIXES = frozenset(
+    {".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth", ".safetensors"}
+)
+_TEMPLATES = "additional_chat_templates"
+# Tokenizers take some tens of megabytes; what is larger is no part of the model.
+_MAX_COPIED_BYTES = 256 << 20
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What was written; sizes are of the weights, in bytes."""
+
+    directory: Path
+    num_layers: int
+    depth: int
+    removed: tuple[int, ...]
+    num_source_bytes: int
+    num_bytes: int
+
+
+def count_layers(directory: str | Path) -> int:
+    """Return the number of layers of the model in ``directory``.
+
+    Raises :class:`pruning.checkpoint.CheckpointError` where its configuration does not say.
+    """
+    return num_layers_of(read_config(Path(directory)))
+
+
+def check_output(out: str | Path, *, overwrite: bool = False) -> None:
+    """Raise :class:`SurgeryError` where an export may not be written to ``out``."""
+    check_replaceable(_absolute(out), PLAN_FILE if overwrite else None)
+
+
+def export_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    plan: Plan,
+    depth: int,
+    *,
+    base_model: str | None = None,
+    overwrite: bool = False,
+    with_code: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Export:
+    """Write the model in ``source`` with ``depth`` of its layers to the new directory ``out``.
+
+    The layers that ``plan`` leaves out at that depth are gone, the others numbered anew. Weights
+    are copied byte by byte in constant memory, whatever their type, into as many shards as they
+    come in; torch is not used for it. Tokenizer and generation settings are copied, Python files
+    only ``with_code``. ``base_model`` is what the model card calls the source, by default its
+    directory. ``on_progress`` is told the bytes written and those to write.
+
+    ``out`` appears when it is whole. ``overwrite`` replaces an earlier export then.
+
+    Raises:
+        CheckpointError: ``source`` is incomplete or damaged.
+        SurgeryError: ``source`` cannot be cut, ``out`` may not be written, or the disk is full.
+        PlanError: ``plan`` is of another model.
+        ValueError: ``depth`` is not in 1..L.
+        OSError: reading or writing failed.
+    """
+    source, out = Path(source), _absolute(out)
+    fingerprint = model_fingerprint(source)
+    config = read_config(source)
+    num_layers = num_layers_of(config)
+    plan.check_model(fingerprint, num_layers)
+    check_depth(num_layers, depth)
+    check_output(out, overwrite=overwrite)
+    if source.resolve().is_relative_to(out.resolve()):
+        raise SurgeryError(f"{out}: holds the model itself, allowed: another directory")
+
+    layers = LayerMap(num_layers, plan.skipped(depth))
+    shards = [Shard.read(path) for path in _weight_files(source)]
+    names = TensorNames.of(_tensor_names(shards), num_layers, tied=embeddings_are_tied(config))
+    weights = _new_shards(shards, names, layers)
+    documents = _documents(source, config, names, layers, with_code=with_code)
+    if _WEIGHTS not in weights:
+        documents[_INDEX] = _index(weights)
+    card = model_card.model_card(source, base_model or source.resolve().name, plan, layers)
+    documents[model_card.FILE_NAME] = card.encode()
+    copies = list(_copies(source, with_code=with_code))
+
+    num_bytes = sum(shard.num_bytes for shard in weights.values())
+    num_other_bytes = sum(map(len, documents.values())) + sum(
+        path.stat().st_size for path in copies
+    )
+    check_space(out, num_bytes + num_other_bytes)
+    done = 0
+
+    def count(num_written: int) -> None:
+        nonlocal done
+        done += num_written
+        if on_progress is not None:
+            on_progress(done, num_bytes)
+
+    with output_directory(out, replaceable_with=PLAN_FILE if overwrite else None) as directory:
+        for name, document in documents.items():
+            _write(directory / name, document)
+        for path in copies:
+            target = directory / path.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            _write(target, path.read_bytes())
+        plan.save(directory / PLAN_FILE)
+        for name, shard in weights.items():
+            shard.write(directory / name, count)
+        check_checkpoint(directory)
+    return Export(
+        directory=out,
+        num_layers=num_layers,
+        depth=depth,
+        removed=layers.removed,
+        num_source_bytes=sum(shard.path.stat().st_size for shard in shards),
+        num_bytes=num_bytes,
+    )
+
+
+def _absolute(out: str | Path) -> Path:
+    path = Path(out)
+    return path.parent.resolve() / path.name if path.name else path.resolve()
+
+
+def _weight_files(source: Path) -> list[Path]:
+    """Return the files that the model is loaded from: others may repeat it in another layout."""
+    if (source / _WEIGHTS).is_file():
+        chosen = [source / _WEIGHTS]
+    elif (source / _INDEX).is_file():
+        weight_map = json.loads((source / _INDEX).read_bytes())["weight_map"]
+        chosen = [source / name for name in sorted(set(weight_map.values()))]
+    else:
+        chosen = weight_files(source)
+    others = sorted(path.name for path in set(weight_files(source)) - set(chosen))
+    if others:
+        logger.warning("%s: left out, no index names it", ", ".join(others))
+    return chosen
+
+
+def _tensor_names(shards: list[Shard]) -> set[str]:
+    places: dict[str, Path] = {}
+    for shard in shards:
+        for tensor in shard.tensors:
+            if tensor.name in places:
+                raise CheckpointError(
+                    f"{shard.path}: {tensor.name}: is in {places[tensor.name].name}, too"
+                )
+            places[tensor.name] = shard.path
+    index = shards[0].path.parent / _INDEX
+    if index.is_file() and shards[0].path.name != _WEIGHTS:
+        missing = json.loads(index.read_bytes())["weight_map"].keys() - places.keys()
+        if missing:
+            raise CheckpointError(f"{index}: {min(missing)}: no shard has it")
+    return set(places)
+
+
+def _new_shards(shards: list[Shard], names: TensorNames, layers: LayerMap) -> dict[str, NewShard]:
+    new_shards = []
+    for shard in shards:
+        renamed = [(names.renamed(tensor.name, layers), tensor) for tensor in shard.tensors]
+        if kept := [(name, tensor) for name, tensor in renamed if name is not None]:
+            new_shards.append(NewShard(shard, kept))
+    if len(shards) == 1:
+        return {_WEIGHTS: new_shards[0]}
+    return {
+        f"model-{number:05d}-of-{len(new_shards):05d}.safetensors": shard
+        for number, shard in enumerate(new_shards, start=1)
+    }
+
+
+def _index(weights: dict[str, NewShard]) -> bytes:
+    total_size = sum(shard.num_tensor_bytes for shard in weights.values())
+    weight_map = {name: file for file, shard in weights.items() for name in shard.names}
+    return _json({"metadata": {"total_size": total_size}, "weight_map": weight_map})
+
+
+def _documents(
+    source: Path, config: dict[str, Any], names: TensorNames, layers: LayerMap, *, with_code: bool
+) -> dict[str, bytes]:
+    """Return the files that say what the layers are, by name."""
+    new_config = cut_config(config, layers)
+    for section in (new_config, *(v for v in new_config.values() if isinstance(v, dict))):
+        if (rules := section.get("quantization_config")) is not None:
+            section["quantization_config"] = renumber_rules(rules, names.list_name, layers)
+    if not with_code:
+        new_config.pop("auto_map", None)  # it would name files that are not there
+    documents = {_CONFIG: _json(new_config)}
+    for name in _QUANTIZATION_FILES:
+        if (source / name).is_file():
+            rules = json.loads((source / name).read_bytes())
+            documents[name] = _json(renumber_rules(rules, names.list_name, layers))
+    return documents
+
+
+def _copies(source: Path, *, with_code: bool) -> Iterator[Path]:
+    for path in sorted(source.iterdir()):
+        if path.is_dir() and path.name == _TEMPLATES:
+            yield from sorted(path.glob("*.jinja"))
+        if not path.is_file() or path.name.startswith(".") or path.name in _WRITTEN:
+            continue
+        if path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json"):
+            continue
+        if path.suffix == ".py" and not with_code:
+            logger.warning("%s: left out, code is copied only where it is trusted", path.name)
+        elif path.stat().st_size > _MAX_COPIED_BYTES:
+            logger.warning("%s: left out, too large for a part of a model", path.name)
+        else:
+            yield path
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"

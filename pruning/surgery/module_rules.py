@@ -1,0 +1,68 @@
+"""Rules of quantization configurations that name modules, and the layers in them.
+
+GPTQModel's ``dynamic``, ``modules_to_not_convert``, ``ignore`` and others hold module names,
+parts of them or regular expressions over them, as list items or as keys.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pruning.surgery.errors import SurgeryError
+from pruning.surgery.layer_map import LayerMap
+
+
+def renumber_rules(value: Any, list_name: str, layers: LayerMap) -> Any:
+    """Return ``value``, any JSON, with the layers renumbered in its keys and list items.
+
+    ``list_name`` is what the list of layers is called in module names, such as ``layers``.
+    Rules about removed layers alone are dropped. Raises :class:`SurgeryError` for a rule whose
+    layers cannot be told.
+    """
+    match value:
+        case dict():
+            renumbered: dict[str, Any] = {}
+            for key, item in value.items():
+                if (new := _renumber(key, list_name, layers)) is not None:
+                    # Of rules that have become equal, the first one counts, as before.
+                    renumbered.setdefault(new, renumber_rules(item, list_name, layers))
+            return renumbered
+        case list():
+            items = (_renumber(i, list_name, layers) if isinstance(i, str) else i for i in value)
+            return [
+                item if isinstance(item, str) else renumber_rules(item, list_name, layers)
+                for item in items
+                if item is not None
+            ]
+        case _:
+            return value
+
+
+def _renumber(rule: str, list_name: str, layers: LayerMap) -> str | None:
+    """Return the rule for the new numbers, None where it speaks of removed layers alone."""
+    # The number may be an expression; it ends at a dot that is not the start of a wildcard.
+    match = re.search(
+        rf"(?<![A-Za-z0-9_]){list_name}(?:\\\.|\.)(?P<number>.+?)(?=\\\.|\.(?![*+?{{])|\$|$)", rule
+    )
+    if match is None:
+        return rule
+    try:
+        number = re.compile(match["number"])
+    except re.error:
+        if match["number"][0] in "*+?{":  # it repeats the wildcard before it
+            return rule
+        raise SurgeryError(
+            f"quantization_config: found {rule!r}, allowed: rules in which the number of the "
+            "layer is an expression of its own"
+        ) from None
+    named = [layer for layer in range(layers.num_layers) if number.fullmatch(str(layer))]
+    if not named or len(named) == layers.num_layers:
+        return rule
+    kept = [str(layer) for layer in layers.renumber(named)]
+    if not kept:
+        return None
+    new = kept[0] if match["number"].isdecimal() else f"(?:{'|'.join(kept)})"
+    if number.fullmatch(f"{named[0]}.x"):  # a wildcard that reaches beyond the number
+        new += r"(?:\..*)?"
+    return rule[: match.start("number")] + new + rule[match.end("number") :]

@@ -1,0 +1,121 @@
+"""Shards: safetensors files, read as byte ranges and written from them.
+
+The format: the number of header bytes as 8 bytes, little-endian; the header, JSON that maps
+each tensor to its type, shape and range of bytes after the header; the tensors without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pruning.checkpoint import CheckpointError, read_header
+
+_LENGTH_BYTES = 8
+_ALIGNMENT = 8
+# What is held of a tensor at a time, however large it is.
+_CHUNK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor of a shard; its bytes are ``start`` to ``end`` of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A safetensors file; tensors are in the order of their bytes."""
+
+    path: Path
+    tensors: tuple[Tensor, ...]
+    metadata: dict[str, str]
+
+    @classmethod
+    def read(cls, path: Path) -> Shard:
+        """Read the header; raises :class:`CheckpointError` for a file that is not whole."""
+        header = read_header(path)
+        data_start = _LENGTH_BYTES + len(header)
+        document = json.loads(header)
+        metadata = document.pop("__metadata__", {})
+        tensors = [
+            Tensor(
+                name,
+                entry["dtype"],
+                tuple(entry["shape"]),
+                *(data_start + offset for offset in entry["data_offsets"]),
+            )
+            for name, entry in document.items()
+        ]
+        return cls(path, tuple(sorted(tensors, key=lambda t: (t.start, t.end))), metadata)
+
+
+class NewShard:
+    """A file to be written: tensors of one shard, some of them under new names."""
+
+    def __init__(self, source: Shard, tensors: Sequence[tuple[str, Tensor]]) -> None:
+        self.names = tuple(name for name, _ in tensors)
+        self.num_tensor_bytes = sum(tensor.end - tensor.start for _, tensor in tensors)
+        self._source = source
+        self._tensors = [tensor for _, tensor in tensors]
+        self._head = _head(tensors, source.metadata)
+        self.num_bytes = len(self._head) + self.num_tensor_bytes
+
+    def write(self, path: Path, on_bytes: Callable[[int], None]) -> None:
+        """Write the file and wait until it is on the disk.
+
+        ``on_bytes`` is told of every chunk. Raises :class:`CheckpointError` where the source
+        has become shorter than it was.
+        """
+        buffer = memoryview(bytearray(_CHUNK_BYTES))
+        with path.open("xb") as target, self._source.path.open("rb", buffering=0) as source:
+            target.write(self._head)
+            on_bytes(len(self._head))
+            for start, end in self._ranges():
+                source.seek(start)
+                remaining = end - start
+                while remaining:
+                    count = source.readinto(buffer[:remaining])
+                    if not count:
+                        raise CheckpointError(f"{self._source.path}: truncated while it was read")
+                    target.write(buffer[:count])
+                    remaining -= count
+                    on_bytes(count)
+            target.flush()
+            os.fsync(target.fileno())
+
+    def _ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield the bytes to copy; tensors that follow one another are one range."""
+        start = end = 0
+        for tensor in self._tensors:
+            if tensor.start != end:
+                if start < end:
+                    yield start, end
+                start = tensor.start
+            end = tensor.end
+        if start < end:
+            yield start, end
+
+
+def _head(tensors: Sequence[tuple[str, Tensor]], metadata: dict[str, str]) -> bytes:
+    document: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for name, tensor in tensors:
+        size = tensor.end - tensor.start
+        document[name] = {
+            "dtype": tensor.dtype,
+            "shape": tensor.shape,
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    header = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % _ALIGNMENT)
+    return len(header).to_bytes(_LENGTH_BYTES, "little") + header

@@ -1,0 +1,168 @@
+"""``fathom export``."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+
+from server.cli.problems import report_problem
+from server.config import Settings, load_settings
+from server.progress import ProgressReport
+
+
+def export(
+    out: Annotated[Path, typer.Argument(help="New directory to write.")],
+    depth: Annotated[int | None, typer.Option(help="Layers that stay.")] = None,
+    prune_ratio: Annotated[
+        float | None, typer.Option(help="Share of the layers that is removed.")
+    ] = None,
+    prefill_depth: Annotated[int | None, typer.Option(help="Refused.", hidden=True)] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier export.")
+    ] = False,
+    config: Annotated[str | None, typer.Option(help="YAML file with settings.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint directory or Hugging Face Hub id; none: the demo model."),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a Hub model.")
+    ] = None,
+    plan: Annotated[
+        str | None, typer.Option(help="Plan file that says which layers are removed first.")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Text to rank the layers on, as for 'fathom serve'.")
+    ] = None,
+    calibration_tokens: Annotated[
+        str | None, typer.Option(help="Tokens of it to rank the layers on.", metavar="NUMBER")
+    ] = None,
+    state_dir: Annotated[
+        str | None, typer.Option(help="Directory that keeps plans.", metavar="PATH")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool | None,
+        typer.Option(
+            "--trust-remote-code", help="Copy the code that comes with the model; it may run."
+        ),
+    ] = None,
+) -> None:
+    """Write a standalone checkpoint of one depth, without loading the model.
+
+    Which layers are removed is said by --plan, or by what a server has kept in the state
+    directory for this model and calibration text. Where there is neither, the model is loaded to
+    rank its layers. The settings of 'fathom serve' apply, from variables and --config, too.
+    """
+    if prefill_depth is not None:
+        raise typer.BadParameter(
+            "--prefill-depth: a standalone checkpoint runs the same layers for the prompt and for "
+            "what is generated; a server can tell them apart"
+        )
+    if depth is not None and prune_ratio is not None:
+        raise typer.BadParameter("--depth and --prune-ratio exclude each other")
+    if depth is None and prune_ratio is None:
+        raise typer.BadParameter("one of --depth and --prune-ratio is needed")
+    settings = load_settings(
+        {
+            "config": config,
+            "model": model,
+            "revision": revision,
+            "plan": plan,
+            "calibration": calibration,
+            "calibration_tokens": calibration_tokens,
+            "state_dir": state_dir,
+            "trust_remote_code": trust_remote_code,
+        }
+    )
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for package in ("server", "pruning"):
+        logging.getLogger(package).setLevel(settings.log_level.upper())
+    signal.signal(signal.SIGTERM, _exit)  # what is half written is removed on the way out
+
+    # Imported here to keep the other commands quick.
+    from server.inputs import StartError
+
+    try:
+        _export(settings, out, depth, prune_ratio, overwrite)
+    except StartError as error:
+        report_problem(str(error))
+        sys.exit(2)
+    except OSError as error:
+        report_problem(f"{out}: {error}")
+        sys.exit(1)
+
+
+def _export(
+    settings: Settings, out: Path, depth: int | None, prune_ratio: float | None, overwrite: bool
+) -> None:
+    from pruning.checkpoint import CheckpointError
+    from pruning.depths import check_depth, depth_of_prune_ratio
+    from pruning.fingerprint import model_fingerprint
+    from pruning.plan import Plan, PlanError
+    from pruning.surgery import SurgeryError, check_output, count_layers, export_checkpoint
+    from pruning.text import TextError
+    from server.inputs import StartError, calibration_texts, refused_as
+    from server.model_source import find_model
+    from server.offline_plan import kept_plan, measured_plan
+
+    with refused_as("model", CheckpointError):
+        source = find_model(settings.model, settings.revision)
+        fingerprint = model_fingerprint(source.directory)
+        num_layers = count_layers(source.directory)
+    try:
+        if prune_ratio is not None:
+            depth = depth_of_prune_ratio(num_layers, prune_ratio)
+        assert depth is not None
+        check_depth(num_layers, depth)
+        check_output(out, overwrite=overwrite)
+    except ValueError as error:
+        raise StartError(str(error)) from error
+    with ProgressReport(Console(stderr=True)) as report:
+        if settings.plan is not None:
+            with refused_as("plan", PlanError, OSError):
+                chosen = Plan.load(settings.plan)
+        else:
+            with refused_as("calibration", TextError):
+                texts = calibration_texts(settings)
+            kept = kept_plan(settings, fingerprint, texts)
+            if kept is None:
+                with refused_as("the layers cannot be ranked; --plan takes a ranking", Exception):
+                    kept = measured_plan(
+                        settings, source.directory, fingerprint, num_layers, texts, report
+                    )
+            chosen = kept
+        with refused_as(f"plan: {settings.plan}", PlanError):
+            chosen.check_model(fingerprint, num_layers)
+        is_local = source.directory == Path(settings.model or "").expanduser()
+        try:
+            with refused_as("model", CheckpointError):
+                written = export_checkpoint(
+                    source.directory,
+                    out,
+                    chosen,
+                    depth,
+                    base_model=None if is_local else source.name,
+                    overwrite=overwrite,
+                    with_code=settings.trust_remote_code,
+                    on_progress=lambda done, total: report.advance("Writing", done, total),
+                )
+        except SurgeryError as error:
+            raise StartError(str(error)) from error
+    removed = ", ".join(map(str, written.removed)) or "none"
+    print(f"Depth {written.depth} of {written.num_layers}; layers removed: {removed}")
+    print(
+        f"Weights: {decimal(written.num_bytes)}, before: {decimal(written.num_source_bytes)}; "
+        f"in {written.directory}"
+    )
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)

@@ -1,0 +1,124 @@
+"""The plan of a model that no engine has loaded: one that is kept, or measured on transformers."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pruning.checkpoint import read_config
+from pruning.fingerprint import text_fingerprint
+from pruning.plan import Plan, PlanError
+from pruning.text import token_windows
+from server.calibration import WINDOW
+from server.config import Settings
+from server.engine.elastic.engine_arguments import cpu_dtype
+from server.policy_store import PlanFile
+from server.progress import ProgressReport
+from server.state import StateDirectory
+
+_PACKAGES = ("fathom-server", "torch", "transformers")
+
+logger = logging.getLogger(__name__)
+
+
+def kept_plan(settings: Settings, fingerprint: str, texts: Sequence[str]) -> Plan | None:
+    """Return the newest plan in the state directory of this model on these texts.
+
+    Servers keep one for each data type, context and number of tokens, on which a ranking
+    depends little.
+    """
+    text = text_fingerprint(texts)
+    found: list[tuple[float, Path, Plan]] = []
+    for path in settings.state_dir.glob("plan-*.json"):
+        try:
+            plan = Plan.load(path)
+        except (PlanError, OSError) as error:
+            logger.warning("%s is not used: %s", path, error)
+            continue
+        if (plan.model_fingerprint, plan.text_fingerprint) == (fingerprint, text):
+            found.append((plan.created_at, path, plan))
+    if not found:
+        return None
+    _, path, plan = max(found, key=lambda item: item[:2])
+    logger.info("Ranked before, on %d tokens: %s", plan.num_tokens, path)
+    return plan
+
+
+def measured_plan(
+    settings: Settings,
+    directory: Path,
+    fingerprint: str,
+    num_layers: int,
+    texts: Sequence[str],
+    report: ProgressReport,
+) -> Plan:
+    """Load the model, rank its layers and keep the plan in the state directory.
+
+    Raises what transformers raises for a model that it cannot load, and :class:`ValueError` for
+    one whose layers it cannot rank.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from pruning.importance import measure_block_influence
+
+    with report.working("Loading the model, to rank its layers"):
+        model, tokenizer = _load(settings, directory)
+    windows = _windows(model, tokenizer, texts, settings.calibration_tokens)
+    influence = measure_block_influence(
+        model,
+        _batches(windows, model.device, lambda *c: report.advance("Ranking the layers", *c)),
+    )
+    plan = Plan.from_importance(
+        influence,
+        model_fingerprint=fingerprint,
+        text_fingerprint=text_fingerprint(texts),
+        versions={name: metadata.version(name) for name in _PACKAGES},
+    )
+    key = {
+        "model": fingerprint,
+        "text": plan.text_fingerprint,
+        "num_tokens": settings.calibration_tokens,
+        "library": "transformers",
+    }
+    StateDirectory(settings.state_dir).save("plan", key, PlanFile(fingerprint, num_layers), plan)
+    return plan
+
+
+def _load(settings: Settings, directory: Path) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    auto_model: Any = AutoModelForCausalLM
+    auto_tokenizer: Any = AutoTokenizer
+    has_gpu = torch.cuda.is_available()
+    quantized = "quantization_config" in read_config(directory)
+    dtype = settings.dtype if has_gpu else cpu_dtype(settings.dtype, quantized=quantized)
+    trusted = {"trust_remote_code": settings.trust_remote_code}
+    tokenizer = auto_tokenizer.from_pretrained(directory, **trusted)
+    model = auto_model.from_pretrained(directory, dtype=dtype, **trusted)
+    return model.to("cuda" if has_gpu else "cpu").eval(), tokenizer
+
+
+def _windows(model: Any, tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+    """Cut the texts into windows as the calibration of a server does."""
+    start: list[int] = list(tokenizer("").input_ids)
+    max_context = getattr(model.config, "max_position_embeddings", None) or WINDOW + 1
+    window = min(WINDOW, max_context - 1) - len(start)
+    documents = (tokenizer(text, add_special_tokens=False).input_ids for text in texts)
+    return [start + ids for ids in token_windows(documents, window, max_tokens)]
+
+
+def _batches(
+    windows: Sequence[Sequence[int]], device: Any, advance: Callable[[int, int], None]
+) -> Iterator[Any]:
+    import torch
+
+    total = sum(map(len, windows))
+    done = 0
+    for window in windows:
+        yield torch.tensor([list(window)], device=device)
+        done += len(window)
+        advance(done, total)
