@@ -491,11 +491,7 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function)
 
     def _text(self, prompt: Prompt, ids: Sequence[int]) -> str:
-        return (
-            prompt.text
-            if isinstance(prompt, TextPrompt)
-            else self._engine.detokenize(ids)
-        )
+        return prompt.text if isinstance(prompt, TextPrompt) else self._engine.detokenize(ids)
 
     def _check_ids(self, ids: Sequence[int], field: str) -> None:
         for i, token_id in enumerate(ids):

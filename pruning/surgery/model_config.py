@@ -124,7 +124,7 @@ def _cut_section(section: Config, layers: LayerMap) -> None:
 
 
 def _cut_list(name: str, values: list[Any], layers: LayerMap) -> list[Any]:
-    if name in _INDEX_LISTS:
+    if name in _INDEX_LISTS and all(type(value) is int for value in values):
         return layers.renumber(values)
     return layers.cut(values) if _is_per_layer(name, values, layers.num_layers) else values
 
@@ -216,10 +216,12 @@ def _views(config: Config) -> list[Config]:
 
     Empty for a type of model that transformers has no class for. Runs no code of the model's.
     """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        return []
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+    if model_type not in CONFIG_MAPPING:
         return []
     try:
         whole = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(config))

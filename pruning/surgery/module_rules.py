@@ -12,6 +12,15 @@ from typing import Any
 from pruning.surgery.errors import SurgeryError
 from pruning.surgery.layer_map import LayerMap
 
+_CLASS = r"[0-9]|\\d|\[[\^\\d0-9-]+\]"
+_REPEATED = r"[*+?]|\{[0-9,]+\}"
+# The number of a layer as it is written in names and in regular expressions, with a wildcard
+# that may take in more digits.
+_NUMBER = re.compile(
+    rf"(?:(?:{_CLASS}|\((?:\?:)?(?:{_CLASS}|{_REPEATED}|\|)+\))(?:{_REPEATED})?)+"
+    rf"(?P<wildcard>\.(?:{_REPEATED}))?"
+)
+
 
 def renumber_rules(value: Any, list_name: str, layers: LayerMap) -> Any:
     """Return ``value``, any JSON, with the layers renumbered in its keys and list items.
@@ -41,28 +50,25 @@ def renumber_rules(value: Any, list_name: str, layers: LayerMap) -> Any:
 
 def _renumber(rule: str, list_name: str, layers: LayerMap) -> str | None:
     """Return the rule for the new numbers, None where it speaks of removed layers alone."""
-    # The number may be an expression; it ends at a dot that is not the start of a wildcard.
-    match = re.search(
-        rf"(?<![A-Za-z0-9_]){list_name}(?:\\\.|\.)(?P<number>.+?)(?=\\\.|\.(?![*+?{{])|\$|$)", rule
-    )
-    if match is None:
+    head = re.search(rf"(?<!\w){re.escape(list_name)}(?:\\\.|\.|\[\.\])", rule)
+    if head is None:
         return rule
-    try:
-        number = re.compile(match["number"])
-    except re.error:
-        if match["number"][0] in "*+?{":  # it repeats the wildcard before it
-            return rule
-        raise SurgeryError(
-            f"quantization_config: found {rule!r}, allowed: rules in which the number of the "
-            "layer is an expression of its own"
-        ) from None
+    match = _NUMBER.match(rule, head.end())
+    if match is None:
+        if rule.startswith("(", head.end()):
+            raise SurgeryError(
+                f"quantization_config: found {rule!r}, allowed: rules in which the number of the "
+                "layer is an expression of its own"
+            )
+        return rule  # of any layer
+    number = re.compile(match[0])
     named = [layer for layer in range(layers.num_layers) if number.fullmatch(str(layer))]
     if not named or len(named) == layers.num_layers:
         return rule
     kept = [str(layer) for layer in layers.renumber(named)]
     if not kept:
         return None
-    new = kept[0] if match["number"].isdecimal() else f"(?:{'|'.join(kept)})"
-    if number.fullmatch(f"{named[0]}.x"):  # a wildcard that reaches beyond the number
-        new += r"(?:\..*)?"
-    return rule[: match.start("number")] + new + rule[match.end("number") :]
+    new = kept[0] if match[0].isdecimal() else f"(?:{'|'.join(kept)})"
+    if match["wildcard"]:
+        new += f"(?![0-9]){match['wildcard']}"
+    return rule[: match.start()] + new + rule[match.end() :]

@@ -49,6 +49,7 @@ def output_directory(path: Path, *, replaceable_with: str | None = None) -> Iter
         shutil.rmtree(partial, ignore_errors=True)
         if aside.exists() and not path.exists():
             aside.rename(path)
+        shutil.rmtree(aside, ignore_errors=True)
         raise
     shutil.rmtree(aside, ignore_errors=True)
 

@@ -96,7 +96,7 @@ def export(
         report_problem(str(error))
         sys.exit(2)
     except OSError as error:
-        report_problem(f"{out}: {error}")
+        report_problem(str(error))
         sys.exit(1)
 
 

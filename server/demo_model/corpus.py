@@ -16,6 +16,7 @@ import importlib.util
 import inspect
 import sys
 import sysconfig
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -107,7 +108,9 @@ def _compiled_modules() -> Iterator[str]:
         if spec is None or (spec.origin or "").endswith((".py", "frozen")):
             continue
         try:
-            module = importlib.import_module(name)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                module = importlib.import_module(name)
         except ImportError:  # built without an optional library, or for another system
             continue
         text = "\n\n".join(_compiled_docstrings(module))
