@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import (
@@ -24,6 +25,9 @@ from prometheus_client.registry import Collector
 from server.engine.base import LoadInfo
 from server.listening import cannot_listen
 from server.policy import DepthPolicy
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 # Of the gauge of tokens per second, in seconds.
 WINDOW = 10
@@ -185,6 +189,9 @@ class MetricsServer:
             self._server, self._thread = start_http_server(port, host, both)
         except OSError as error:
             raise cannot_listen(error, host, port, "metrics_") from None
+        app = self._server.get_app()
+        assert app is not None
+        self._server.set_app(_as_text(app))
 
     @property
     def port(self) -> int:
@@ -195,6 +202,18 @@ class MetricsServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def _as_text(app: WSGIApplication) -> WSGIApplication:
+    """Answer in Prometheus's text format, whatever else a scrape would rather have.
+
+    In OpenMetrics, prometheus_client writes ``vllm_`` for the ``vllm:`` of vLLM's names.
+    """
+
+    def text(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        return app({**environ, "HTTP_ACCEPT": "text/plain; version=0.0.4"}, start_response)
+
+    return text
 
 
 class _TokenRate(Collector):

@@ -47,6 +47,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# In characters; longer texts take long enough to tokenize that others would notice.
+_LONG_TEXT = 65536
+
 
 class State(enum.Enum):
     """What a service is doing."""
@@ -115,8 +118,9 @@ class Service:
         self._policy: DepthPolicy | None = None
         self._calibrator: Calibrator | None = None
         self._calibrating = asyncio.Lock()
-        # One thread: it keeps long texts off the event loop, and tokenizers to one text at a time.
+        # Off the event loop, and long texts out of the way of short ones.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._tokenizing_long = ThreadPoolExecutor(1, thread_name_prefix="long-tokenizer")
         self._supervisor = Supervisor(
             engine,
             self._engine_died,
@@ -178,7 +182,8 @@ class Service:
         if self._supervision is not None:
             self._supervision.cancel()
             await asyncio.gather(self._supervision, return_exceptions=True)
-        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._tokenizing, self._tokenizing_long):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def status(self) -> Status:
         return Status(
@@ -221,14 +226,16 @@ class Service:
         with self._admission.admit(request.request_id) as request_id, self._engine_errors():
             context_ids: list[int] = []
             if request.context is not None:
+                field = _field(request.context, "context_text", "context_ids.ids")
+                self._check_characters(request.context, field)
                 context_ids = await self._ids(request.context)
                 self._check_ids(context_ids, "context_ids.ids")
                 if not context_ids:
-                    field = _field(request.context, "context_text", "context_ids.ids")
                     raise InvalidArgument(field, "", "at least one token")
+            field = _field(request.continuation, "text", "token_ids.ids")
+            self._check_characters(request.continuation, field)
             ids = await self._ids(request.continuation, special_tokens=request.context is None)
             self._check_ids(ids, "token_ids.ids")
-            field = _field(request.continuation, "text", "token_ids.ids")
             if len(context_ids) + len(ids) < 2 or not ids:
                 allowed = "at least one token to score, after at least one token of context"
                 raise InvalidArgument(field, f"{len(ids)} tokens", allowed)
@@ -246,7 +253,7 @@ class Service:
         self._require_started()
         with self._engine_errors():
             ids = await self._ids(prompt, special_tokens=special_tokens)
-            return ids, await self._in_thread(lambda: self._engine.token_texts(ids))
+            return ids, await self._in_thread(lambda: self._engine.token_texts(ids), len(ids))
 
     # Control
 
@@ -468,8 +475,9 @@ class Service:
                 raise InvalidArgument("prompt", "", "at least one token")
             case ChatPrompt(()):
                 raise InvalidArgument("chat.messages", [], "at least one message")
-        ids = await self._ids(prompt)
         field = _field(prompt, "prompt", "token_ids.ids")
+        self._check_characters(prompt, field)
+        ids = await self._ids(prompt)
         if not ids:
             raise InvalidArgument(field, ids, "at least one token")
         self._check_ids(ids, field)
@@ -480,15 +488,18 @@ class Service:
         match prompt:
             case TextPrompt(text):
                 return await self._in_thread(
-                    lambda: self._engine.tokenize(text, special_tokens=special_tokens)
+                    lambda: self._engine.tokenize(text, special_tokens=special_tokens), len(text)
                 )
             case TokenPrompt(ids):
                 return list(ids)
             case ChatPrompt(messages):
-                return await self._in_thread(lambda: self._engine.tokenize_chat(messages))
+                return await self._in_thread(
+                    lambda: self._engine.tokenize_chat(messages), _num_characters(prompt)
+                )
 
-    async def _in_thread(self, function: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function)
+    async def _in_thread(self, function: Callable[[], T], size: int) -> T:
+        threads = self._tokenizing_long if size > _LONG_TEXT else self._tokenizing
+        return await asyncio.get_running_loop().run_in_executor(threads, function)
 
     def _text(self, prompt: Prompt, ids: Sequence[int]) -> str:
         return prompt.text if isinstance(prompt, TextPrompt) else self._engine.detokenize(ids)
@@ -498,6 +509,15 @@ class Service:
             if not 0 <= token_id < self.model.vocab_size:
                 allowed = f"0 to {self.model.vocab_size - 1}"
                 raise InvalidArgument(f"{field}[{i}]", token_id, allowed)
+
+    def _check_characters(self, prompt: Prompt, field: str) -> None:
+        """Refuse, without the work of tokenizing it, a text that cannot fit."""
+        longest = self.model.max_context * self.model.max_characters_per_token
+        if (size := _num_characters(prompt)) > longest:
+            allowed = (
+                f"at most {longest} characters: the context holds {self.model.max_context} tokens"
+            )
+            raise InvalidArgument(field, f"{size} characters", allowed)
 
     def _check_length(self, num_tokens: int, field: str) -> None:
         # One place is left for the token that is generated.
@@ -520,6 +540,16 @@ class Service:
             )
         top_k = None if sampling.top_k is None else min(sampling.top_k, vocab_size)
         return replace(sampling, max_tokens=max_tokens, top_k=top_k)
+
+
+def _num_characters(prompt: Prompt) -> int:
+    match prompt:
+        case TextPrompt(text):
+            return len(text)
+        case ChatPrompt(messages):
+            return sum(len(message["content"]) for message in messages)
+        case TokenPrompt():
+            return 0
 
 
 def _field(prompt: Prompt, text: str, ids: str) -> str:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Engines and references of these sizes are fastest on one thread, and a busy machine does not
+# make them crawl: OpenMP's threads wait for each other after every operation.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 

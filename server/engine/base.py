@@ -99,6 +99,8 @@ class ModelInfo:
     num_layers: int
     vocab_size: int
     max_context: int
+    # The longest text that one token stands for.
+    max_characters_per_token: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,11 +65,13 @@ class RpcServer:
 
     async def start(self) -> None:
         """Listen; raise :class:`InvalidArgument`, naming ``port`` or ``host``, if impossible."""
+        _check_free(self._host, self._wanted_port)
         host = f"[{self._host}]" if ":" in self._host else self._host
         try:
             self._port = self._server.add_insecure_port(f"{host}:{self._wanted_port}")
         except RuntimeError:
-            raise _why_not_bound(self._host, self._wanted_port) from None
+            allowed = f"a port that gRPC can listen on at {self._host}"
+            raise InvalidArgument("port", self._wanted_port, allowed) from None
         await self._health.set(CONTROL, _SERVING)
         await self._publish(self._service.state)
         await self._server.start()
@@ -121,8 +123,8 @@ def _options(max_message_bytes: int, max_concurrent_streams: int | None) -> list
     return options
 
 
-def _why_not_bound(host: str, port: int) -> InvalidArgument:
-    """Bind as gRPC did, whose error does not say what was wrong."""
+def _check_free(host: str, port: int) -> None:
+    """Listen for a moment: gRPC's error would not say what is wrong, and it logs one, too."""
     try:
         (family, kind, protocol, _, address), *_ = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM
@@ -132,5 +134,4 @@ def _why_not_bound(host: str, port: int) -> InvalidArgument:
             probe.bind(address)
             probe.listen()
     except OSError as error:
-        return cannot_listen(error, host, port)
-    return InvalidArgument("port", port, f"a port that gRPC can listen on at {host}")
+        raise cannot_listen(error, host, port) from None

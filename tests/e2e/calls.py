@@ -12,7 +12,7 @@ import pytest
 from server.rpc.client import CallError, Client
 from server.rpc.generated.fathom.v1 import common_pb2, inference_pb2
 
-# More than any model here can hold in its context beside a short prompt would be cut.
+# Close to what a context of 512 tokens holds beside a short prompt.
 LONG = 480
 
 S = TypeVar("S")

@@ -237,20 +237,12 @@ def test_what_cannot_be_exported(
     assert list(out.iterdir()) == []
 
 
-def test_directory_that_cannot_be_written(
-    stories_model: Path, plan_file: Path, tmp_path: Path
-) -> None:
+def test_directory_that_cannot_be_written(tmp_path: Path) -> None:
+    model = large_model(tmp_path / "model", 1)
+    plan_of(model).save(tmp_path / "plan.json")
     out = tmp_path / ("x" * 255)
-    arguments: list[str | Path] = [
-        "--depth",
-        "3",
-        "--plan",
-        plan_file,
-        "--model",
-        stories_model,
-        out,
-    ]
-    assert "File name too long" in refusal(*arguments, code=1)
+    found = refusal("--depth", "3", "--plan", tmp_path / "plan.json", "--model", model, out, code=1)
+    assert "File name too long" in found
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

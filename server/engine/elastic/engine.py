@@ -13,6 +13,7 @@ from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
+from pydantic import ValidationError
 
 from pruning.importance import BlockInfluence, block_influence, merge_sums
 from pruning.quality import Quality, quality_of_windows
@@ -31,7 +32,9 @@ from server.engine.base import (
 from server.engine.elastic.compatibility import check_vllm
 from server.engine.elastic.engine_arguments import (
     ElasticConfig,
+    check_kv_cache,
     prepare_environment,
+    refusal,
     vllm_arguments,
 )
 from server.engine.elastic.payload import (
@@ -96,6 +99,7 @@ class ElasticEngine:
             num_layers=config.hf_text_config.num_hidden_layers,
             vocab_size=config.get_vocab_size(),
             max_context=config.max_model_len,
+            max_characters_per_token=self._tokenizer.max_chars_per_token,
         )
 
     def _start_llm(self) -> None:
@@ -118,9 +122,11 @@ class ElasticEngine:
         resource_tracker.ensure_running()  # when it is started, it resets the mask
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            self._llm = AsyncLLM.from_engine_args(
-                vllm_arguments(self._config), stat_loggers=[load_logger]
-            )
+            vllm_config = vllm_arguments(self._config).create_engine_config()
+            check_kv_cache(vllm_config, self._config.kv_cache_gib)
+            self._llm = AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[load_logger])
+        except ValidationError as error:
+            raise refusal(error, self._config) from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import psutil
+from pydantic import ValidationError
 
 from server.engine.elastic.architectures import elastic_architecture
 from server.errors import InvalidArgument
 
 if TYPE_CHECKING:
+    import torch
     from vllm import AsyncEngineArgs
+    from vllm.config import VllmConfig
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 _GIB = 1 << 30
@@ -108,6 +112,43 @@ def check_engine_args(engine_args: Mapping[str, Any], known: set[str]) -> None:
             if near:
                 allowed += f", such as {', '.join(near)}"
             raise InvalidArgument(f"engine_args.{name}", value, allowed)
+
+
+def check_kv_cache(config: VllmConfig, given_gib: float | None) -> None:
+    """Raise :class:`InvalidArgument` if the cache cannot hold one request of the whole context.
+
+    vLLM would find so too, but in another process, whose error the server does not see. Where
+    the size is vLLM's to choose, or layers look back on a window alone, that is left to vLLM.
+    """
+    cache, model = config.cache_config, config.model_config
+    if cache.kv_cache_memory_bytes is None or model.get_sliding_window() is not None:
+        return
+    num_blocks = math.ceil(model.max_model_len / cache.block_size) + 1
+    bytes_per_token = (
+        2
+        * model.get_num_layers(config.parallel_config)
+        * model.get_num_kv_heads(config.parallel_config)
+        * model.get_head_size()
+        * cast("torch.dtype", model.dtype).itemsize
+    )
+    needed = num_blocks * cache.block_size * bytes_per_token
+    if needed > cache.kv_cache_memory_bytes and cache.num_gpu_blocks_override is None:
+        raise InvalidArgument(
+            "kv_cache_gib",
+            cache.kv_cache_memory_bytes / _GIB if given_gib is None else given_gib,
+            f"at least {needed / _GIB:.3g} for a context of {model.max_model_len} tokens; "
+            "or set a smaller max_context",
+        )
+
+
+def refusal(error: ValidationError, config: ElasticConfig) -> InvalidArgument:
+    """Return what vLLM refused under the name of the setting that it comes from."""
+    problem = error.errors()[0]
+    reason = problem["msg"].removeprefix("Value error, ").partition(". ")[0]
+    for argument in ("max_model_len", "max_num_seqs", "dtype"):
+        if argument in reason and (setting := _RESERVED[argument]) is not None:
+            return InvalidArgument(setting, getattr(config, setting), f"what vLLM takes: {reason}")
+    return InvalidArgument("engine_args", dict(config.engine_args), f"what vLLM takes: {reason}")
 
 
 def cpu_dtype(dtype: DtypeName, *, quantized: bool) -> DtypeName:

@@ -66,7 +66,7 @@ def test_parts_of_the_corpus_are_apart() -> None:
     parts = {part: set(documents([part])) for part in Part}
     assert all(parts.values())
     held_out = parts.pop(Part.HELD_OUT)
-    assert held_out.isdisjoint(set.union(*parts.values()))
+    assert all(held_out.isdisjoint(part) for part in parts.values())
 
 
 def test_model_card_says_what_training_measured(demo_model: Path) -> None:
@@ -87,7 +87,7 @@ def test_bits_per_character_are_those_of_the_card(demo_model: Path) -> None:
         pytest.skip("this Python's documentation is another edition")
     auto: Any = AutoModelForCausalLM
     model = auto.from_pretrained(demo_model, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(demo_model)
     bits, perplexity = bits_per_character(model, tokenizer, texts, 512)
     assert bits == pytest.approx(training["held_out_bits_per_character"], rel=0.005)
     assert perplexity == pytest.approx(training["held_out_perplexity"], rel=0.02)

@@ -39,6 +39,7 @@ MODEL = ModelInfo(
     num_layers=NUM_LAYERS,
     vocab_size=258,
     max_context=MAX_CONTEXT,
+    max_characters_per_token=1,
 )
 
 
