@@ -243,7 +243,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     prepare_environment()
-    prepare_cpu_environment()
+    prepare_cpu_environment(arguments.model)
     result = asyncio.run(measure(arguments))
     show(result, Console())
     if arguments.output is not None:

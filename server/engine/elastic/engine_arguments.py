@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 _GIB = 1 << 30
+_SMALL_MODEL_BYTES = 64 << 20
 # What Fathom sets itself, with the setting to use instead, where there is one.
 _RESERVED = {
     "model": "model",
@@ -90,7 +91,7 @@ def vllm_arguments(config: ElasticConfig) -> AsyncEngineArgs:
         "worker_extension_cls": "server.engine.elastic.worker_extension.ElasticWorkerExtension",
     }
     if current_platform.is_cpu():
-        prepare_cpu_environment()
+        prepare_cpu_environment(config.model)
         quantized = getattr(model_config, "quantization_config", None) is not None
         arguments["dtype"] = cpu_dtype(config.dtype, quantized=quantized)
         arguments["kv_cache_memory_bytes"] = _cpu_kv_cache_bytes(config.kv_cache_gib)
@@ -187,6 +188,12 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def prepare_cpu_environment() -> None:
-    """Let the engine's process have every core; left alone, vLLM takes one."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+def prepare_cpu_environment(model: Path) -> None:
+    """Let the engine's process have every core; left alone, vLLM takes one.
+
+    One is right for a small model: threads wait for each other after every operation, which
+    gains nothing on matrices that size and costs much where other processes want the cores.
+    """
+    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    num_threads = 1 if size < _SMALL_MODEL_BYTES else len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))

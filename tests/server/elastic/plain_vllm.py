@@ -25,7 +25,7 @@ def generate_with_vllm(
     """Return greedy tokens of plain vLLM for all of ``prompts`` at once."""
     prepare_environment()
     if not torch.cuda.is_available():
-        prepare_cpu_environment()
+        prepare_cpu_environment(checkpoint)
     from vllm import AsyncEngineArgs, SamplingParams
     from vllm.inputs.engine import tokens_input
     from vllm.v1.engine.async_llm import AsyncLLM
