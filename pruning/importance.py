@@ -12,9 +12,11 @@ it, before any norm. A layer that barely turns the residual stream scores near 0
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pruning.decoder import ForwardPasses, find_decoder, observed
 
 if TYPE_CHECKING:
     import torch
@@ -132,50 +134,24 @@ def measure_block_influence(
     """Measure the influence of the decoder layers of a transformers model.
 
     ``input_ids_batches`` are [batch, length]; ``attention_masks``, one for each batch and of
-    its shape, are zero at padding, which is not counted. ``layers`` defaults to the layers of
-    ``model.get_decoder()``. The states are taken from the layers themselves and not from
-    ``output_hidden_states``, whose last entry has gone through the final norm.
+    its shape, are zero at padding, which is not counted. A model that ignores masks, such as
+    RWKV, must be padded on the right. ``layers`` defaults to those that
+    :func:`pruning.decoder.find_decoder` finds. The states are taken from the layers themselves
+    and not from ``output_hidden_states``, whose last entry has gone through the final norm.
 
     Raises :class:`ValueError` for a model in training mode, where dropout would falsify the
     states, and for one whose layers cannot be found; :class:`ImportanceError` as
     :func:`block_influence` does.
     """
-    import torch
-
-    if model.training:
-        raise ValueError("model: got a model in training mode, allowed: after model.eval()")
-    decoder = _decoder(model)
-    if layers is None:
-        layers = _decoder_layers(decoder)
-    estimator = BlockInfluenceEstimator(len(layers))
-    valid: torch.Tensor | None = None
+    decoder = find_decoder(model, layers)
+    passes = ForwardPasses(decoder)
+    estimator = BlockInfluenceEstimator(len(decoder.layers))
 
     def observe(layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
-        if valid is not None:
-            before, after = before[valid], after[valid]
-        estimator.update(layer, before.flatten(0, -2), after.flatten(0, -2))
+        estimator.update(layer, passes.valid_tokens(before), passes.valid_tokens(after))
 
-    hooks = [
-        module.register_forward_hook(_observer(layer, observe), with_kwargs=True)
-        for layer, module in enumerate(layers)
-    ]
-    try:
-        with torch.inference_mode():
-            if attention_masks is None:
-                for input_ids in input_ids_batches:
-                    decoder(input_ids=input_ids, use_cache=False)
-            else:
-                for input_ids, mask in zip(input_ids_batches, attention_masks, strict=True):
-                    if mask.shape != input_ids.shape:
-                        raise ValueError(
-                            f"attention_masks: got shape {list(mask.shape)}, "
-                            f"allowed: {list(input_ids.shape)}, that of the input ids"
-                        )
-                    valid = mask.bool()
-                    decoder(input_ids=input_ids, attention_mask=mask, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with observed(decoder.layers, observe):
+        passes.run(input_ids_batches, attention_masks)
     return block_influence(estimator.sums())
 
 
@@ -187,32 +163,3 @@ def _directions(states: torch.Tensor) -> torch.Tensor:
     states = states.to(torch.promote_types(states.dtype, torch.float32))
     norms: torch.Tensor = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
     return states / norms
-
-
-def _decoder(model: nn.Module) -> nn.Module:
-    # Spares the product with the output embeddings, often the widest of the model.
-    get_decoder = getattr(model, "get_decoder", None)
-    decoder = get_decoder() if get_decoder is not None else None
-    return decoder if decoder is not None else model
-
-
-def _decoder_layers(decoder: nn.Module) -> Sequence[nn.Module]:
-    from torch import nn
-
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not layers:
-        raise ValueError(
-            f"model: {type(decoder).__name__} has no module list named 'layers'; "
-            "pass its decoder layers as the argument layers"
-        )
-    return list(layers)
-
-
-def _observer(
-    layer: int, observe: Callable[[int, torch.Tensor, torch.Tensor], None]
-) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        before = args[0] if args else kwargs["hidden_states"]
-        observe(layer, before, output[0] if isinstance(output, tuple) else output)
-
-    return hook

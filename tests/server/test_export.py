@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -245,13 +246,23 @@ def test_directory_that_cannot_be_written(tmp_path: Path) -> None:
     assert "File name too long" in found
 
 
+# A shell starts what it runs in the background with SIGINT ignored, tests and all.
+HEEDING = """
+import os, signal, sys
+signal.signal(int(sys.argv[1]), signal.SIG_DFL)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_nothing_is_left_after_a_signal(tmp_path: Path, number: signal.Signals) -> None:
     model = large_model(tmp_path / "model", 1 << 30)
     plan_of(model).save(tmp_path / "plan.json")
     out = tmp_path / "out"
+    command: list[str | Path] = [FATHOM, "export", "--depth", "2", "--model", model]
+    command += ["--plan", tmp_path / "plan.json", out]
     process = subprocess.Popen(
-        [FATHOM, "export", "--depth", "2", "--model", model, "--plan", tmp_path / "plan.json", out],
+        [sys.executable, "-c", HEEDING, str(int(number)), *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -149,11 +149,11 @@ def test_startup_by_phase(metrics: Metrics, server: MetricsServer) -> None:
 
 
 def test_what_others_register_is_on_the_same_endpoint(server: MetricsServer) -> None:
-    gauge = Gauge("vllm:num_requests_running", "As vLLM registers it.", registry=REGISTRY)
+    gauge = Gauge("vllm:registered_elsewhere", "As vLLM registers its own.", registry=REGISTRY)
     try:
         gauge.set(7)
         samples = scrape(server)
-        assert sample(samples, "vllm:num_requests_running") == 7
+        assert sample(samples, "vllm:registered_elsewhere") == 7
         assert sample(samples, "process_start_time_seconds") is not None
         assert sample(samples, "fathom_engine_up") == 0
     finally:

@@ -1,0 +1,232 @@
+"""Where a transformers model keeps its decoder layers, and what goes in and out of them.
+
+Model code, the library's and that which checkpoints bring along, agrees on little: the layers
+are ``model.layers``, ``transformer.h`` or ``rwkv.blocks``, take the residual stream by position
+or by keyword and return it alone or first in a tuple. All of that is settled here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_LISTS = ("layers", "h", "blocks")
+_CONTAINERS = (
+    "model",
+    "transformer",
+    "backbone",
+    "gpt_neox",
+    "rwkv",
+    "decoder",
+    "language_model",
+    "text_model",
+    "base_model",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """The part of a model that turns token ids into hidden states, and its layers in order."""
+
+    module: nn.Module
+    layers: Sequence[nn.Module]
+
+
+def find_decoder(model: nn.Module, layers: Sequence[nn.Module] | None = None) -> Decoder:
+    """Return the decoder of ``model``, with ``layers`` where they are given.
+
+    The decoder is the innermost module around the layers that takes ``input_ids``: it spares
+    the product with the output embeddings, often the widest of the model.
+
+    Raises :class:`ValueError` for an encoder-decoder, where no layers are found, and where
+    nothing around them takes ``input_ids``; it names what was looked for.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"model: got {type(model).__name__}, an encoder-decoder, allowed: decoder-only models"
+        )
+    get_decoder = getattr(model, "get_decoder", None)
+    root = (get_decoder() if get_decoder is not None else None) or model
+    around = [model, root]
+    if layers is None:
+        path, layers = _search(root) or _search(model) or _not_found(root)
+        around += path
+    for module in reversed(around):
+        if _takes(module, "input_ids"):
+            return Decoder(module, layers)
+    raise ValueError(
+        f"model: got {type(model).__name__}, which takes no argument input_ids, nor does any "
+        "module between it and its layers"
+    )
+
+
+class ForwardPasses:
+    """Runs batches through a decoder and knows which of their tokens are valid.
+
+    Hooks on the decoder's modules call :meth:`valid_tokens` while :meth:`run` is under way.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._module = decoder.module
+        self._shape: torch.Size | None = None
+        self._valid: torch.Tensor | None = None
+
+    def run(
+        self,
+        input_ids_batches: Iterable[torch.Tensor],
+        attention_masks: Iterable[torch.Tensor] | None,
+    ) -> None:
+        """Run every batch, [batch, length], without a cache and without gradients.
+
+        Raises :class:`ValueError` for a model in training mode, where dropout would falsify the
+        states, and for masks that do not fit the batches or that the model does not take.
+        """
+        import torch
+
+        if self._module.training:
+            raise ValueError("model: got a model in training mode, allowed: after model.eval()")
+        options = {"use_cache": False} if _takes(self._module, "use_cache") else {}
+        with torch.inference_mode():
+            if attention_masks is None:
+                for input_ids in input_ids_batches:
+                    self._shape, self._valid = input_ids.shape, None
+                    self._module(input_ids=input_ids, **options)
+                return
+            if not _takes(self._module, "attention_mask"):
+                raise ValueError(
+                    f"attention_masks: {type(self._module).__name__} takes no attention_mask, "
+                    "allowed: batches without padding and no masks"
+                )
+            for input_ids, mask in zip(input_ids_batches, attention_masks, strict=True):
+                if mask.shape != input_ids.shape:
+                    raise ValueError(
+                        f"attention_masks: got shape {list(mask.shape)}, "
+                        f"allowed: {list(input_ids.shape)}, that of the input ids"
+                    )
+                self._shape, self._valid = input_ids.shape, mask.bool()
+                self._module(input_ids=input_ids, attention_mask=mask, **options)
+
+    def valid_tokens(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the states of the valid tokens, [num_tokens, hidden], of [batch, length, hidden].
+
+        Raises :class:`ValueError` for states that are not one vector for each token.
+        """
+        if states.shape[:-1] != self._shape:
+            raise ValueError(
+                f"layers: got states of shape {list(states.shape)} for tokens of shape "
+                f"{list(self._shape or ())}, allowed: [batch, length, hidden]"
+            )
+        if self._valid is None:
+            return states.flatten(0, -2)
+        return states[self._valid.to(states.device)]
+
+
+@contextmanager
+def observed(
+    layers: Sequence[nn.Module], observe: Callable[[int, torch.Tensor, torch.Tensor], None]
+) -> Iterator[None]:
+    """Call ``observe(layer, before, after)`` after every pass of a layer.
+
+    ``before`` and ``after`` are the residual stream as the layer receives and returns it.
+    """
+    # Copied, because a layer may add to the stream in place.
+    received: dict[int, torch.Tensor] = {}
+
+    def on_input(layer: int, states: torch.Tensor) -> None:
+        received[layer] = states.clone()
+
+    with ExitStack() as hooks:
+        for layer, module in enumerate(layers):
+            hooks.enter_context(on_stream_into(module, layer, on_input))
+            hooks.callback(
+                module.register_forward_hook(_output_hook(layer, received, observe)).remove
+            )
+        yield
+
+
+@contextmanager
+def on_stream_into(
+    module: nn.Module, layer: int, receive: Callable[[int, torch.Tensor], None]
+) -> Iterator[None]:
+    """Call ``receive(layer, states)`` with the states that ``module`` is about to work on."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        receive(layer, _states_given_to(module, args, kwargs))
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _output_hook(
+    layer: int,
+    received: dict[int, torch.Tensor],
+    observe: Callable[[int, torch.Tensor, torch.Tensor], None],
+) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        import torch
+
+        states = output[0] if isinstance(output, tuple | list) else output
+        if not isinstance(states, torch.Tensor):
+            raise ValueError(
+                f"layers: {type(module).__name__} returned {type(output).__name__}, "
+                "allowed: the hidden states, alone or first in a tuple"
+            )
+        observe(layer, received.pop(layer), states)
+
+    return hook
+
+
+def _states_given_to(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.Tensor:
+    import torch
+
+    names = ("hidden_states", *list(inspect.signature(module.forward).parameters)[:1])
+    given = args[0] if args else next((kwargs[name] for name in names if name in kwargs), None)
+    if not isinstance(given, torch.Tensor):
+        raise ValueError(
+            f"layers: {type(module).__name__} was called without hidden states, allowed: "
+            f"as its first argument or by the name {' or '.join(dict.fromkeys(names))}"
+        )
+    return given
+
+
+def _search(root: nn.Module) -> tuple[list[nn.Module], Sequence[nn.Module]] | None:
+    """Return the modules from ``root`` to a list of layers, and that list; nearest first."""
+    from torch import nn
+
+    paths, seen = [[root]], {id(root)}
+    for path in paths:
+        for name in _LISTS:
+            layers = getattr(path[-1], name, None)
+            if isinstance(layers, nn.ModuleList) and layers:
+                return path, list(layers)
+        for name in _CONTAINERS:
+            inner = getattr(path[-1], name, None)
+            if isinstance(inner, nn.Module) and id(inner) not in seen:
+                seen.add(id(inner))
+                paths.append([*path, inner])
+    return None
+
+
+def _not_found(root: nn.Module) -> tuple[list[nn.Module], Sequence[nn.Module]]:
+    lists = " or ".join(repr(name) for name in _LISTS)
+    raise ValueError(
+        f"model: {type(root).__name__} has no module list named {lists}, neither itself nor in "
+        f"{', '.join(_CONTAINERS)}; pass its decoder layers as the argument layers"
+    )
+
+
+def _takes(module: nn.Module, name: str) -> bool:
+    parameters = inspect.signature(module.forward).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
