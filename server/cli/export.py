@@ -57,9 +57,11 @@ def export(
 ) -> None:
     """Write a standalone checkpoint of one depth, without loading the model.
 
-    Which layers are removed is said by --plan, or by what a server has kept in the state
-    directory for this model and calibration text. Where there is neither, the model is loaded to
-    rank its layers. The settings of 'fathom serve' apply, from variables and --config, too.
+    --plan says which layers are removed, or what a server has kept for this model.
+
+    Where there is neither, the model is loaded to rank its layers.
+
+    The settings of 'fathom serve' apply, from variables and --config, too.
     """
     if prefill_depth is not None:
         raise typer.BadParameter(

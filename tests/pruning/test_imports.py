@@ -5,7 +5,18 @@ import sys
 
 import pytest
 
-MODULES = ("depths", "importance", "quality", "plan", "checkpoint", "fingerprint", "text")
+MODULES = (
+    "depths",
+    "importance",
+    "decoder",
+    "sublayers",
+    "quality",
+    "plan",
+    "checkpoint",
+    "fingerprint",
+    "surgery",
+    "text",
+)
 
 
 @pytest.mark.parametrize("module", MODULES)
