@@ -15,19 +15,20 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 # vLLM makes the tracker and the model apart from each other, both from the same configuration;
-# it is what they find each other by. A process loads one model, seldom more.
-_tables: dict[int, RowTable] = {}
+# it is what they find each other by. A process loads one model, seldom more. The configuration
+# is kept, so that its identity is not given to another.
+_tables: dict[int, tuple[VllmConfig, RowTable]] = {}
 
 
 def row_table(config: VllmConfig) -> RowTable:
     """Return the table of the engine with this configuration, the same one every time."""
-    table = _tables.get(id(config))
-    if table is None:
-        table = _tables[id(config)] = RowTable(
+    if id(config) not in _tables:
+        table = RowTable(
             config.scheduler_config.max_num_seqs,
             config.model_config.hf_text_config.num_hidden_layers,
         )
-    return table
+        _tables[id(config)] = config, table
+    return _tables[id(config)][1]
 
 
 class RowTracker(LogitsProcessor):
