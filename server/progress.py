@@ -9,7 +9,14 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 # Between two log lines about the same work.
 LOG_SECONDS = 10.0
@@ -25,7 +32,7 @@ class ProgressReport:
             Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
-                TextColumn("{task.percentage:>3.0f} %"),
+                TaskProgressColumn("{task.percentage:>3.0f} %"),
                 TimeElapsedColumn(),
                 console=console,
             )
