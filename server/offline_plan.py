@@ -12,8 +12,7 @@ from typing import Any
 from pruning.checkpoint import read_config
 from pruning.fingerprint import text_fingerprint
 from pruning.plan import Plan, PlanError
-from pruning.text import token_windows
-from server.calibration import WINDOW
+from server.calibration import WINDOW, text_windows
 from server.config import Settings
 from server.engine.elastic.engine_arguments import cpu_dtype
 from server.policy_store import PlanFile
@@ -66,7 +65,12 @@ def measured_plan(
 
     with report.working("Loading the model, to rank its layers"):
         model, tokenizer = _load(settings, directory)
-    windows = _windows(model, tokenizer, texts, settings.calibration_tokens)
+    max_context = getattr(model.config, "max_position_embeddings", None) or WINDOW + 1
+
+    def tokenize(text: str, *, special_tokens: bool = True) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=special_tokens).input_ids)
+
+    windows = text_windows(tokenize, texts, max_context, settings.calibration_tokens)
     influence = measure_block_influence(
         model,
         _batches(windows, model.device, lambda *c: report.advance("Ranking the layers", *c)),
@@ -100,15 +104,6 @@ def _load(settings: Settings, directory: Path) -> tuple[Any, Any]:
     tokenizer = auto_tokenizer.from_pretrained(directory, **trusted)
     model = auto_model.from_pretrained(directory, dtype=dtype, **trusted)
     return model.to("cuda" if has_gpu else "cpu").eval(), tokenizer
-
-
-def _windows(model: Any, tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-    """Cut the texts into windows as the calibration of a server does."""
-    start: list[int] = list(tokenizer("").input_ids)
-    max_context = getattr(model.config, "max_position_embeddings", None) or WINDOW + 1
-    window = min(WINDOW, max_context - 1) - len(start)
-    documents = (tokenizer(text, add_special_tokens=False).input_ids for text in texts)
-    return [start + ids for ids in token_windows(documents, window, max_tokens)]
 
 
 def _batches(

@@ -7,7 +7,6 @@ import enum
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -36,19 +35,16 @@ from server.generation import (
     ScoringResult,
     TextPrompt,
     Timings,
-    TokenPrompt,
 )
 from server.levels import LevelSpec, check_levels
 from server.metrics import Metrics
 from server.policy import DepthPolicy, ServedDepth
+from server.prompts import PromptReader, field_of
 from server.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-# In characters; longer texts take long enough to tokenize that others would notice.
-_LONG_TEXT = 65536
 
 
 class State(enum.Enum):
@@ -118,9 +114,7 @@ class Service:
         self._policy: DepthPolicy | None = None
         self._calibrator: Calibrator | None = None
         self._calibrating = asyncio.Lock()
-        # Off the event loop, and long texts out of the way of short ones.
-        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
-        self._tokenizing_long = ThreadPoolExecutor(1, thread_name_prefix="long-tokenizer")
+        self._prompts = PromptReader(engine)
         self._supervisor = Supervisor(
             engine,
             self._engine_died,
@@ -182,8 +176,7 @@ class Service:
         if self._supervision is not None:
             self._supervision.cancel()
             await asyncio.gather(self._supervision, return_exceptions=True)
-        for threads in (self._tokenizing, self._tokenizing_long):
-            threads.shutdown(wait=False, cancel_futures=True)
+        self._prompts.close()
 
     def status(self) -> Status:
         return Status(
@@ -211,7 +204,7 @@ class Service:
             sampling = self._checked(request.sampling, len(prompt_ids))
             yield PromptInfo(request_id, len(prompt_ids), served)
             if request.echo:
-                yield GenerationDelta(self._text(request.prompt, prompt_ids), ())
+                yield GenerationDelta(self._prompts.text(request.prompt, prompt_ids), ())
             engine_request = GenerationRequest(request_id, prompt_ids, layers, sampling)
             try:
                 async with aclosing(self._run(engine_request, served, arrived)) as events:
@@ -226,20 +219,21 @@ class Service:
         with self._admission.admit(request.request_id) as request_id, self._engine_errors():
             context_ids: list[int] = []
             if request.context is not None:
-                field = _field(request.context, "context_text", "context_ids.ids")
-                self._check_characters(request.context, field)
-                context_ids = await self._ids(request.context)
-                self._check_ids(context_ids, "context_ids.ids")
+                fields = "context_text", "context_ids.ids"
+                context_ids = await self._prompts.read(request.context, *fields)
                 if not context_ids:
-                    raise InvalidArgument(field, "", "at least one token")
-            field = _field(request.continuation, "text", "token_ids.ids")
-            self._check_characters(request.continuation, field)
-            ids = await self._ids(request.continuation, special_tokens=request.context is None)
-            self._check_ids(ids, "token_ids.ids")
+                    raise InvalidArgument(
+                        field_of(request.context, *fields), "", "at least one token"
+                    )
+            fields = "text", "token_ids.ids"
+            field = field_of(request.continuation, *fields)
+            ids = await self._prompts.read(
+                request.continuation, *fields, special_tokens=request.context is None
+            )
             if len(context_ids) + len(ids) < 2 or not ids:
                 allowed = "at least one token to score, after at least one token of context"
                 raise InvalidArgument(field, f"{len(ids)} tokens", allowed)
-            self._check_length(len(context_ids) + len(ids), field)
+            self._prompts.check_length(len(context_ids) + len(ids), field)
             layers, served = self.policy.resolve(request.depth, request.prefill_depth)
             scores = await self._engine.score(
                 request_id, context_ids + ids, len(context_ids) or 1, layers
@@ -252,8 +246,8 @@ class Service:
         """Return the ids and the texts of the prompt's tokens."""
         self._require_started()
         with self._engine_errors():
-            ids = await self._ids(prompt, special_tokens=special_tokens)
-            return ids, await self._in_thread(lambda: self._engine.token_texts(ids), len(ids))
+            ids = await self._prompts.tokenize(prompt, special_tokens=special_tokens)
+            return ids, await self._prompts.token_texts(ids)
 
     # Control
 
@@ -475,61 +469,16 @@ class Service:
                 raise InvalidArgument("prompt", "", "at least one token")
             case ChatPrompt(()):
                 raise InvalidArgument("chat.messages", [], "at least one message")
-        field = _field(prompt, "prompt", "token_ids.ids")
-        self._check_characters(prompt, field)
-        ids = await self._ids(prompt)
+        fields = "prompt", "token_ids.ids"
+        ids = await self._prompts.read(prompt, *fields)
         if not ids:
-            raise InvalidArgument(field, ids, "at least one token")
-        self._check_ids(ids, field)
-        self._check_length(len(ids), field)
+            raise InvalidArgument(field_of(prompt, *fields), ids, "at least one token")
         return ids
-
-    async def _ids(self, prompt: Prompt, *, special_tokens: bool = True) -> list[int]:
-        match prompt:
-            case TextPrompt(text):
-                return await self._in_thread(
-                    lambda: self._engine.tokenize(text, special_tokens=special_tokens), len(text)
-                )
-            case TokenPrompt(ids):
-                return list(ids)
-            case ChatPrompt(messages):
-                return await self._in_thread(
-                    lambda: self._engine.tokenize_chat(messages), _num_characters(prompt)
-                )
-
-    async def _in_thread(self, function: Callable[[], T], size: int) -> T:
-        threads = self._tokenizing_long if size > _LONG_TEXT else self._tokenizing
-        return await asyncio.get_running_loop().run_in_executor(threads, function)
-
-    def _text(self, prompt: Prompt, ids: Sequence[int]) -> str:
-        return prompt.text if isinstance(prompt, TextPrompt) else self._engine.detokenize(ids)
-
-    def _check_ids(self, ids: Sequence[int], field: str) -> None:
-        for i, token_id in enumerate(ids):
-            if not 0 <= token_id < self.model.vocab_size:
-                allowed = f"0 to {self.model.vocab_size - 1}"
-                raise InvalidArgument(f"{field}[{i}]", token_id, allowed)
-
-    def _check_characters(self, prompt: Prompt, field: str) -> None:
-        """Refuse, without the work of tokenizing it, a text that cannot fit."""
-        longest = self.model.max_context * self.model.max_characters_per_token
-        if (size := _num_characters(prompt)) > longest:
-            allowed = (
-                f"at most {longest} characters: the context holds {self.model.max_context} tokens"
-            )
-            raise InvalidArgument(field, f"{size} characters", allowed)
-
-    def _check_length(self, num_tokens: int, field: str) -> None:
-        # One place is left for the token that is generated.
-        longest = self.model.max_context - 1
-        if num_tokens > longest:
-            allowed = f"at most {longest} tokens: the context holds {longest + 1}"
-            raise InvalidArgument(field, f"{num_tokens} tokens", allowed)
 
     def _checked(self, sampling: SamplingOptions, num_prompt_tokens: int) -> SamplingOptions:
         """Return the options, with the limits that follow from the model."""
         vocab_size, room = self.model.vocab_size, self.model.max_context - num_prompt_tokens
-        self._check_ids(sampling.stop_token_ids, "stop.stop_token_ids")
+        self._prompts.check_ids(sampling.stop_token_ids, "stop.stop_token_ids")
         max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
         if sampling.min_tokens is not None and sampling.min_tokens > max_tokens:
             allowed = f"at most {max_tokens}, the most that can be generated"
@@ -540,23 +489,3 @@ class Service:
             )
         top_k = None if sampling.top_k is None else min(sampling.top_k, vocab_size)
         return replace(sampling, max_tokens=max_tokens, top_k=top_k)
-
-
-def _num_characters(prompt: Prompt) -> int:
-    match prompt:
-        case TextPrompt(text):
-            return len(text)
-        case ChatPrompt(messages):
-            return sum(len(message["content"]) for message in messages)
-        case TokenPrompt():
-            return 0
-
-
-def _field(prompt: Prompt, text: str, ids: str) -> str:
-    match prompt:
-        case TextPrompt():
-            return text
-        case TokenPrompt():
-            return ids
-        case ChatPrompt():
-            return "chat.messages"

@@ -6,10 +6,17 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+from server.model_source import DEMO_MODEL
 
 # Engines and references of these sizes are fastest on one thread, and a busy machine does not
 # make them crawl: OpenMP's threads wait for each other after every operation.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# How long an example takes says nothing on a busy machine.
+settings.register_profile("fathom", deadline=None)
+settings.load_profile("fathom")
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 
@@ -31,4 +38,4 @@ def stories_model() -> Path:
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """The model that is served when none is named."""
-    return Path(__file__).parents[1] / "server" / "demo_model"
+    return DEMO_MODEL

@@ -5,12 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
 from safetensors.torch import save_file
-
-# How long an example takes says nothing on a busy machine.
-settings.register_profile("fathom", deadline=None)
-settings.load_profile("fathom")
 
 
 @pytest.fixture

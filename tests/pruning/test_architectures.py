@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -197,15 +197,6 @@ def with_random_weights(model: Any) -> Any:
 def library_model(family: str) -> Any:
     torch.manual_seed(0)
     return with_random_weights(hf.AutoModelForCausalLM.from_config(FAMILIES[family][0]()))
-
-
-@pytest.fixture(autouse=True)
-def single_thread() -> Iterator[None]:
-    """Keep tiny models from spending their time on handing work between threads."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -187,15 +186,6 @@ def test_refuses_shapes_and_layers_that_do_not_fit() -> None:
 
 
 @pytest.fixture
-def single_thread() -> Iterator[None]:
-    """Keep tiny models from spending their time on handing work between threads."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
-@pytest.fixture
 def llama() -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -276,7 +266,6 @@ def test_a_damaged_weight_is_refused_with_its_layer(llama: Any) -> None:
         measure_block_influence(llama, [torch.arange(30)[None]])
 
 
-@pytest.mark.usefixtures("single_thread")
 def test_stories260k(stories_model: Path) -> None:
     texts = json.loads(data_path("text/tinystories_1000.json").read_text())[:100]
     tokenizer = AutoTokenizer.from_pretrained(stories_model)

@@ -25,12 +25,11 @@ from tests.pruning.test_architectures import (
     influence,
     input_ids,
     library_model,
-    single_thread,
     stream_after,
     with_random_weights,
 )
 
-__all__ = ["input_ids", "single_thread"]
+__all__ = ["input_ids"]
 
 PARTS: tuple[Part, ...] = ("attention", "feed_forward")
 SEQUENTIAL = (

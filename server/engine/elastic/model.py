@@ -37,13 +37,11 @@ class ElasticCausalLM:
         self.rows = row_table(vllm_config)
         self.importance = ImportanceMeter(vllm_config.model_config.hf_text_config.num_hidden_layers)
         self.quality = QualityMeter(cast(Any, self).compute_logits)
-        for _, layer in self._layers():
+        indices = range(self.model.start_layer, self.model.end_layer)
+        self._layers = [(index, self.model.layers[index]) for index in indices]
+        for _, layer in self._layers:
             attention = layer.self_attn.attn
             attention.attn_backend = elastic_backend(attention.attn_backend, self.rows)
-
-    def _layers(self) -> list[tuple[int, Any]]:
-        indices = range(self.model.start_layer, self.model.end_layer)
-        return [(index, self.model.layers[index]) for index in indices]
 
     def forward(
         self,
@@ -56,7 +54,7 @@ class ElasticCausalLM:
         context = get_forward_context()
         marked: torch.Tensor | None = None
         step: ElasticStep | None = None
-        for index, layer in self._layers():
+        for index, layer in self._layers:
             step = _step_of(context, layer)
             if step is None:  # vLLM is profiling memory or warming up
                 stream.run(Runners.EVERY, layer)

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import threading
 
+_NAME = "end-with-parent"
+
 
 def end_with_parent() -> None:
     """End this process when the one that started it is gone; call it in a child process.
@@ -22,6 +24,3 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=wait, name=_NAME, daemon=True).start()
-
-
-_NAME = "end-with-parent"

@@ -29,10 +29,10 @@ from server.engine.elastic.architectures import (
 )
 from server.engine.elastic.engine import ElasticEngine
 from server.engine.elastic.engine_arguments import ElasticConfig
+from server.model_source import DEMO_MODEL
 from tests.server.elastic import reference
 from tests.server.elastic.running_engine import running_engine
 
-DEMO_MODEL = Path(__file__).parents[3] / "server" / "demo_model"
 SHAPE: dict[str, Any] = {
     "vocab_size": 2048,
     "hidden_size": 128,
