@@ -12,9 +12,11 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
+from server.caller import Caller, set_caller
 from server.errors import InvalidArgument
 from server.metrics import Metrics
 from server.policy import ServedDepth
+from server.rpc.peer import host_of, peer_address
 from server.rpc.status import code_of, status_of
 
 logger = logging.getLogger(__name__)
@@ -81,6 +83,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def wrapped(request: Any, context: Context) -> Any:
             call = _Call()
             _call.set(call)
+            peer = peer_address(context.peer())
+            set_caller(Caller(client=host_of(peer), peer=peer))
             timeout = context.time_remaining()
             try:
                 if isinstance(request, _Undecodable):
