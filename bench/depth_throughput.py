@@ -26,7 +26,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from server.engine.elastic.engine_arguments import (
+from server.engine.arguments import (
     IN_PROCESS_EXECUTOR,
     cpu_dtype,
     prepare_cpu_environment,

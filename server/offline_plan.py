@@ -14,7 +14,7 @@ from pruning.fingerprint import text_fingerprint
 from pruning.plan import Plan, PlanError
 from server.calibration import WINDOW, text_windows
 from server.config import Settings
-from server.engine.elastic.engine_arguments import cpu_dtype
+from server.engine.arguments import cpu_dtype
 from server.policy_store import PlanFile
 from server.progress import ProgressReport
 from server.state import StateDirectory

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from server.engine.elastic.engine_arguments import (
+from server.engine.arguments import (
     IN_PROCESS_EXECUTOR,
     DtypeName,
     prepare_cpu_environment,

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from server.engine.base import SamplingOptions, TokenScore
-from server.engine.elastic.payload import Payload
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -28,7 +27,9 @@ _SAME_NAME = (
 
 
 def sampling_params(
-    options: SamplingOptions, payload: Payload, defaults: Mapping[str, Any]
+    options: SamplingOptions,
+    defaults: Mapping[str, Any],
+    extra_args: dict[str, Any] | None = None,
 ) -> SamplingParams:
     """Return vLLM's parameters; ``defaults`` come from the model's generation config."""
     from vllm import SamplingParams
@@ -45,7 +46,7 @@ def sampling_params(
             "ignore_eos": options.ignore_eos,
             "include_stop_str_in_output": options.include_stop,
             "output_kind": RequestOutputKind.DELTA,
-            "extra_args": payload.to_extra_args(),
+            "extra_args": extra_args,
         }
     )
 

@@ -1,0 +1,195 @@
+"""What every engine tells vLLM: arguments, environment, and checks before it is started."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import psutil
+from pydantic import ValidationError
+
+from server.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+GIB = 1 << 30
+_SMALL_MODEL_BYTES = 64 << 20
+# What Fathom sets itself, with the setting to use instead, where there is one.
+RESERVED: Mapping[str, str | None] = {
+    "model": "model",
+    "revision": "revision",
+    "trust_remote_code": "trust_remote_code",
+    "dtype": "dtype",
+    "max_model_len": "max_context",
+    "max_num_seqs": "max_num_seqs",
+    "runner": None,
+}
+# The path in full: on CPU, vLLM turns the short name into an executor with one process more.
+IN_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What an engine is started with. ``model`` is a local checkpoint directory."""
+
+    model: Path
+    # What clients are told the model is called.
+    name: str
+    dtype: DtypeName = "auto"
+    max_context: int | None = None
+    max_num_seqs: int = 256
+    # CPU only; None takes a quarter of the free memory, 4 GiB at most.
+    kv_cache_gib: float | None = None
+    trust_remote_code: bool = False
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+
+
+def base_arguments(config: EngineConfig) -> dict[str, Any]:
+    """Return vLLM's arguments for ``config``, without those of ``engine_args``."""
+    return {
+        "model": str(config.model),
+        "served_model_name": config.name,
+        "dtype": config.dtype,
+        "max_model_len": config.max_context,
+        "max_num_seqs": config.max_num_seqs,
+        "trust_remote_code": config.trust_remote_code,
+        "enable_prefix_caching": True,
+        "use_tqdm_on_load": False,
+    }
+
+
+def cpu_arguments(
+    config: EngineConfig, *, quantized: bool, kv_cache_bytes: int | None = None
+) -> dict[str, Any]:
+    """Return the arguments that a CPU needs besides."""
+    if kv_cache_bytes is None:
+        kv_cache_bytes = cpu_kv_cache_bytes(config.kv_cache_gib)
+    arguments: dict[str, Any] = {
+        "dtype": cpu_dtype(config.dtype, quantized=quantized),
+        "kv_cache_memory_bytes": kv_cache_bytes,
+    }
+    if config.engine_args.get("tensor_parallel_size", 1) == 1:
+        arguments["distributed_executor_backend"] = IN_PROCESS_EXECUTOR
+    return arguments
+
+
+def check_engine_args(
+    engine_args: Mapping[str, Any], reserved: Mapping[str, str | None] = RESERVED
+) -> None:
+    """Raise :class:`InvalidArgument` for a name that may not be passed through to vLLM."""
+    from vllm import AsyncEngineArgs
+
+    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    for name, value in engine_args.items():
+        if name in reserved:
+            instead = reserved[name]
+            allowed = f"the setting {instead} instead" if instead else "left to Fathom"
+            raise InvalidArgument(f"engine_args.{name}", value, allowed)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            allowed = "an argument of vLLM's engine"
+            if near:
+                allowed += f", such as {', '.join(near)}"
+            raise InvalidArgument(f"engine_args.{name}", value, allowed)
+
+
+def check_kv_cache(config: VllmConfig, given_gib: float | None) -> None:
+    """Raise :class:`InvalidArgument` if the cache cannot hold one request of the whole context.
+
+    vLLM would find so too, but in another process, whose error the server does not see. Where
+    the size is vLLM's to choose, or layers look back on a window alone, that is left to vLLM.
+    """
+    cache, model = config.cache_config, config.model_config
+    if cache.kv_cache_memory_bytes is None or model.get_sliding_window() is not None:
+        return
+    num_blocks = math.ceil(model.max_model_len / cache.block_size) + 1
+    bytes_per_token = (
+        2
+        * model.get_num_layers(config.parallel_config)
+        * model.get_num_kv_heads(config.parallel_config)
+        * model.get_head_size()
+        * cast("torch.dtype", model.dtype).itemsize
+    )
+    needed = num_blocks * cache.block_size * bytes_per_token
+    if needed > cache.kv_cache_memory_bytes and cache.num_gpu_blocks_override is None:
+        raise InvalidArgument(
+            "kv_cache_gib",
+            cache.kv_cache_memory_bytes / GIB if given_gib is None else given_gib,
+            f"at least {needed / GIB:.3g} for a context of {model.max_model_len} tokens; "
+            "or set a smaller max_context",
+        )
+
+
+def refusal(error: ValidationError, config: EngineConfig) -> InvalidArgument:
+    """Return what vLLM refused under the name of the setting that it comes from."""
+    problem = error.errors()[0]
+    reason = problem["msg"].removeprefix("Value error, ").partition(". ")[0]
+    for argument in ("max_model_len", "max_num_seqs", "dtype"):
+        if argument in reason and (setting := RESERVED[argument]) is not None:
+            return InvalidArgument(setting, getattr(config, setting), f"what vLLM takes: {reason}")
+    return InvalidArgument("engine_args", dict(config.engine_args), f"what vLLM takes: {reason}")
+
+
+def cpu_dtype(dtype: DtypeName, *, quantized: bool) -> DtypeName:
+    """Return the data type for a CPU.
+
+    Without instructions for it, bfloat16 runs at a third of float32's speed there, and float16
+    slower still; vLLM's quantized kernels know no float32.
+    """
+    import torch
+
+    if dtype != "auto":
+        return dtype
+    has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if has_bfloat16 or quantized else "float32"
+
+
+def cpu_kv_cache_bytes(gib: float | None) -> int:
+    """Return the size of the KV cache on a CPU."""
+    if gib is not None:
+        return int(gib * GIB)
+    return min(4 * GIB, psutil.virtual_memory().available // 4)
+
+
+def prepare_environment() -> None:
+    """Set what vLLM and its processes read from the environment, where the operator has not."""
+    defaults = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        # What vLLM imports warns of its own future.
+        "PYTHONWARNINGS": "ignore::FutureWarning",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def prepare_cpu_environment(model: Path) -> None:
+    """Let the engine's process have every core; left alone, vLLM takes one."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(num_cpu_threads(model)))
+
+
+def num_cpu_threads(model: Path, num_cores: int | None = None) -> int:
+    """Return how many of the cores, by default all of this process's, an engine is to use.
+
+    One is right for a small model: threads wait for each other after every operation, which
+    gains nothing on matrices that size and costs much where other processes want the cores.
+    """
+    if weight_bytes(model) < _SMALL_MODEL_BYTES:
+        return 1
+    return num_cores or len(os.sched_getaffinity(0))
+
+
+def weight_bytes(model: Path) -> int:
+    """Return the size of a checkpoint's weights."""
+    return sum(path.stat().st_size for path in model.glob("*.safetensors"))

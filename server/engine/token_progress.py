@@ -1,0 +1,30 @@
+"""What measurements that run many requests at once have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from server.engine.base import ProgressCallback
+
+
+class TokenProgress:
+    """Counts measured tokens for a callback."""
+
+    def __init__(
+        self, callback: ProgressCallback, windows: Sequence[Sequence[int]], num_passes: int = 1
+    ) -> None:
+        self._callback = callback
+        self._total = num_passes * sum(map(len, windows))
+        self._done = 0
+
+    def advance(self, num_tokens: int) -> None:
+        self._done += num_tokens
+        self._callback(self._done, self._total)
+
+
+def first_failure(failures: BaseExceptionGroup[Exception]) -> Exception:
+    """Return the first of the errors that a task group's tasks have raised."""
+    failure: Exception | BaseExceptionGroup[Exception] = failures
+    while isinstance(failure, BaseExceptionGroup):
+        failure = failure.exceptions[0]
+    return failure
