@@ -16,16 +16,19 @@ from rich.logging import RichHandler
 
 from pruning.fingerprint import text_fingerprint
 from server.calibration import Calibrator, Progress
+from server.certificates import CertificateFiles
 from server.config import Settings
 from server.engine.base import Engine, ModelInfo
 from server.engine.elastic.engine import ElasticEngine
 from server.engine.elastic.engine_arguments import ElasticConfig
+from server.exposure import check_exposure
 from server.hardware import describe_hardware
 from server.inputs import Inputs, read_inputs, refused_as
 from server.metrics import Metrics, MetricsServer
 from server.policy import DepthPolicy
 from server.policy_store import PlanFile, PolicyStore
 from server.progress import ProgressReport
+from server.rpc.access import Access, AccessFiles
 from server.rpc.server import RpcServer
 from server.service import Service
 from server.state import StateDirectory
@@ -72,11 +75,20 @@ class Application:
         settings = self._settings
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
+        with refused_as("host"):
+            check_exposure(settings)
+        if settings.trust_remote_code:
+            logger.warning(
+                "trust_remote_code is on: code that comes with the model runs with all rights "
+                "of this server"
+            )
         started = time.monotonic()
         inputs = await asyncio.to_thread(read_inputs, settings)
         inputs_seconds = time.monotonic() - started
         async with AsyncExitStack() as stack:
             metrics = Metrics()
+            with refused_as("clients"):
+                access = Access(access_files(settings), metrics)
             with refused_as("metrics_port"):
                 metrics_server = MetricsServer(
                     metrics, settings.metrics_host, settings.metrics_port
@@ -96,12 +108,18 @@ class Application:
                 settings.host,
                 settings.port,
                 max_message_bytes=settings.max_message_bytes,
+                max_concurrent_streams=settings.max_streams_per_connection,
+                max_connection_age_seconds=settings.max_connection_seconds,
+                tls=access.tls,
+                authenticator=access.authenticator,
             )
             with refused_as("port"):
                 await rpc_server.start()
             stack.push_async_callback(engine.shutdown)
             stack.push_async_callback(service.close)
             stack.push_async_callback(rpc_server.stop)
+            following = asyncio.create_task(access.follow())
+            stack.callback(following.cancel)
             metrics.set_startup("inputs", inputs_seconds)
             with self._progress:
                 await self._start(inputs, engine, service)
@@ -211,6 +229,16 @@ class Application:
         # Nothing has been promised to anybody while starting: that is an orderly end.
         self._console.show_cursor(True)
         _end_now(128 + number if self._serving else 0)
+
+
+def access_files(settings: Settings) -> AccessFiles:
+    """Return where certificates and clients are."""
+    certificates = None
+    if settings.tls_certificate is not None and settings.tls_key is not None:
+        certificates = CertificateFiles(
+            settings.tls_certificate, settings.tls_key, settings.tls_client_ca
+        )
+    return AccessFiles(certificates, settings.clients)
 
 
 def _elastic_config(settings: Settings, inputs: Inputs) -> ElasticConfig:

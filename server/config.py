@@ -45,7 +45,18 @@ from server.levels import LevelSpec
 
 ENV_PREFIX = "FATHOM_"
 # Variables of the commands that talk to a server; ``serve`` does not read them.
-CLIENT_VARIABLES = frozenset({"FATHOM_ADDRESS"})
+CLIENT_VARIABLES = frozenset(
+    {
+        "FATHOM_ADDRESS",
+        "FATHOM_CLIENT_CERTIFICATE",
+        "FATHOM_CLIENT_KEY",
+        "FATHOM_TLS",
+        "FATHOM_TLS_CA",
+        "FATHOM_TLS_SERVER_NAME",
+        "FATHOM_TOKEN",
+        "FATHOM_TOKEN_FILE",
+    }
+)
 
 _LEVEL_ALLOWED = (
     "a number of layers (1 or more), a prune ratio (0.0 to less than 1, with a decimal point), "
@@ -166,6 +177,26 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="Address that gRPC listens on.", min_length=1)
     port: Port = Field(50051, description="Port of gRPC; 0: any free one.")
+    tls_certificate: FilePath | None = Field(
+        None,
+        description="Certificate of the server in PEM, with those between it and its authority; "
+        "none: plain text.",
+    )
+    tls_key: FilePath | None = Field(None, description="Key of that certificate, in PEM.")
+    tls_client_ca: FilePath | None = Field(
+        None,
+        description="Authorities in PEM, one of which must have signed every client's "
+        "certificate; none: clients need none.",
+    )
+    clients: FilePath | None = Field(
+        None, description="File of the clients that may call; none: whoever can connect."
+    )
+    allow_plaintext: bool = Field(
+        False, description="Whether to listen beyond this machine without TLS."
+    )
+    allow_anonymous: bool = Field(
+        False, description="Whether to listen beyond this machine without knowing the clients."
+    )
     metrics_host: str = Field(
         "127.0.0.1", description="Address that the metrics listen on.", min_length=1
     )
@@ -230,6 +261,14 @@ class Settings(BaseSettings):
     max_message_bytes: Annotated[int, Ge(1024), Le(2**31 - 1)] = Field(
         16 * 2**20, description="Largest gRPC message that is accepted."
     )
+    max_streams_per_connection: Annotated[int, Ge(1), Le(2**31 - 1)] = Field(
+        1024, description="Calls that run on one connection at most; a client holds back others."
+    )
+    max_connection_seconds: Annotated[float, Ge(1)] | None = Field(
+        None,
+        description="Age at which clients are asked to connect anew, so that they spread over "
+        "servers; calls that run are finished. None: no limit.",
+    )
     grace_seconds: Annotated[float, Ge(0)] = Field(
         30.0, description="Seconds that running requests get to finish when the server is stopped."
     )
@@ -274,6 +313,17 @@ class Settings(BaseSettings):
                 "metrics_port: got {port}, allowed: another port than 'port' has",
                 {"port": self.metrics_port},
             )
+        for name, other in (
+            ("tls_certificate", "tls_key"),
+            ("tls_key", "tls_certificate"),
+            ("tls_client_ca", "tls_certificate"),
+        ):
+            if getattr(self, name) is not None and getattr(self, other) is None:
+                raise PydanticCustomError(
+                    "together",
+                    "{name}: got {path}, allowed: none without {other}",
+                    {"name": name, "path": repr(str(getattr(self, name))), "other": other},
+                )
         if self.levels and self.default_level and self.default_level not in self.levels:
             raise PydanticCustomError(
                 "together",

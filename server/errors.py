@@ -46,6 +46,14 @@ class FailedPrecondition(FathomError):
     """The request is sound, but the server is not in a state to do it."""
 
 
+class Unauthenticated(FathomError):
+    """The server does not know who calls."""
+
+
+class PermissionDenied(FathomError):
+    """The caller is known, but may not do this."""
+
+
 def _shortened(value: object, limit: int = 80) -> str:
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -122,6 +122,12 @@ class Metrics:
             "Times that the engine was started again after it had died.",
             registry=self.registry,
         )
+        self._certificate_expiry = Gauge(
+            "fathom_tls_certificate_expiry_timestamp_seconds",
+            "When the certificate in force expires, in seconds since the epoch.",
+            ["certificate"],  # no sample where there is none
+            registry=self.registry,
+        )
         self._rate = _TokenRate(clock)
         self._policy = _PolicyCollector()
         self.registry.register(self._rate)
@@ -163,6 +169,10 @@ class Metrics:
     def set_startup(self, phase: str, seconds: float) -> None:
         """Tell how long a phase of the start took."""
         self._startup.labels(phase).set(seconds)
+
+    def set_certificate_expiry(self, timestamp: float) -> None:
+        """Tell when the server's certificate expires, in seconds since the epoch."""
+        self._certificate_expiry.labels("server").set(timestamp)
 
     def set_policy(self, policy: DepthPolicy) -> None:
         """Show the measurements, the plan's scores and the levels of this policy."""

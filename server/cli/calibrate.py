@@ -11,13 +11,15 @@ from rich.console import Console
 from rich.table import Table
 
 from pruning.text import TextError, load_texts
-from server.cli.connection import DEFAULT_ADDRESS, Address, connected
+from server.cli.connection import Connection, connected, with_connection
 from server.cli.problems import report_problem
 from server.progress import ProgressReport
 from server.rpc.generated.fathom.v1 import common_pb2, control_pb2
 
 
+@with_connection
 def calibrate(
+    connection: Connection,
     text: Annotated[
         str | None,
         typer.Option(
@@ -32,7 +34,6 @@ def calibrate(
     max_characters: Annotated[
         int, typer.Option(help="Characters of --text to send at most.", min=1)
     ] = 2_000_000,
-    address: Address = DEFAULT_ADDRESS,
 ) -> None:
     """Rank the layers anew, on a server that goes on serving, and print the plan."""
     try:
@@ -42,7 +43,7 @@ def calibrate(
         sys.exit(2)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     request = control_pb2.CalibrateRequest(texts=texts, max_tokens=max_tokens)
-    with connected(address) as client, ProgressReport(Console(stderr=True)) as report:
+    with connected(connection) as client, ProgressReport(Console(stderr=True)) as report:
         plan = None
         for response in client.calibrate(request):
             match response.WhichOneof("event"):

@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
-from server.cli.connection import DEFAULT_ADDRESS, Address, connected
+from server.cli.connection import Connection, connected, with_connection
 from server.rpc.generated.fathom.v1 import common_pb2, inference_pb2
 
 _UINT32 = {"min": 0, "max": 2**32 - 1}
 
 
+@with_connection
 def generate(
+    connection: Connection,
     prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads it from stdin.")],
     depth: Annotated[int | None, typer.Option(help="Layers that run.", **_UINT32)] = None,
     prune_ratio: Annotated[
@@ -42,7 +44,6 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Send the prompt as a user's message of a chat.")
     ] = False,
-    address: Address = DEFAULT_ADDRESS,
 ) -> None:
     """Generate text at a depth and print it as it comes; the depth that ran goes to stderr."""
     given = {"--depth": depth, "--prune-ratio": prune_ratio, "--level": level}
@@ -68,7 +69,7 @@ def generate(
         request.chat.messages.add(role="user", content=text)
     else:
         request.prompt = text
-    with connected(address) as client:
+    with connected(connection) as client:
         for response in client.generate_stream(request):
             match response.WhichOneof("event"):
                 case "delta":

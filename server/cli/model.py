@@ -6,13 +6,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from server.cli.connection import DEFAULT_ADDRESS, Address, connected
+from server.cli.connection import Connection, connected, with_connection
 from server.rpc.generated.fathom.v1 import common_pb2, inference_pb2
 
 
-def model(address: Address = DEFAULT_ADDRESS) -> None:
+@with_connection
+def model(connection: Connection) -> None:
     """Show the model that is served, and what each depth costs and gains."""
-    with connected(address) as client:
+    with connected(connection) as client:
         served = client.get_model()
     console = Console(highlight=False)
     quantization = f", {served.quantization}" if served.quantization else ""

@@ -29,6 +29,8 @@ RESERVED: Mapping[str, str | None] = {
     "revision": "revision",
     "trust_remote_code": "trust_remote_code",
     "dtype": "dtype",
+    # Other formats than safetensors can hold code.
+    "load_format": None,
     "max_model_len": "max_context",
     "max_num_seqs": "max_num_seqs",
     "runner": None,
@@ -62,6 +64,7 @@ def base_arguments(config: EngineConfig) -> dict[str, Any]:
         "max_model_len": config.max_context,
         "max_num_seqs": config.max_num_seqs,
         "trust_remote_code": config.trust_remote_code,
+        "load_format": "safetensors",
         "enable_prefix_caching": True,
         "use_tqdm_on_load": False,
     }

@@ -11,6 +11,7 @@ from google.rpc.error_details_pb2 import RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
+from server.rpc.client_tls import ClientTls
 from server.rpc.generated.fathom.v1 import (
     control_pb2,
     control_pb2_grpc,
@@ -45,11 +46,25 @@ class CallError(Exception):
 class Client:
     """Calls a server and waits for the answers; every method raises :class:`CallError`.
 
-    ``timeout`` is in seconds, None for no limit.
+    ``timeout`` is in seconds, None for no limit. Without ``tls`` nothing is encrypted, the
+    token neither.
     """
 
-    def __init__(self, address: str, *, timeout: float | None = None) -> None:
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout: float | None = None,
+        tls: ClientTls | None = None,
+        token: str | None = None,
+    ) -> None:
+        if tls is None:
+            self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(
+                address, tls.credentials, options=[*_OPTIONS, *tls.options]
+            )
+        self._metadata = _metadata(token)
         self._timeout = timeout
         self._inference: Any = inference_pb2_grpc.InferenceStub(self._channel)
         self._control: Any = control_pb2_grpc.ControlStub(self._channel)
@@ -122,14 +137,14 @@ class Client:
 
     def _unary(self, call: Callable[..., Any], request: object, reply: type[T]) -> T:
         try:
-            response = call(request, timeout=self._timeout)
+            response = call(request, timeout=self._timeout, metadata=self._metadata)
         except grpc.RpcError as error:
             raise _call_error(error) from None
         assert isinstance(response, reply)
         return response
 
     def _stream(self, call: Callable[..., Any], request: object) -> Iterator[Any]:
-        responses = call(request, timeout=self._timeout)
+        responses = call(request, timeout=self._timeout, metadata=self._metadata)
         try:
             yield from responses
         except grpc.RpcError as error:
@@ -139,10 +154,18 @@ class Client:
 
 
 class AsyncClient:
-    """The stubs of a server, for use with asyncio; close it when done."""
+    """The stubs of a server, for use with asyncio; close it when done.
 
-    def __init__(self, address: str) -> None:
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+    A token goes into the metadata of each call: ``authorization``, ``Bearer TOKEN``.
+    """
+
+    def __init__(self, address: str, *, tls: ClientTls | None = None) -> None:
+        if tls is None:
+            self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(
+                address, tls.credentials, options=[*_OPTIONS, *tls.options]
+            )
         self.inference: Any = inference_pb2_grpc.InferenceStub(self._channel)
         self.control: Any = control_pb2_grpc.ControlStub(self._channel)
         self.health: Any = health_pb2_grpc.HealthStub(self._channel)
@@ -172,6 +195,10 @@ def retry_delay(call: grpc.Call | grpc.aio.AioRpcError) -> float | None:
         if detail.Unpack(info):
             return float(info.retry_delay.ToNanoseconds() / 1e9)
     return None
+
+
+def _metadata(token: str | None) -> list[tuple[str, str]]:
+    return [] if token is None else [("authorization", f"Bearer {token}")]
 
 
 def _call_error(error: grpc.RpcError) -> CallError:

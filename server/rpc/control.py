@@ -41,9 +41,7 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
     async def SetLevels(
         self, request: pb.SetLevelsRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.SetLevelsResponse:
-        specs = [
-            conversion.level_spec(spec, f"levels[{i}]") for i, spec in enumerate(request.levels)
-        ]
+        specs = conversion.level_specs(request)
         default_level = request.default_level if request.HasField("default_level") else None
         policy = await self._service.set_levels(specs, default_level)
         return pb.SetLevelsResponse(

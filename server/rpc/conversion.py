@@ -7,7 +7,7 @@ model can decide (context, vocabulary, number of layers) is left to the service.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 
 from google.protobuf.message import Message
 
@@ -66,6 +66,12 @@ _STATES = {
     State.DRAINING: control_pb2.GetStatusResponse.STATE_DRAINING,
     State.ENGINE_DOWN: control_pb2.GetStatusResponse.STATE_ENGINE_DOWN,
 }
+
+# Every token of a request is compared with all of its stop strings, on the engine's thread.
+_MAX_STOPS, _MAX_STOP_CHARACTERS = 16, 256
+_MAX_STOP_TOKENS = 128
+_MAX_CHAT_MESSAGES, _MAX_ROLE_CHARACTERS = 1024, 64
+_MAX_LEVELS = 64
 
 # Of a seed, which is a signed 64-bit integer in the request.
 _MAX_INT64 = 2**63 - 1
@@ -133,7 +139,12 @@ def depth_choice(depth: common_pb2.Depth, field: str) -> DepthChoice:
             return None
 
 
-def level_spec(spec: control_pb2.LevelSpec, field: str) -> LevelSpec:
+def level_specs(request: control_pb2.SetLevelsRequest) -> list[LevelSpec]:
+    _check_count(request.levels, "levels", _MAX_LEVELS)
+    return [_level_spec(spec, f"levels[{i}]") for i, spec in enumerate(request.levels)]
+
+
+def _level_spec(spec: control_pb2.LevelSpec, field: str) -> LevelSpec:
     depth = _fixed_depth(spec.depth, f"{field}.depth")
     if depth is None:
         raise InvalidArgument(f"{field}.depth", None, "layers or prune_ratio")
@@ -281,9 +292,11 @@ def _prompt(request: inference_pb2.GenerateRequest) -> Prompt:
 def _chat(chat: inference_pb2.Chat) -> ChatPrompt:
     if not chat.messages:
         raise InvalidArgument("chat.messages", [], "at least one message")
+    _check_count(chat.messages, "chat.messages", _MAX_CHAT_MESSAGES)
     for i, message in enumerate(chat.messages):
-        if not message.role:
-            raise InvalidArgument(f"chat.messages[{i}].role", message.role, "a role, such as user")
+        if not 1 <= len(message.role) <= _MAX_ROLE_CHARACTERS:
+            allowed = f"a role, such as user, of at most {_MAX_ROLE_CHARACTERS} characters"
+            raise InvalidArgument(f"chat.messages[{i}].role", message.role, allowed)
     return ChatPrompt(
         tuple({"role": message.role, "content": message.content} for message in chat.messages)
     )
@@ -291,9 +304,12 @@ def _chat(chat: inference_pb2.Chat) -> ChatPrompt:
 
 def _sampling(request: inference_pb2.GenerateRequest) -> SamplingOptions:
     sampling, stop, output = request.sampling, request.stop, request.output
+    _check_count(stop.stop, "stop.stop", _MAX_STOPS)
+    _check_count(stop.stop_token_ids, "stop.stop_token_ids", _MAX_STOP_TOKENS)
     for i, string in enumerate(stop.stop):
-        if not string:
-            raise InvalidArgument(f"stop.stop[{i}]", string, "a string that is not empty")
+        if not 1 <= len(string) <= _MAX_STOP_CHARACTERS:
+            allowed = f"1 to {_MAX_STOP_CHARACTERS} characters"
+            raise InvalidArgument(f"stop.stop[{i}]", string, allowed)
     min_tokens = stop.min_tokens if stop.HasField("min_tokens") else None
     max_tokens = stop.max_tokens if stop.HasField("max_tokens") else None
     if max_tokens == 0:
@@ -317,6 +333,11 @@ def _sampling(request: inference_pb2.GenerateRequest) -> SamplingOptions:
         include_stop=stop.include_stop,
         logprobs=output.logprobs if output.HasField("logprobs") else None,
     )
+
+
+def _check_count(values: Sized, field: str, most: int) -> None:
+    if len(values) > most:
+        raise InvalidArgument(field, f"{len(values)} entries", f"at most {most}")
 
 
 def _number(

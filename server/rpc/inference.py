@@ -10,9 +10,9 @@ import grpc
 from server.engine.base import GenerationDelta
 from server.generation import FinishInfo, PromptInfo
 from server.rpc import conversion
+from server.rpc.call_record import current_call
 from server.rpc.generated.fathom.v1 import inference_pb2 as pb
 from server.rpc.generated.fathom.v1 import inference_pb2_grpc
-from server.rpc.interceptors import note_depth
 from server.service import Service
 
 
@@ -25,13 +25,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.GenerateResponse:
+        call, generation = current_call(), conversion.generation(request)
+        call.begin(generation)
         response = pb.GenerateResponse()
         texts: list[str] = []
-        async with aclosing(self._service.generate(conversion.generation(request))) as events:
+        async with aclosing(self._service.generate(generation)) as events:
             async for event in events:
+                call.observe(event)
                 match event:
                     case PromptInfo():
-                        note_depth(event.served)
                         response.prompt_info.CopyFrom(conversion.prompt_info_message(event))
                     case GenerationDelta():
                         delta = conversion.delta_message(event, token_ids=request.output.token_ids)
@@ -47,14 +49,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def GenerateStream(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
+        call, generation = current_call(), conversion.generation(request)
+        call.begin(generation)
         # Written rather than yielded: a generator that gRPC iterates over is not closed when a
         # call is cancelled while a message is on its way.
-        async with aclosing(self._service.generate(conversion.generation(request))) as events:
+        async with aclosing(self._service.generate(generation)) as events:
             async for event in events:
+                call.observe(event)
                 response = pb.GenerateStreamResponse()
                 match event:
                     case PromptInfo():
-                        note_depth(event.served)
                         response.prompt_info.CopyFrom(conversion.prompt_info_message(event))
                     case GenerationDelta():
                         response.delta.CopyFrom(
@@ -68,7 +72,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self, request: pb.ScoreRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.ScoreResponse:
         result = await self._service.score(conversion.scoring(request))
-        note_depth(result.served)
+        current_call().served = result.served
         return conversion.score_message(result)
 
     async def Tokenize(

@@ -1,60 +1,52 @@
-"""What every call goes through: status codes and the count of calls."""
+"""What every call goes through: who makes it, its status code, and what is noted of it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
+from grpc_health.v1 import health
+from grpc_reflection.v1alpha import reflection
 
-from server.caller import Caller, set_caller
+from server.caller import set_caller
+from server.clients import Permission
 from server.errors import InvalidArgument
-from server.metrics import Metrics
-from server.policy import ServedDepth
-from server.rpc.peer import host_of, peer_address
+from server.rpc.authentication import Authenticator
+from server.rpc.call_record import CallRecord, set_current_call
 from server.rpc.status import code_of, status_of
 
 logger = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Behavior = Callable[[Any, Context], Awaitable[Any]]
+# Is told of every call of the project's own services when it has ended.
+Observer = Callable[[CallRecord], None]
 
 # A client's deadline cancels the call a moment before the server's copy of it runs out: the
 # copy is rounded up, and starts when the call arrives.
 _DEADLINE_SLACK = 0.02
 _DEADLINE_SLACK_SECONDS = 0.05
 
-
-@dataclass(slots=True)
-class _Call:
-    depth: str = ""
-
-
-_call: ContextVar[_Call] = ContextVar("call")
-
-
-def note_depth(served: ServedDepth) -> None:
-    """Let the present call be counted under its depth."""
-    _call.get().depth = str(served.decode_layers)
-
-
-@dataclass(frozen=True, slots=True)
-class _Undecodable:
-    """Stands in for a request that is no message of its type."""
-
-    problem: str
+_PERMISSIONS = {
+    "fathom.v1.Inference": Permission.INFERENCE,
+    "fathom.v1.Control": Permission.CONTROL,
+}
+_TRACE_HEADERS = frozenset({"traceparent", "tracestate", "baggage"})
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Turns exceptions into status codes and counts the calls of the project's own services."""
+    """Knows the caller, turns exceptions into status codes, and tells observers.
 
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
+    Health is open to anybody: what asks for it has no token.
+    """
+
+    def __init__(self, authenticator: Authenticator, observers: Sequence[Observer]) -> None:
+        self._authenticator = authenticator
+        self._observers = observers
 
     async def intercept_service(
         self,
@@ -65,61 +57,103 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler = await continuation(handler_call_details)
         method = handler_call_details.method.removeprefix("/")
-        # Handlers of unknown methods are None; health and reflection answer for themselves.
-        if handler is None or not method.startswith("fathom.v1."):
+        service = method.partition("/")[0]
+        if handler is None or service == health.SERVICE_NAME:  # None: there is no such method
             return handler
+        if service == reflection.SERVICE_NAME:
+            return self._guarded(handler)
         behavior: Any
         if handler.response_streaming:
             behavior, make_handler = handler.unary_stream, grpc.unary_stream_rpc_method_handler
         else:
             behavior, make_handler = handler.unary_unary, grpc.unary_unary_rpc_method_handler
+        # Messages are decoded later: of callers that are known, and with an error that says more.
         return make_handler(
-            self._wrapped(behavior, method),
-            request_deserializer=_forgiving(handler.request_deserializer),
+            self._wrapped(behavior, handler.request_deserializer, method, _PERMISSIONS[service]),
+            request_deserializer=None,
             response_serializer=handler.response_serializer,
         )
 
-    def _wrapped(self, behavior: Behavior, method: str) -> Any:
-        async def wrapped(request: Any, context: Context) -> Any:
-            call = _Call()
-            _call.set(call)
-            peer = peer_address(context.peer())
-            set_caller(Caller(client=host_of(peer), peer=peer))
+    def _guarded(self, handler: grpc.RpcMethodHandler[Any, Any]) -> Any:
+        """Return a handler of streams that any client may use."""
+
+        async def guarded(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+            try:
+                self._authenticator.caller(context, None)
+            except Exception as error:
+                await _abort(context, error)
+            behavior: Any = handler.stream_stream
+            async for response in behavior(requests, context):
+                yield response
+
+        return grpc.stream_stream_rpc_method_handler(
+            guarded,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+    def _wrapped(
+        self,
+        behavior: Behavior,
+        deserialize: Callable[[bytes], Any] | None,
+        method: str,
+        permission: Permission,
+    ) -> Any:
+        assert deserialize is not None
+
+        async def wrapped(data: bytes, context: Context) -> Any:
+            record = CallRecord(method)
+            record.trace_headers = _trace_headers(context)
+            set_current_call(record)
             timeout = context.time_remaining()
             try:
-                if isinstance(request, _Undecodable):
-                    allowed = f"the request message of {method}, with strings in UTF-8"
-                    raise InvalidArgument("request", request.problem, allowed)
-                response = await behavior(request, context)
+                record.caller = self._authenticator.caller(context, permission)
+                set_caller(record.caller)
+                response = await behavior(_decoded(data, deserialize, method), context)
             except (asyncio.CancelledError, grpc.aio.InternalError) as error:
                 # InternalError is what a message gets that is on its way when the call ends.
                 code = _code_of_cancellation(timeout, context.time_remaining())
-                self._metrics.count_request(method, call.depth, code.name)
+                self._end(record, code)
                 raise asyncio.CancelledError from error
             except Exception as error:
                 code = code_of(error)
-                self._metrics.count_request(method, call.depth, code.name)
+                if isinstance(error, InvalidArgument):
+                    record.refused_field = error.field
+                self._end(record, code)
                 if code is grpc.StatusCode.INTERNAL:
                     logger.exception("%s failed", method)
-                status = status_of(error)
-                await context.abort(status.code, status.details, status.trailing_metadata)
-            self._metrics.count_request(method, call.depth, grpc.StatusCode.OK.name)
+                await _abort(context, error)
+            self._end(record, grpc.StatusCode.OK)
             return response
 
         return wrapped
 
+    def _end(self, record: CallRecord, code: grpc.StatusCode) -> None:
+        record.end(code.name)
+        for observer in self._observers:
+            observer(record)
 
-def _forgiving(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
-    """Leave a message that cannot be decoded to the handler: gRPC would answer UNKNOWN."""
-    assert deserialize is not None
 
-    def forgiving(data: bytes) -> Any:
-        try:
-            return deserialize(data)
-        except DecodeError as error:
-            return _Undecodable(str(error))
+async def _abort(context: Context, error: Exception) -> None:
+    status = status_of(error)
+    await context.abort(status.code, status.details, status.trailing_metadata)
 
-    return forgiving
+
+def _decoded(data: bytes, deserialize: Callable[[bytes], Any], method: str) -> Any:
+    try:
+        return deserialize(data)
+    except DecodeError as error:
+        # gRPC would answer UNKNOWN.
+        allowed = f"the request message of {method}, with strings in UTF-8"
+        raise InvalidArgument("request", str(error), allowed) from error
+
+
+def _trace_headers(context: Context) -> dict[str, str]:
+    return {
+        key: value
+        for key, value in context.invocation_metadata() or ()
+        if key in _TRACE_HEADERS and isinstance(value, str)
+    }
 
 
 def _code_of_cancellation(timeout: float | None, remaining: float | None) -> grpc.StatusCode:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Sequence
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -11,6 +12,8 @@ from grpc_reflection.v1alpha import reflection
 
 from server.errors import InvalidArgument
 from server.listening import cannot_listen
+from server.rpc.authentication import Authenticator
+from server.rpc.call_record import CallRecord
 from server.rpc.control import ControlServicer
 from server.rpc.generated.fathom.v1 import (
     control_pb2,
@@ -19,7 +22,8 @@ from server.rpc.generated.fathom.v1 import (
     inference_pb2_grpc,
 )
 from server.rpc.inference import InferenceServicer
-from server.rpc.interceptors import CallInterceptor
+from server.rpc.interceptors import CallInterceptor, Observer
+from server.rpc.tls import ServerTls
 from server.service import Service, State
 
 INFERENCE: str = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -40,14 +44,25 @@ class RpcServer:
         *,
         max_message_bytes: int = 16 * 2**20,
         max_concurrent_streams: int | None = None,
+        max_connection_age_seconds: float | None = None,
+        tls: ServerTls | None = None,
+        authenticator: Authenticator | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
-        """Prepare to listen on ``port``, 0 for any free one."""
+        """Prepare to listen on ``port``, 0 for any free one.
+
+        ``tls`` None is plain text, ``authenticator`` None lets anybody call. ``observers`` are
+        told of every call that has ended.
+        """
         self._service = service
         self._host = host
         self._wanted_port = port
+        self._tls = tls
         self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(service.metrics)],
-            options=_options(max_message_bytes, max_concurrent_streams),
+            interceptors=[
+                CallInterceptor(authenticator or Authenticator(), [self._count, *observers])
+            ],
+            options=_options(max_message_bytes, max_concurrent_streams, max_connection_age_seconds),
         )
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(service), self._server)
         control_pb2_grpc.add_ControlServicer_to_server(ControlServicer(service), self._server)
@@ -68,7 +83,11 @@ class RpcServer:
         _check_free(self._host, self._wanted_port)
         host = f"[{self._host}]" if ":" in self._host else self._host
         try:
-            self._port = self._server.add_insecure_port(f"{host}:{self._wanted_port}")
+            address = f"{host}:{self._wanted_port}"
+            if self._tls is None:
+                self._port = self._server.add_insecure_port(address)
+            else:
+                self._port = self._server.add_secure_port(address, self._tls.credentials)
         except RuntimeError:
             allowed = f"a port that gRPC can listen on at {self._host}"
             raise InvalidArgument("port", self._wanted_port, allowed) from None
@@ -89,6 +108,9 @@ class RpcServer:
         # Watchers never end by themselves, so there is no point in waiting for open calls.
         await self._server.stop(_LAST_MESSAGES_SECONDS)
 
+    def _count(self, record: CallRecord) -> None:
+        self._service.metrics.count_request(record.method, record.depth, record.code)
+
     async def _follow(self) -> None:
         state = self._service.state
         while True:
@@ -105,7 +127,11 @@ class RpcServer:
 _LAST_MESSAGES_SECONDS = 0.1
 
 
-def _options(max_message_bytes: int, max_concurrent_streams: int | None) -> list[tuple[str, int]]:
+def _options(
+    max_message_bytes: int,
+    max_concurrent_streams: int | None,
+    max_connection_age_seconds: float | None,
+) -> list[tuple[str, int]]:
     options = [
         # Otherwise a second server on the port would go unnoticed, and get half of the calls.
         ("grpc.so_reuseport", 0),
@@ -120,6 +146,9 @@ def _options(max_message_bytes: int, max_concurrent_streams: int | None) -> list
     ]
     if max_concurrent_streams is not None:
         options.append(("grpc.max_concurrent_streams", max_concurrent_streams))
+    if max_connection_age_seconds is not None:
+        # What runs then is finished on the old connection: there is no limit to its grace.
+        options.append(("grpc.max_connection_age_ms", int(max_connection_age_seconds * 1000)))
     return options
 
 

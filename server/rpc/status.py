@@ -14,6 +14,8 @@ from server.errors import (
     FathomError,
     InvalidArgument,
     Overloaded,
+    PermissionDenied,
+    Unauthenticated,
     Unavailable,
     UnknownLevel,
 )
@@ -24,6 +26,8 @@ CODES: dict[type[Exception], grpc.StatusCode] = {
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Unavailable: grpc.StatusCode.UNAVAILABLE,
     FailedPrecondition: grpc.StatusCode.FAILED_PRECONDITION,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
 }
 
 # Status and message travel as HTTP/2 headers, of which peers accept some 8 KiB.

@@ -31,6 +31,10 @@ from server.errors import InvalidArgument
             "engine_args.enforce_eager: got False, allowed: left to Fathom",
         ),
         (
+            {"engine_args": {"load_format": "pt"}},
+            "engine_args.load_format: got 'pt', allowed: left to Fathom",
+        ),
+        (
             {"engine_args": {"dtype": "half"}},
             "engine_args.dtype: got 'half', allowed: the setting dtype instead",
         ),

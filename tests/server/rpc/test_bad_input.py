@@ -82,7 +82,7 @@ CASES: list[tuple[Change, grpc.StatusCode, str]] = [
     (
         lambda r: r.chat.messages.add(content="hi"),
         INVALID,
-        "chat.messages[0].role: got '', allowed: a role, such as user",
+        "chat.messages[0].role: got '', allowed: a role, such as user, of at most 64 characters",
     ),
     (
         lambda r: r.chat.messages.add(role="nobody", content="hi"),
@@ -112,7 +112,22 @@ CASES: list[tuple[Change, grpc.StatusCode, str]] = [
     (
         lambda r: r.stop.stop.extend(["a", ""]),
         INVALID,
-        "stop.stop[1]: got '', allowed: a string that is not empty",
+        "stop.stop[1]: got '', allowed: 1 to 256 characters",
+    ),
+    (
+        lambda r: r.stop.stop.append("x" * 257),
+        INVALID,
+        f"stop.stop[0]: got 'x{'x' * 75}..., allowed: 1 to 256 characters",
+    ),
+    (
+        lambda r: r.stop.stop.extend("x" * 17),
+        INVALID,
+        "stop.stop: got '17 entries', allowed: at most 16",
+    ),
+    (
+        lambda r: r.stop.stop_token_ids.extend([1] * 129),
+        INVALID,
+        "stop.stop_token_ids: got '129 entries', allowed: at most 128",
     ),
     (
         lambda r: r.stop.stop_token_ids.append(258),

@@ -1,0 +1,39 @@
+"""Whether the server may listen where the settings say, with what protects it."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+from server.config import Settings
+from server.errors import InvalidArgument
+
+
+def check_exposure(settings: Settings) -> None:
+    """Raise :class:`InvalidArgument` for an address that others than this machine can reach,
+    unless calls are encrypted and callers known, or the settings admit that they are not.
+    """
+    if is_loopback(settings.host):
+        return
+    missing = []
+    if settings.tls_certificate is None and not settings.allow_plaintext:
+        missing.append("TLS (tls_certificate, tls_key) or allow_plaintext")
+    is_anonymous = settings.clients is None and settings.tls_client_ca is None
+    if is_anonymous and not settings.allow_anonymous:
+        missing.append("known clients (clients or tls_client_ca) or allow_anonymous")
+    if missing:
+        allowed = f"a loopback address such as 127.0.0.1; others with {', and '.join(missing)}"
+        raise InvalidArgument("host", settings.host, allowed)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether this machine alone can reach ``host``; not so for a name that is unknown."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        pass
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(str(address[0])).is_loopback for *_, address in found)

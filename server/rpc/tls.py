@@ -1,0 +1,30 @@
+"""gRPC's side of TLS: every new connection gets the certificates that are in force then."""
+
+from __future__ import annotations
+
+import grpc
+
+from server.certificates import Certificates
+
+
+class ServerTls:
+    """The server's credentials; open connections keep theirs when certificates are replaced."""
+
+    def __init__(self, certificates: Certificates) -> None:
+        self._configuration = _configuration(certificates)
+        self.requires_client_certificates = certificates.client_ca is not None
+        self.credentials: grpc.ServerCredentials = grpc.dynamic_ssl_server_credentials(
+            self._configuration,
+            lambda: self._configuration,  # called in gRPC's threads, for every handshake
+            require_client_authentication=self.requires_client_certificates,
+        )
+
+    def install(self, certificates: Certificates) -> None:
+        """Use these for new connections."""
+        self._configuration = _configuration(certificates)
+
+
+def _configuration(certificates: Certificates) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration(
+        [(certificates.key, certificates.chain)], certificates.client_ca
+    )
