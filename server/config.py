@@ -262,7 +262,7 @@ class Settings(BaseSettings):
         16 * 2**20, description="Largest gRPC message that is accepted."
     )
     max_streams_per_connection: Annotated[int, Ge(1), Le(2**31 - 1)] = Field(
-        1024, description="Calls that run on one connection at most; a client holds back others."
+        1024, description="Calls that run on one connection at most; others wait in the client."
     )
     max_connection_seconds: Annotated[float, Ge(1)] | None = Field(
         None,

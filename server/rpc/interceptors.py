@@ -74,10 +74,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             response_serializer=handler.response_serializer,
         )
 
-    def _guarded(self, handler: grpc.RpcMethodHandler[Any, Any]) -> Any:
+    def _guarded(self, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
         """Return a handler of streams that any client may use."""
 
-        async def guarded(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+        async def guarded(requests: Any, context: Any) -> AsyncIterator[Any]:
             try:
                 self._authenticator.caller(context, None)
             except Exception as error:
@@ -86,11 +86,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             async for response in behavior(requests, context):
                 yield response
 
-        return grpc.stream_stream_rpc_method_handler(
+        make_handler: Any = grpc.stream_stream_rpc_method_handler
+        guarded_handler: grpc.RpcMethodHandler[Any, Any] = make_handler(
             guarded,
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
+        return guarded_handler
 
     def _wrapped(
         self,

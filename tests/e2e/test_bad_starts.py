@@ -117,6 +117,14 @@ def impossible_port(directory: Path) -> tuple[dict[str, object], list[str]]:
     return {"port": 65536}, ["port: got '65536', allowed: 0 to 65535"]
 
 
+def address_that_others_can_reach(directory: Path) -> tuple[dict[str, object], list[str]]:
+    return {"host": "0.0.0.0"}, [
+        "host: got '0.0.0.0', allowed: a loopback address",
+        "allow_plaintext",
+        "allow_anonymous",
+    ]
+
+
 def architecture_that_is_not_supported(directory: Path) -> tuple[dict[str, object], list[str]]:
     model = directory / "gemma"
     torch.manual_seed(0)
@@ -150,6 +158,7 @@ TROUBLES: list[Trouble] = [
     unknown_key_in_the_file,
     level_that_the_model_does_not_have,
     impossible_port,
+    address_that_others_can_reach,
     architecture_that_is_not_supported,
 ]
 

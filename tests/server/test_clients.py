@@ -49,12 +49,12 @@ def test_tokens_hashes_and_certificates(path: Path) -> None:
     )
     alice, ops = clients.by_token(SECRET), clients.by_token(OTHER)
     assert alice is not None
-    assert (alice.name, alice.permissions) == ("alice", {Permission.INFERENCE})
+    assert (alice.name, alice.permissions) == ("alice", frozenset({Permission.INFERENCE}))
     assert ops is not None
-    assert (ops.name, ops.permissions) == ("ops", set(Permission))
+    assert (ops.name, ops.permissions) == ("ops", frozenset(Permission))
     batch = clients.by_certificate(["localhost", "batch.internal"])
     assert batch is not None
-    assert (batch.name, batch.permissions) == ("batch", {Permission.CONTROL})
+    assert (batch.name, batch.permissions) == ("batch", frozenset({Permission.CONTROL}))
     assert clients.uses_certificates
     assert clients.by_token(digest) is None
     assert clients.by_token("batch.internal") is None
