@@ -24,13 +24,16 @@ INSTALLED_DEV := $(VENV)/.installed-dev-$(KEY)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install -qq --progress-bar off
 
-.PHONY: help serve test test-gpu lint format proto setup clean
+.PHONY: help serve bench test test-gpu lint format proto setup clean
 
 help: ## Say what the targets do.
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
 
 serve: $(INSTALLED) ## Serve the demo model, or with ARGS="--model ..." another one.
 	@$(VENV)/bin/fathom serve $(ARGS)
+
+bench: $(INSTALLED_DEV) ## Measure speed, with ARGS="throughput ..." or another benchmark.
+	@$(VENV)/bin/fathom bench $(ARGS)
 
 test: lint ## Check style and types and run the tests; ARGS go to pytest.
 	@$(VENV)/bin/python -m pytest $(ARGS)

@@ -153,7 +153,8 @@ def logits_of(
         drop = settings.layer_drop if 0 < index < num_layers - 1 else 0.0
         if torch.rand(()).item() >= drop:
             hidden = training_layer(layer, hidden, rotary, positions, settings.dropout)
-    return model.lm_head(decoder.norm(hidden))
+    logits: torch.Tensor = model.lm_head(decoder.norm(hidden))
+    return logits
 
 
 def batches(tokens: torch.Tensor, settings: Settings) -> Iterator[torch.Tensor]:
@@ -300,7 +301,7 @@ def train(settings: Settings, work_dir: Path, report_every: int) -> None:
     averaged = sorted(work_dir.glob("weights-*.pt"))
     print(f"averaging the weights of {', '.join(path.stem for path in averaged)}")
     model.load_state_dict(average_weights(averaged))
-    model.to(torch.bfloat16)
+    model.bfloat16()
     bits, perplexity = bits_per_character(model, tokenizer, held_out, settings.context)
     output = work_dir / "model"
     shutil.rmtree(output, ignore_errors=True)

@@ -33,7 +33,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_the_packages_with_their_data(wheel: Path) -> None:
     files = {
         path.relative_to(ROOT).as_posix()
-        for package in ("pruning", "server")
+        for package in ("bench", "pruning", "server")
         for path in (ROOT / package).rglob("*")
         if path.is_file() and path.suffix != ".pyc"
     }

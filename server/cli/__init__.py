@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from server.cli.bench import bench
 from server.cli.calibrate import calibrate
 from server.cli.export import export
 from server.cli.generate import generate
@@ -25,6 +26,11 @@ app = typer.Typer(
 )
 for command in (serve, generate, model, calibrate, export, health):
     app.command()(command)
+# What it measures has commands and options of its own.
+app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(bench)
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,0 +1,195 @@
+"""Measure what Block Influence costs, against a plain prefill of the same tokens.
+
+Both run in the same engine, in turns. The published formula through ``output_hidden_states`` of
+transformers runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+
+from bench.memory import PeakMemory
+from bench.models import BenchModel, prepare_model
+from bench.options import Options, option
+from bench.plots import save_bars
+from bench.report import Target
+from bench.session import Session
+from bench.statistics import Spread, paired_ratio
+from bench.subjects.base import prepare
+from bench.subjects.elastic import ElasticInProcess
+from bench.throughput import engine_settings
+from bench.workload import Request
+from server.calibration import WINDOW
+
+TIME_TARGET = 1.1
+MEMORY_TARGET_MIB = 16.0
+_MIB = 1 << 20
+# As many as the engine measures on at a time.
+_STREAMS = 16
+_METHODS = {
+    "prefill": "plain prefill",
+    "influence": "Block Influence, in the engine",
+    "formula": "Block Influence, output_hidden_states",
+}
+
+
+@dataclass(frozen=True)
+class CalibrationOptions(Options):
+    tokens: int = option(16384, "Tokens to measure on.")
+    formula: bool = option(True, "Whether transformers is measured, too.")
+
+
+def run(options: CalibrationOptions) -> None:
+    asyncio.run(measure(options))
+
+
+async def measure(options: CalibrationOptions) -> Session:
+    if options.tokens < 2:
+        raise typer.BadParameter(f"--tokens: got {options.tokens}, allowed: 2 or more")
+    model = prepare_model(options)
+    prepare(model, options.threads)
+    window = min(WINDOW, options.max_context - 1)
+    settings = engine_settings(options, model, _STREAMS, window + 1)
+    session = Session("calibration", options, model.describe(options.dtype))
+    windows = random_windows(options.tokens, window, model.vocab_size, options.seed)
+    subject = ElasticInProcess(settings)
+
+    async def prefill(chosen: Sequence[Sequence[int]]) -> None:
+        slots = asyncio.Semaphore(_STREAMS)
+
+        async def one(ids: Sequence[int]) -> None:
+            async with slots:
+                async for _ in subject.generate(Request(tuple(ids), 1)):
+                    pass
+
+        await asyncio.gather(*[one(ids) for ids in chosen])
+
+    async def influence(chosen: Sequence[Sequence[int]]) -> None:
+        await subject.engine.measure_importance(chosen, lambda done, total: None)
+
+    methods = {"prefill": prefill, "influence": influence}
+    with session.progress as progress:
+        with progress.working("Starting the engine"):
+            await subject.start()
+        try:
+            for method in methods.values():
+                await method(windows[: 2 * _STREAMS])
+            for number in range(options.rounds):
+                for name in methods if number % 2 == 0 else reversed(methods):
+                    await _measure(session, subject, name, methods[name], windows, number)
+                progress.advance("Measuring in turns", number + 1, options.rounds)
+            # Whether memory grows with the tokens shows best where there are several times as many.
+            await _measure(session, subject, "influence", influence, windows * 4, -1)
+        finally:
+            await subject.close()
+        if options.formula:
+            for number in range(options.rounds):
+                answer = await asyncio.to_thread(_formula, model, options.dtype, windows)
+                session.report.rounds.append(
+                    {
+                        "method": "formula",
+                        "round": number,
+                        "num_tokens": sum(map(len, windows)),
+                        "seconds": answer["seconds"],
+                        "added_peak_mib": answer["added_peak_bytes"] / _MIB,
+                    }
+                )
+                progress.advance("Measuring transformers", number + 1, options.rounds)
+    summarize(session)
+    session.finish(lambda stem: _plot(session, stem))
+    return session
+
+
+def random_windows(num_tokens: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
+    """Return windows of random tokens, ``num_tokens`` in all; the last may be shorter."""
+    ids = np.random.default_rng(seed).integers(min(8, vocab_size - 1), vocab_size, num_tokens)
+    return [ids[start : start + length].tolist() for start in range(0, num_tokens, length)]
+
+
+async def _measure(
+    session: Session,
+    subject: ElasticInProcess,
+    name: str,
+    method: Callable[[Sequence[Sequence[int]]], Awaitable[None]],
+    windows: Sequence[Sequence[int]],
+    number: int,
+) -> None:
+    with PeakMemory(subject.processes()) as memory:
+        begin = time.perf_counter()
+        await method(windows)
+        seconds = time.perf_counter() - begin
+    session.report.rounds.append(
+        {
+            "method": name,
+            "round": number,
+            "num_tokens": sum(map(len, windows)),
+            "seconds": seconds,
+            "added_peak_mib": memory.added / _MIB,
+        }
+    )
+
+
+def _formula(model: BenchModel, dtype: str, windows: Sequence[Sequence[int]]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "windows.json"
+        file.write_text(json.dumps([list(window) for window in windows]))
+        result = subprocess.run(
+            [sys.executable, "-m", "bench.formula", str(model.directory), dtype, str(file)],
+            stdout=subprocess.PIPE,
+            check=True,
+            text=True,
+        )
+    answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return answer
+
+
+def summarize(session: Session) -> None:
+    usual = [each for each in session.report.rounds if each["round"] >= 0]
+    seconds = {
+        method: [each["seconds"] for each in usual if each["method"] == method]
+        for method in _METHODS
+    }
+    for method, name in _METHODS.items():
+        of_method = [each for each in usual if each["method"] == method]
+        if not of_method:
+            continue
+        per_million = [each["seconds"] / each["num_tokens"] * 1e6 for each in of_method]
+        session.report.summary.append(
+            {
+                "method": name,
+                "seconds_per_million_tokens": statistics.median(per_million),
+                "of_prefill": statistics.median(seconds[method])
+                / statistics.median(seconds["prefill"]),
+                "added_peak_mib": max(each["added_peak_mib"] for each in of_method),
+            }
+        )
+    ratio = paired_ratio(seconds["influence"], seconds["prefill"])
+    name = "Block Influence / plain prefill, seconds"
+    session.report.targets.append(Target.of(name, ratio, "<=", TIME_TARGET))
+    once = max(e["added_peak_mib"] for e in usual if e["method"] == "influence")
+    (four_times,) = [e["added_peak_mib"] for e in session.report.rounds if e["round"] < 0]
+    growth = Spread.of([max(0.0, four_times - once)])
+    name = "memory added by four times the tokens"
+    session.report.targets.append(Target.of(name, growth, "<=", MEMORY_TARGET_MIB, "MiB"))
+
+
+def _plot(session: Session, stem: Path) -> None:
+    bars = {
+        row["method"]: {"seconds": row["seconds_per_million_tokens"]}
+        for row in session.report.summary
+    }
+    title = str(session.report.model["name"])
+    save_bars(stem, bars, x_label="seconds per million tokens", title=title)

@@ -1,0 +1,40 @@
+"""The commands of ``fathom bench``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import typer
+
+from bench import calibration, mixed, peers, profile, startup, throughput
+from bench.options import command
+from bench.plots import MatplotlibMissing
+from bench.subjects.server_process import ServerFailed
+from server.cli.problems import report_problem
+from server.rpc.client import CallError
+
+app = typer.Typer(
+    help="Measure speed, and what stands between it and its limits.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("throughput")(command(throughput.ThroughputOptions, throughput.run))
+app.command("peers")(command(peers.PeersOptions, peers.run))
+app.command("mixed")(command(mixed.MixedOptions, mixed.run))
+app.command("calibration")(command(calibration.CalibrationOptions, calibration.run))
+app.command("startup")(command(startup.StartupOptions, startup.run))
+app.command("profile")(command(profile.ProfileOptions, profile.run))
+
+
+def run(arguments: list[str]) -> None:
+    """Run one benchmark; exit code 0 whatever it finds, 1 where it could not measure."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    logging.getLogger("server.progress").setLevel(logging.INFO)
+    try:
+        app(args=arguments, prog_name="fathom bench")
+    except (MatplotlibMissing, ServerFailed, CallError) as error:
+        report_problem(str(error))
+        sys.exit(1)

@@ -1,0 +1,231 @@
+"""Measure Fathom against plain vLLM and transformers on the same work.
+
+All of them take turns within each round. The ones that wait use no processor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from bench.lengths import Lengths
+from bench.limit import StepTime, best_speedup
+from bench.models import BenchModel, prepare_model
+from bench.options import Options, depths_of, numbers, option
+from bench.plots import save_bars
+from bench.report import Target
+from bench.session import Session
+from bench.statistics import Spread, paired_difference, paired_ratio
+from bench.subjects.base import EngineSettings, Subject, prepare
+from bench.subjects.elastic import ElasticInProcess
+from bench.subjects.fathom_server import FathomServer
+from bench.subjects.openai_server import OpenAiServer
+from bench.subjects.plain_vllm import PlainVllm
+from bench.subjects.transformers_generate import TransformersGenerate
+from bench.throughput import engine_settings, lengths, streams_name
+from bench.workload import Workload
+
+KINDS = ("grpc", "elastic", "vllm", "eager", "openai", "transformers")
+DENSE_TARGET = 0.98
+EXPORTED_TARGET = 0.97
+LIMIT_TARGET = 0.95
+GRPC_TARGET = 0.95
+GRPC_LATENCY_TARGET_MS = 1.0
+
+
+@dataclass(frozen=True)
+class PeersOptions(Options):
+    peers: str = option(
+        "grpc,elastic,vllm,eager,openai,transformers",
+        "What to measure. vllm and eager mean one engine for each depth, on its own checkpoint.",
+    )
+    depths: str = option("", "Depths beside the full one; none: half of the layers.")
+    streams: str = option("1,32", "Numbers of streams.")
+    prompt_tokens: str = option("16", "Lengths of prompts; see bench/README.md for distributions.")
+    output_tokens: str = option("64", "Lengths of outputs, likewise.")
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """Something to measure, at one depth. ``kind`` is one of ``KINDS``."""
+
+    kind: str
+    depth: int
+    subject: Subject | TransformersGenerate
+    # What a request has to ask for; None where the checkpoint has no other depth.
+    asked_depth: int | None
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        return {"peer": self.kind, "depth": self.depth}
+
+
+def run(options: PeersOptions) -> None:
+    asyncio.run(measure(options))
+
+
+async def measure(options: PeersOptions) -> Session:
+    kinds = options.peers.split(",")
+    if unknown := sorted(set(kinds) - set(KINDS)):
+        raise typer.BadParameter(f"--peers: got {unknown[0]!r}, allowed: {', '.join(KINDS)}")
+    prompt, output = lengths(options.prompt_tokens), lengths(options.output_tokens)
+    streams = numbers(options.streams)
+    model = prepare_model(options)
+    prepare(model, options.threads)
+    depths = depths_of(options.depths or str(max(1, model.num_layers // 2)), model.num_layers)
+    settings = engine_settings(options, model, max(streams), prompt.longest + output.longest)
+    session = Session("peers", options, model.describe(options.dtype))
+    workload = Workload(prompt, output, model.vocab_size, options.seed)
+    warm_up = Workload(prompt, Lengths.parse("8"), model.vocab_size, options.seed)
+    async with AsyncExitStack() as stack:
+        progress = stack.enter_context(session.progress)
+        contenders: list[Contender] = []
+        for contender in _contenders(kinds, depths, settings, model):
+            if all(contender.subject is not other.subject for other in contenders):
+                with progress.working(f"Starting {contender.subject.name}"):
+                    await contender.subject.start()
+                stack.push_async_callback(contender.subject.close)
+            contenders.append(contender)
+        done, total = 0, len(streams) * options.rounds * len(contenders)
+        for num_streams in streams:
+            for contender in contenders:
+                requests = warm_up.streams(num_streams, 1, depth=contender.asked_depth)
+                await session.closed_loop(contender.subject, requests, warm_up=True)
+            for number in range(options.rounds):
+                # Nobody always follows the same one.
+                for contender in contenders if number % 2 == 0 else reversed(contenders):
+                    await session.closed_loop(
+                        contender.subject,
+                        workload.streams(num_streams, 1, depth=contender.asked_depth),
+                        **contender.labels,
+                        streams=num_streams,
+                        round=number,
+                    )
+                    done += 1
+                    progress.advance("Measuring in turns", done, total)
+    session.report.rounds[:] = [r for r in session.report.rounds if not r.get("warm_up")]
+    for num_streams in streams:
+        summarize(session, num_streams, contenders, model.num_layers)
+    session.finish(lambda stem: _plot(session, stem))
+    return session
+
+
+def _contenders(
+    kinds: Sequence[str], depths: Sequence[int], settings: EngineSettings, model: BenchModel
+) -> list[Contender]:
+    contenders: list[Contender] = []
+    full = model.num_layers
+    for kind in dict.fromkeys(kinds):
+        match kind:
+            case "grpc" | "elastic":
+                shared: Subject
+                shared = FathomServer(settings) if kind == "grpc" else ElasticInProcess(settings)
+                contenders += [Contender(kind, depth, shared, depth) for depth in depths]
+            case "vllm" | "eager":
+                contenders += [
+                    Contender(kind, d, PlainVllm(settings, d, eager=kind == "eager"), None)
+                    for d in depths
+                ]
+            case "openai":
+                contenders.append(Contender(kind, full, OpenAiServer(settings), None))
+            case _:
+                contenders.append(Contender(kind, full, TransformersGenerate(settings), None))
+    return contenders
+
+
+def summarize(
+    session: Session, num_streams: int, contenders: Sequence[Contender], num_layers: int
+) -> None:
+    """Add the rows for one number of streams, and the targets."""
+    speeds = {
+        (c.kind, c.depth): session.values("tokens_per_second", streams=num_streams, **c.labels)
+        for c in contenders
+    }
+    # Of equal depth where there is one, else dense.
+    to = ("vllm", "eager", "elastic")
+    for contender in contenders:
+        own = speeds[contender.kind, contender.depth]
+        row: dict[str, Any] = {
+            "streams": num_streams,
+            "peer": contender.subject.name,
+            "depth": contender.depth,
+            "tokens_per_second": statistics.median(own),
+        }
+        for kind in to:
+            other = speeds.get((kind, contender.depth))
+            row[f"of_{kind}"] = paired_ratio(own, other).median if other else None
+        for name, label in (("time_to_first_token", "ttft"), ("inter_token_latency", "itl")):
+            for rank in ("p50", "p95", "p99"):
+                values = session.values(f"{name}.{rank}", streams=num_streams, **contender.labels)
+                known = values and contender.kind != "transformers"
+                row[f"{label}_{rank}_ms"] = 1000 * statistics.median(values) if known else None
+        session.report.summary.append(row)
+    session.report.targets += targets(session, num_streams, speeds, num_layers)
+
+
+def targets(
+    session: Session,
+    num_streams: int,
+    speeds: dict[tuple[str, int], list[float]],
+    num_layers: int,
+) -> list[Target]:
+    """Return what was promised of the peers that were measured."""
+    result = []
+    depths = sorted({depth for _, depth in speeds}, reverse=True)
+    for_streams = streams_name(num_streams)
+    for kind in ("vllm", "eager"):
+        for depth in depths:
+            if ("elastic", depth) in speeds and (kind, depth) in speeds:
+                dense = depth == num_layers
+                ratio = paired_ratio(speeds["elastic", depth], speeds[kind, depth])
+                of = "dense" if dense else f"exported depth {depth}"
+                how = "vLLM" if kind == "vllm" else "vLLM eager"
+                bound = DENSE_TARGET if dense else EXPORTED_TARGET
+                name = f"{for_streams}: Fathom depth {depth} / {how} {of}"
+                result.append(Target.of(name, ratio, ">=", bound))
+    for depth in depths:
+        # The share of the layers comes from dedicated engines, not from the one that is judged.
+        kind = "vllm" if ("vllm", num_layers) in speeds else "eager"
+        own, full = speeds.get(("elastic", depth)), speeds.get(("elastic", num_layers))
+        dedicated = {d: statistics.median(v) for (k, d), v in speeds.items() if k == kind}
+        line = StepTime.fit({d: 1 / speed for d, speed in dedicated.items()})
+        if depth != num_layers and own and full and line is not None:
+            limit = best_speedup(line.layer_share(num_layers), depth, num_layers)
+            ratio = paired_ratio(own, full)
+            spread = Spread(ratio.median / limit, ratio.low / limit, ratio.high / limit)
+            name = f"{for_streams}: Fathom depth {depth} / depth {num_layers}, of the limit"
+            result.append(Target.of(name, spread, ">=", LIMIT_TARGET))
+    grpc, elastic = speeds.get(("grpc", num_layers)), speeds.get(("elastic", num_layers))
+    if grpc and elastic:
+        ratio = paired_ratio(grpc, elastic)
+        name = f"{for_streams}: gRPC / in process"
+        result.append(Target.of(name, ratio, ">=", GRPC_TARGET))
+        added = paired_difference(
+            *(
+                session.values(
+                    "inter_token_latency.p50", streams=num_streams, peer=kind, depth=num_layers
+                )
+                for kind in ("grpc", "elastic")
+            )
+        )
+        added = Spread(1000 * added.median, 1000 * added.low, 1000 * added.high)
+        name = f"{for_streams}: added by gRPC to the median inter-token latency"
+        result.append(Target.of(name, added, "<=", GRPC_LATENCY_TARGET_MS, "ms"))
+    return result
+
+
+def _plot(session: Session, stem: Path) -> None:
+    bars = {
+        f"{row['peer']}, depth {row['depth']}, {row['streams']}x"
+        if "depth" not in row["peer"]
+        else f"{row['peer']}, {row['streams']}x": {"tokens/s": row["tokens_per_second"]}
+        for row in session.report.summary
+    }
+    save_bars(stem, bars, x_label="tokens/s", title=str(session.report.model["name"]))

@@ -1,0 +1,113 @@
+"""Runs one benchmark: measures in turns, keeps every round, prints, saves and plots."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+
+from bench.load import Load, closed_loop
+from bench.machine import ForeignLoad, cpu_seconds
+from bench.options import Options
+from bench.plots import check_matplotlib
+from bench.report import Report
+from bench.statistics import Percentiles
+from bench.subjects.base import Subject
+from bench.subjects.transformers_generate import TransformersGenerate
+from bench.workload import Request
+from server.progress import ProgressReport
+
+# Of tables that go to a file.
+_FILE_WIDTH = 140
+
+
+class Session:
+    """One benchmark from its beginning to its files."""
+
+    def __init__(self, benchmark: str, options: Options, model: dict[str, Any]) -> None:
+        check_matplotlib()
+        self.console = Console(highlight=False)
+        if not self.console.is_terminal:
+            self.console.width = _FILE_WIDTH
+        self.report = Report.begin(benchmark, model, options.to_json())
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        self.directory = Path(options.output or f"bench-results/{benchmark}-{stamp}")
+        self.progress = ProgressReport(Console(stderr=True))
+
+    async def measure(
+        self,
+        work: Callable[[], Awaitable[Load]],
+        processes: Callable[[], Sequence[psutil.Process]] = list,
+        /,
+        **labels: Any,
+    ) -> Load:
+        """Run a load and keep what came of it as a round with these labels.
+
+        ``processes`` are those that work for what is measured. Their CPU time is kept, and the
+        share of the machine that went to programs that have nothing to do with the benchmark.
+        """
+        foreign = ForeignLoad()
+        own, here = list(processes()), psutil.Process()
+        before, client_before = cpu_seconds(own), cpu_seconds([here])
+        load = await work()
+        self.report.rounds.append(
+            {
+                **labels,
+                "num_tokens": load.num_tokens,
+                "seconds": load.seconds,
+                "tokens_per_second": load.tokens_per_second,
+                "time_to_first_token": _as_dict(load.time_to_first_token()),
+                "inter_token_latency": _as_dict(load.inter_token_latency()),
+                "cpu_seconds": cpu_seconds(own) - before,
+                "client_cpu_seconds": cpu_seconds([here]) - client_before,
+                "foreign_load": foreign.share(),
+            }
+        )
+        return load
+
+    async def closed_loop(
+        self,
+        subject: Subject | TransformersGenerate,
+        streams: Sequence[Sequence[Request]],
+        /,
+        **labels: Any,
+    ) -> Load:
+        if isinstance(subject, TransformersGenerate):
+            return await self.measure(lambda: subject.closed_loop(streams), **labels)
+        return await self.measure(
+            lambda: closed_loop(subject.generate, streams), subject.processes, **labels
+        )
+
+    def values(self, quantity: str, **labels: Any) -> list[float]:
+        """Return a quantity of the rounds with these labels, in order; ``a.b`` is b within a."""
+        result = []
+        for each in self.report.rounds:
+            if all(each.get(name) == value for name, value in labels.items()):
+                value: Any = each
+                for name in quantity.split("."):
+                    value = None if value is None else value[name]
+                if value is not None:
+                    result.append(value)
+        return result
+
+    def finish(self, plot: Callable[[Path], object]) -> None:
+        """Print, save and plot."""
+        busiest = max((each.get("foreign_load", 0.0) for each in self.report.rounds), default=0.0)
+        if busiest > 0.05:
+            self.report.notes.append(
+                f"Other programs took up to {busiest:.0%} of the machine during a round: "
+                "the figures may be off."
+            )
+        self.report.print(self.console)
+        path = self.report.save(self.directory)
+        plot(self.directory / self.report.benchmark)
+        self.console.print(f"Written to {path.parent}", soft_wrap=True)
+
+
+def _as_dict(percentiles: Percentiles | None) -> Mapping[str, float] | None:
+    return None if percentiles is None else asdict(percentiles)

@@ -1,0 +1,70 @@
+"""Timers inside vLLM's engine process, for profiles alone.
+
+They are put around methods of vLLM and of the elastic engine, by name. A name that a version does
+not have is left out, and shows as time of what calls it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from bench.stopwatch import Stopwatch
+
+# module, class, method -> the part of a step that it is. What these call is counted apart where
+# it is listed, too.
+_METHODS = (
+    ("vllm.v1.engine.core", "EngineCoreProc", "_process_engine_step", "engine loop"),
+    ("vllm.v1.core.sched.scheduler", "Scheduler", "schedule", "scheduler"),
+    ("vllm.v1.core.sched.scheduler", "Scheduler", "update_from_output", "scheduler"),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "execute_model", "runner, other"),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "sample_tokens", "runner, other"),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "_update_states", "input preparation"),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "_prepare_inputs", "input preparation"),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "_preprocess", "input preparation"),
+    (
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner",
+        "_build_attention_metadata",
+        "attention metadata",
+    ),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "_model_forward", "layers"),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "_sample", "sampling"),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "_bookkeeping_sync", "bookkeeping"),
+    ("server.engine.elastic.attention", "ElasticStep", "__init__", "subset metadata"),
+    ("server.engine.elastic.attention", "ElasticStep", "_make_subset", "subset metadata"),
+    ("server.engine.elastic.residual_stream", "ResidualStream", "_gather", "gather, scatter"),
+    ("server.engine.elastic.residual_stream", "ResidualStream", "_scatter", "gather, scatter"),
+)
+
+
+class StepTimers:
+    """Mixed into vLLM's worker as its extension."""
+
+    model_runner: Any
+    _bench_stopwatch: Stopwatch | None = None
+
+    def bench_start_timers(self) -> list[str]:
+        """Begin to count, and return the names that this version does not have."""
+        import torch
+
+        if self._bench_stopwatch is not None:
+            self._bench_stopwatch.reset()
+            return []
+        synchronize = torch.cuda.synchronize if torch.cuda.is_available() else None
+        stopwatch = self._bench_stopwatch = Stopwatch(synchronize=synchronize)
+        missing = []
+        for module, class_name, method, part in _METHODS:
+            owner = getattr(importlib.import_module(module), class_name, None)
+            if owner is None or method not in vars(owner):
+                missing.append(f"{module}.{class_name}.{method}")
+                continue
+            setattr(owner, method, stopwatch.timed(part, getattr(owner, method)))
+        model = self.model_runner.model
+        model.compute_logits = stopwatch.timed("logits", model.compute_logits)
+        return missing
+
+    def bench_read_timers(self) -> dict[str, list[float]]:
+        """Return (calls, seconds) by part since the start of the count."""
+        assert self._bench_stopwatch is not None
+        return self._bench_stopwatch.totals()

@@ -1,0 +1,1 @@
+"""What is measured: engines and servers that generate tokens for a load."""

@@ -1,0 +1,118 @@
+"""The interface between a load and what it is put on."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import psutil
+
+from bench.models import BenchModel
+from bench.workload import Request
+from server.engine.arguments import (
+    IN_PROCESS_EXECUTOR,
+    prepare_cpu_environment,
+    prepare_environment,
+)
+from server.hardware import describe_hardware
+
+# Which of its two model runners vLLM uses on a GPU; the elastic engine sets it for itself.
+_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+_GIVEN_RUNNER = os.environ.get(_RUNNER)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What all engines of a comparison are started with."""
+
+    model: BenchModel
+    dtype: str
+    max_context: int
+    max_num_seqs: int
+    kv_cache_bytes: int
+    # Of vLLM's engine, for Fathom's engines alone.
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+
+    def vllm_arguments(self) -> dict[str, Any]:
+        """Return what is the same for every engine of vLLM, as arguments of its engine."""
+        arguments: dict[str, Any] = {
+            "dtype": self.dtype,
+            "max_model_len": self.max_context,
+            "max_num_seqs": self.max_num_seqs,
+            "kv_cache_memory_bytes": self.kv_cache_bytes,
+            "enable_prefix_caching": False,
+        }
+        if not describe_hardware()["gpus"]:
+            arguments["distributed_executor_backend"] = IN_PROCESS_EXECUTOR
+        return arguments
+
+    def fathom_engine_args(self) -> dict[str, Any]:
+        """Return what Fathom has no setting for, as its ``engine_args``."""
+        arguments = self.vllm_arguments()
+        shared = {
+            name: arguments[name] for name in ("kv_cache_memory_bytes", "enable_prefix_caching")
+        }
+        return {**shared, **self.engine_args}
+
+
+class Subject(Protocol):
+    """Something that generates tokens."""
+
+    name: str
+
+    async def start(self) -> None:
+        """Return once it answers."""
+
+    def generate(self, request: Request) -> AsyncIterator[int]:
+        """Yield the number of tokens in each message, as it comes."""
+        ...
+
+    def processes(self) -> list[psutil.Process]:
+        """Return the processes that work for it, other than this one."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+def prepare(model: BenchModel, threads: int | None) -> None:
+    """Set the environment that every engine inherits, so that all have the same threads."""
+    prepare_environment()
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    elif not describe_hardware()["gpus"]:
+        prepare_cpu_environment(model.directory)
+
+
+@contextmanager
+def own_choice_of_runner() -> Iterator[None]:
+    """Let vLLM choose its model runner as if there were no elastic engine in this process."""
+    present = os.environ.pop(_RUNNER, None)
+    if _GIVEN_RUNNER is not None:
+        os.environ[_RUNNER] = _GIVEN_RUNNER
+    try:
+        yield
+    finally:
+        os.environ.pop(_RUNNER, None)
+        if present is not None:
+            os.environ[_RUNNER] = present
+
+
+def new_children(before: set[int]) -> list[psutil.Process]:
+    """Return the processes below this one that were not there before."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if child.pid not in before]
+
+
+def child_ids() -> set[int]:
+    return {child.pid for child in psutil.Process().children(recursive=True)}
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on at this moment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

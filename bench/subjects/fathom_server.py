@@ -1,0 +1,90 @@
+"""Fathom over gRPC."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import psutil
+
+from bench.subjects.base import EngineSettings, free_port
+from bench.subjects.server_process import ServerProcess
+from bench.workload import Request
+from server.rpc.client import AsyncClient, CallError, Client
+from server.rpc.generated.fathom.v1 import common_pb2, inference_pb2
+
+# Two windows of text: a standard error needs no fewer.
+_QUALITY_TOKENS = 1024
+
+
+class FathomServer:
+    """A ``fathom serve`` process, or one that runs already at ``address``."""
+
+    name = "Fathom, gRPC"
+
+    def __init__(self, settings: EngineSettings | None, address: str | None = None) -> None:
+        """``settings`` are those of a server to start; None where there is an ``address``."""
+        self._settings = settings
+        self._process: ServerProcess | None = None
+        self._client: AsyncClient | None = None
+        self._given_address = address
+        self.address = address or ""
+
+    async def start(self) -> None:
+        if self._settings is not None:
+            port = free_port()
+            self.address = f"127.0.0.1:{port}"
+            log = self._settings.model.work_dir / "logs" / f"fathom-{port}.log"
+            self._process = ServerProcess(
+                serve_command(self._settings, port, self._settings.model.work_dir / "state"), log
+            )
+            await self._process.wait_until(self._serves)
+        self._client = AsyncClient(self.address)
+
+    async def _serves(self) -> bool:
+        try:
+            with Client(self.address, timeout=5.0) as client:
+                return client.health() == "SERVING"
+        except CallError:
+            return False
+
+    def model(self) -> inference_pb2.Model:
+        with Client(self.address) as client:
+            return client.get_model()
+
+    async def generate(self, request: Request) -> AsyncIterator[int]:
+        assert self._client is not None
+        message = inference_pb2.GenerateRequest(
+            token_ids=inference_pb2.TokenIds(ids=request.prompt_ids),
+            depth=None if request.depth is None else common_pb2.Depth(layers=request.depth),
+            sampling=inference_pb2.SamplingParams(temperature=0.0),
+            stop=inference_pb2.StopConditions(max_tokens=request.num_tokens, ignore_eos=True),
+            output=inference_pb2.OutputOptions(token_ids=True),
+        )
+        async for response in self._client.inference.GenerateStream(message):
+            if response.WhichOneof("event") == "delta":
+                yield len(response.delta.token_ids)
+
+    def processes(self) -> list[psutil.Process]:
+        return [] if self._process is None else self._process.processes()
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.close()
+        if self._process is not None:
+            self._process.close()
+
+
+def serve_command(settings: EngineSettings, port: int, state_dir: Path) -> list[object]:
+    """Return the command of a server that measures nothing it need not when it starts."""
+    model = settings.model
+    return [
+        *(Path(sys.executable).parent / "fathom", "serve", "--model", model.directory),
+        *("--port", port, "--metrics-port", free_port(), "--state-dir", state_dir),
+        *("--dtype", settings.dtype, "--max-context", settings.max_context),
+        *("--max-num-seqs", settings.max_num_seqs, "--plan", model.plan_file),
+        *("--levels", f"dense={model.num_layers}", "--quality-tokens", _QUALITY_TOKENS),
+        *("--quality-depths", "levels", "--engine-args", json.dumps(settings.fathom_engine_args())),
+    ]

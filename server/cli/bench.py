@@ -1,0 +1,13 @@
+"""``fathom bench``."""
+
+from __future__ import annotations
+
+import typer
+
+
+def bench(context: typer.Context) -> None:
+    """Measure speed: 'fathom bench --help' says what there is."""
+    # Imported here to keep the other commands quick.
+    from bench.cli import run
+
+    run(context.args)

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from bench.cli import run
+
+TINY = (
+    *("--layers", "4", "--hidden", "128", "--intermediate", "192", "--heads", "4"),
+    *("--kv-heads", "2", "--vocabulary", "512", "--rounds", "2"),
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["throughput", "--address", "127.0.0.1:9", "--depths", "0"], "UNAVAILABLE"),
+        (["throughput", "--streams", "0"], "got '0'"),
+        (["throughput", "--output-tokens", "few"], "allowed: 16, fixed:16"),
+        (["throughput", "--rates", "-1"], "--rates"),
+        (["peers", "--peers", "vllm,nobody"], "got 'nobody'"),
+        (["peers", *TINY, "--depths", "5"], "allowed: at most 4"),
+        (["mixed", "--streams", "3"], "an even number"),
+        (["mixed", *TINY, "--depth", "4"], "allowed: 1 to 3"),
+        (["calibration", "--tokens", "1"], "allowed: 2 or more"),
+        (["startup", "--model", "nowhere"], "allowed: random, demo or a checkpoint"),
+        (["profile", "--engines", "other"], "got 'other'"),
+        (["throughput", *TINY, "--vocabulary", "3"], "vocab_size: got 3"),
+        (["throughput", *TINY, "--max-context", "64", "--prompt-tokens", "60"], "up to 124"),
+        (["throughput", "--rounds", "0"], "--rounds"),
+        (["nothing"], "No such command"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    arguments: list[str],
+    problem: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(SystemExit) as raised:
+        run(arguments)
+    assert raised.value.code in (1, 2)
+    assert problem in capsys.readouterr().err
+    assert not (tmp_path / "bench-results").exists()
+
+
+def test_matplotlib_is_asked_for_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as raised:
+        run(["startup", "--work-dir", "work"])
+    assert raised.value.code == 1
+    assert "fathom-server[bench]" in capsys.readouterr().err

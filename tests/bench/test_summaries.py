@@ -1,0 +1,101 @@
+"""What the benchmarks make of rounds that are given to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import peers, profile, throughput
+from bench.options import Options
+from bench.session import Session
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Session:
+    return Session("test", Options(output=str(tmp_path)), {"name": "m"})
+
+
+def measured(tokens_per_second: float, **labels: Any) -> dict[str, Any]:
+    latency = {"p50": 1.0, "p95": 2.0, "p99": 3.0}
+    return {
+        "tokens_per_second": tokens_per_second,
+        "time_to_first_token": latency,
+        "inter_token_latency": latency,
+        **labels,
+    }
+
+
+def test_a_depth_at_its_limit_reaches_its_target(session: Session) -> None:
+    """In the second round the machine has half its pace."""
+    for number, pace in enumerate((1.0, 0.5)):
+        for depth, seconds in ((16, 20.0), (8, 12.0), (4, 8.0), (2, 2 * 6.0)):
+            speed = 1000 * pace / seconds
+            session.report.rounds.append(measured(speed, streams=8, depth=depth, round=number))
+    throughput.summarize(session, "streams", 8, (16, 8, 4), 16)
+    rows = {row["depth"]: row for row in session.report.summary}
+    assert rows[8]["of_full_depth"] == pytest.approx(20 / 12)
+    assert rows[8]["layer_share"] == pytest.approx(16 / 20)
+    assert rows[8]["of_limit"] == pytest.approx(1.0)
+    assert rows[8]["layers_alone"] == 2.0
+    assert rows[16]["itl_p95_ms"] == 2000.0
+    assert all(target.holds for target in session.report.targets)
+
+    session.report.targets.clear()
+    throughput.summarize(session, "streams", 8, (16, 8, 4, 2), 16)
+    held = {target.name: target.holds for target in session.report.targets}
+    assert not held["8 streams, depth 2, of the limit"]
+
+
+def test_targets_of_peers(session: Session) -> None:
+    seconds = {
+        ("elastic", 16): 20.0,
+        ("elastic", 8): 12.6,
+        ("vllm", 16): 20.0,
+        ("vllm", 8): 12.0,
+        ("grpc", 16): 25.0,
+    }
+    speeds = {key: [1000 / value] * 2 for key, value in seconds.items()}
+    for kind, p50 in (("elastic", 0.010), ("grpc", 0.0105)):
+        for number in range(2):
+            each = measured(1.0, streams=4, peer=kind, depth=16, round=number)
+            session.report.rounds.append({**each, "inter_token_latency": {"p50": p50}})
+    found = {t.name: t for t in peers.targets(session, 4, speeds, 16)}
+    assert {name: (t.holds, t.bound) for name, t in found.items()} == {
+        "4 streams: Fathom depth 16 / vLLM dense": (True, 0.98),
+        "4 streams: Fathom depth 8 / vLLM exported depth 8": (False, 0.97),
+        "4 streams: Fathom depth 8 / depth 16, of the limit": (True, 0.95),
+        "4 streams: gRPC / in process": (False, 0.95),
+        "4 streams: added by gRPC to the median inter-token latency": (True, 1.0),
+    }
+    of_limit = found["4 streams: Fathom depth 8 / depth 16, of the limit"]
+    assert of_limit.value == pytest.approx((20 / 12.6) / (20 / 12))
+    added = found["4 streams: added by gRPC to the median inter-token latency"]
+    assert added.value == pytest.approx(0.5)
+
+
+def test_the_parts_of_a_step_are_a_table_of_parts_by_loads(session: Session) -> None:
+    for engine, layers in (("Fathom", 6.0), ("vLLM", 4.0)):
+        session.report.rounds.append(
+            {
+                "engine": engine,
+                "load": "depth 8",
+                "seconds": 10.0,
+                "num_steps": 100,
+                "seconds_by_part": {"sampling": 1.0, "layers": layers},
+                "cpu_seconds_beside": {"front: other": 0.5},
+                "missing": [],
+            }
+        )
+    profile.summarize(session)
+    table = {row["ms_per_step"]: row["Fathom, depth 8"] for row in session.report.summary}
+    assert list(table.items()) == [
+        ("whole step", 100.0),
+        ("share of the layers", 0.6),
+        ("layers", 60.0),
+        ("sampling", 10.0),
+        ("beside: front: other", 5.0),
+    ]
+    assert session.report.summary[2]["vLLM, depth 8"] == 40.0
+    assert session.report.notes == []

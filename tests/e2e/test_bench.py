@@ -1,0 +1,49 @@
+"""Benchmarks from the command line to the files, at tiny sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.running_bench import bench
+from tests.e2e.running_server import RunningServer
+
+TINY = (
+    *("--layers", "4", "--hidden", "128", "--intermediate", "192", "--heads", "4"),
+    *("--kv-heads", "2", "--vocabulary", "512", "--rounds", "2"),
+)
+
+
+@pytest.mark.parametrize("load", ["--streams=1,2", "--rates=40"])
+def test_throughput_of_a_server(load: str, demo_server: RunningServer, tmp_path: Path) -> None:
+    report, output = bench(
+        tmp_path,
+        *("throughput", "--address", demo_server.address, load, "--rounds", "2"),
+        *("--depths", "8,1", "--arrivals", "4", "--output-tokens", "list:4,6"),
+    )
+    kind, sizes = ("streams", {1, 2}) if "streams" in load else ("rate", {40.0})
+    assert {(r[kind], r["depth"]) for r in report.summary} == {
+        (size, depth) for size in sizes for depth in (16, 8, 1)
+    }
+    tokens = {r["num_tokens"] for r in report.rounds if r.get("streams") != 2}
+    assert tokens == ({4} if kind == "streams" else {20})
+    assert len(report.rounds) == 2 * len(report.summary)
+    full = [r for r in report.summary if r["depth"] == 16]
+    assert all(r["of_full_depth"] == 1.0 for r in full)
+    assert all(r["itl_p50_ms"] > 0 for r in report.summary)
+    # There is a target for every depth that a limit is known of.
+    assert len(report.targets) == (4 if kind == "streams" else 0)
+    assert all(target.name in output for target in report.targets)
+
+
+def test_calibration(tmp_path: Path) -> None:
+    report, output = bench(tmp_path, "calibration", *TINY, "--tokens", "1200")
+    assert [row["method"] for row in report.summary] == [
+        "plain prefill",
+        "Block Influence, in the engine",
+        "Block Influence, output_hidden_states",
+    ]
+    assert {r["num_tokens"] for r in report.rounds} == {1200, 4800}
+    assert len(report.targets) == 2
+    assert "seconds per million tokens" in output.lower()
