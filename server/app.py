@@ -250,6 +250,8 @@ def _elastic_config(settings: Settings, inputs: Inputs) -> ElasticConfig:
         max_num_seqs=settings.max_num_seqs,
         kv_cache_gib=settings.kv_cache_gib,
         trust_remote_code=settings.trust_remote_code,
+        compile_layers=settings.compile_layers,
+        compile_cache=settings.state_dir / "compiled",
         engine_args=settings.engine_args,
     )
 

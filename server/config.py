@@ -249,6 +249,11 @@ class Settings(BaseSettings):
         "processors that are slow in bfloat16.",
     )
     engine: Literal["elastic"] = Field("elastic", description="What runs the model.")
+    compile_layers: bool | None = Field(
+        None,
+        description="Whether the elastic engine compiles its layers, once for all of them; none: "
+        "on CPU, where there is a C++ compiler.",
+    )
     max_context: Annotated[int, Ge(2)] | None = Field(
         None, description="Longest prompt and generation together, in tokens; none: the model's."
     )

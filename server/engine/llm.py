@@ -179,14 +179,12 @@ class Llm:
                 raise _invalid(error.__cause__) from error
             raise
 
-    async def call_workers(self, method: str) -> list[Any]:
-        """Return what each worker's ``method`` returns."""
+    async def call_workers(self, method: str, timeout: float = _RPC_TIMEOUT_SECONDS) -> list[Any]:
+        """Return what each worker's ``method`` returns, within ``timeout`` seconds."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            answers: list[Any] = await self._require_llm().collective_rpc(
-                method, timeout=_RPC_TIMEOUT_SECONDS
-            )
+            answers: list[Any] = await self._require_llm().collective_rpc(method, timeout=timeout)
             return answers
         except EngineDeadError as error:
             raise EngineDead("the engine's process has ended") from error

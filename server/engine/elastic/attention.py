@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -44,27 +42,22 @@ class Runners(enum.Enum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenSubset:
-    """Some tokens of a step and what attention needs to know to run on them alone."""
+    """Some tokens of a step and what attention needs to know to run on them alone.
 
+    ``key`` says which tokens: those of equal keys are the same, also if they are of layers that
+    keep their caches apart.
+    """
+
+    key: bytes
     tokens: torch.Tensor
     slot_mapping: torch.Tensor
     metadata: Any
 
-    @contextmanager
-    def in_context(self, context: ForwardContext, layer_name: str) -> Iterator[None]:
+    def install(self, context: ForwardContext, layer_name: str) -> None:
         """Let the attention layer of this name see the subset as its whole step."""
         metadata, slots = context.attn_metadata, context.slot_mapping
         assert isinstance(metadata, dict) and isinstance(slots, dict)
-        whole = metadata[layer_name], slots.get(layer_name)
         metadata[layer_name], slots[layer_name] = self.metadata, self.slot_mapping
-        try:
-            yield
-        finally:
-            metadata[layer_name] = whole[0]
-            if whole[1] is None:
-                del slots[layer_name]
-            else:
-                slots[layer_name] = whole[1]
 
 
 class ElasticStep:
@@ -116,10 +109,10 @@ class ElasticStep:
         key = chosen.tobytes()
         subset = self._subsets.get(key)
         if subset is None:
-            subset = self._subsets[key] = self._make_subset(chosen)
+            subset = self._subsets[key] = self._make_subset(chosen, key)
         return subset
 
-    def _make_subset(self, chosen: Bools) -> TokenSubset:
+    def _make_subset(self, chosen: Bools, key: bytes) -> TokenSubset:
         common = self._common
         rows, first = np.unique(self.spans.rows[chosen], return_index=True)
         last = np.append(first[1:], int(chosen.sum())) - 1
@@ -157,7 +150,7 @@ class ElasticStep:
                 if value is not None:
                     changes[name] = _selected(value, index)
         subset = common.replace(**changes)
-        return TokenSubset(tokens, subset.slot_mapping, self._builder.build_plain(subset))
+        return TokenSubset(key, tokens, subset.slot_mapping, self._builder.build_plain(subset))
 
     def _on_device(self, indices: Ints) -> torch.Tensor:
         return torch.from_numpy(indices).to(self._common.query_start_loc.device)
@@ -169,6 +162,7 @@ def _selected(values: Any, index: torch.Tensor) -> Any:
     return values[index.cpu().numpy()]
 
 
+@functools.cache
 def elastic_backend(base: type[AttentionBackend], table: RowTable) -> type[AttentionBackend]:
     """Return ``base`` with metadata that also carries the step, as ``metadata.elastic_step``.
 

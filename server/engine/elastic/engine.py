@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,7 @@ from server.engine.base import (
 from server.engine.elastic.compatibility import check_vllm
 from server.engine.elastic.engine_arguments import (
     ElasticConfig,
+    compiles_layers,
     prepare_elastic_environment,
     vllm_arguments,
 )
@@ -38,14 +41,19 @@ from server.engine.elastic.payload import (
 from server.engine.llm import Llm, model_info
 from server.engine.model_tokenizer import ModelTokenizer
 from server.engine.token_progress import TokenProgress, first_failure
+from server.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+_COMPILE_TIMEOUT_SECONDS = 600.0
 # Tokens whose reference states are held in the worker at one time.
 _QUALITY_GROUP_TOKENS = 8192
 # Measurements leave the rest of the batch to clients.
 _MEASURING_REQUESTS = 16
+
+
+logger = logging.getLogger(__name__)
 
 
 class ElasticEngine:
@@ -69,6 +77,7 @@ class ElasticEngine:
             InvalidArgument: An entry of ``engine_args`` is none that vLLM takes.
         """
         await self._llm.start(self._configure)
+        await self._compile_layers()
         config = self._llm.model_config
         self._model = model_info(
             self._config.name,
@@ -78,7 +87,7 @@ class ElasticEngine:
         )
 
     def _configure(self) -> VllmConfig:
-        prepare_elastic_environment()
+        prepare_elastic_environment(self._config.compile_cache)
         check_vllm()
         from server.engine.elastic.plugin import register
 
@@ -89,6 +98,20 @@ class ElasticEngine:
             raise refusal(error, self._config) from error
         check_kv_cache(config, self._config.kv_cache_gib)
         return config
+
+    async def _compile_layers(self) -> None:
+        if not compiles_layers(self._config):
+            return
+        started = time.monotonic()
+        answers = await self._llm.call_workers("fathom_compile_layers", _COMPILE_TIMEOUT_SECONDS)
+        for num_layers, problem in answers:
+            if not problem:
+                seconds = time.monotonic() - started
+                logger.info("compiled one layer for %d of them in %.1f s", num_layers, seconds)
+            elif self._config.compile_layers:
+                raise InvalidArgument("compile_layers", True, f"false here ({problem})")
+            else:
+                logger.warning("layers run uncompiled, which is slower: %s", problem)
 
     async def shutdown(self) -> None:
         await self._llm.shutdown()

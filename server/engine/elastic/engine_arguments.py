@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from server.engine.arguments import (
@@ -28,10 +30,21 @@ _RESERVED = {
 }
 
 
+@dataclass(frozen=True, slots=True)
 class ElasticConfig(EngineConfig):
     """What the elastic engine is started with."""
 
-    __slots__ = ()
+    # None: where it is known to pay, which is on CPU.
+    compile_layers: bool | None = None
+    # Keeps compiled code for the next start; None leaves that to torch.
+    compile_cache: Path | None = None
+
+
+def compiles_layers(config: ElasticConfig) -> bool:
+    """Return whether the layers are to be compiled."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu() if config.compile_layers is None else config.compile_layers
 
 
 def vllm_arguments(config: ElasticConfig) -> AsyncEngineArgs:
@@ -64,8 +77,10 @@ def vllm_arguments(config: ElasticConfig) -> AsyncEngineArgs:
     return AsyncEngineArgs(**{**arguments, **config.engine_args, "hf_overrides": overrides})
 
 
-def prepare_elastic_environment() -> None:
+def prepare_elastic_environment(compile_cache: Path | None = None) -> None:
     """Set what vLLM and its processes read from the environment, where the operator has not."""
     prepare_environment()
     # The newer model runner, GPU only, has another interface for what the row tracker does.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    if compile_cache is not None:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compile_cache))

@@ -8,15 +8,17 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
-from vllm.forward_context import ForwardContext, get_forward_context
+from vllm.forward_context import ForwardContext, get_forward_context, set_forward_context
 from vllm.model_executor.layers.attention.attention import unified_kv_cache_update
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from server.engine.elastic.attention import ElasticStep, Runners, TokenSubset, elastic_backend
+from server.engine.elastic.compiled_layers import CompiledLayers
 from server.engine.elastic.measurement import ImportanceMeter, QualityMeter
 from server.engine.elastic.residual_stream import ResidualStream
 from server.engine.elastic.row_tracker import row_table
@@ -39,6 +41,7 @@ class ElasticCausalLM:
         self.quality = QualityMeter(cast(Any, self).compute_logits)
         indices = range(self.model.start_layer, self.model.end_layer)
         self._layers = [(index, self.model.layers[index]) for index in indices]
+        self._compiled = CompiledLayers()
         for _, layer in self._layers:
             attention = layer.self_attn.attn
             attention.attn_backend = elastic_backend(attention.attn_backend, self.rows)
@@ -69,16 +72,27 @@ class ElasticCausalLM:
         hidden: torch.Tensor
         hidden, residual = stream.parts()
         if not get_pp_group().is_last_rank:
-            if residual is None:
-                residual = torch.zeros_like(hidden)
             return IntermediateTensors({"hidden_states": hidden, "residual": residual})
-        if residual is None:
-            hidden = self.model.norm(hidden)
-        else:
-            hidden, _ = self.model.norm(hidden, residual)
+        hidden, _ = self.model.norm(hidden, residual)
         if self.rows.probed and step is not None:
             self.quality.observe(step, self.rows, hidden)
         return hidden
+
+    def compile_layers(self, vllm_config: VllmConfig) -> int:
+        """Compile the layers and return how many share the compiled code.
+
+        Raises what torch.compile raises; the layers run uncompiled then.
+        """
+        config = vllm_config.model_config
+        with (
+            set_forward_context(None, vllm_config, slot_mapping={}),
+            cast(Any, current_platform).inference_mode(),
+        ):
+            return self._compiled.compile(
+                [layer for _, layer in self._layers],
+                config.get_hidden_size(),
+                cast(torch.dtype, config.dtype),
+            )
 
     def _entering_stream(
         self,
@@ -87,14 +101,16 @@ class ElasticCausalLM:
         intermediate_tensors: IntermediateTensors | None,
         inputs_embeds: torch.Tensor | None,
     ) -> ResidualStream:
+        run_layers = self._compiled.run
         if not get_pp_group().is_first_rank:
             assert intermediate_tensors is not None
-            return ResidualStream(
-                positions, intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
-            )
+            tensors = intermediate_tensors
+            hidden, residual = tensors["hidden_states"], tensors["residual"]
+            return ResidualStream(run_layers, positions, hidden, residual)
         if inputs_embeds is None:
             inputs_embeds = self.model.embed_input_ids(input_ids)
-        return ResidualStream(positions, inputs_embeds, None)
+        # Zero and the embeddings: so the first layer is called as the others are.
+        return ResidualStream(run_layers, positions, torch.zeros_like(inputs_embeds), inputs_embeds)
 
     def _walk_layer(
         self,
@@ -108,13 +124,10 @@ class ElasticCausalLM:
         leavers = step.key_leavers(index)
         if leavers is not None:
             _leave_keys_and_values(layer, stream.total(leavers), positions[leavers], leavers)
-
         runners = step.runners(index)
         if isinstance(runners, TokenSubset):
-            with runners.in_context(context, layer.self_attn.attn.layer_name):
-                stream.run(runners, layer)
-        else:
-            stream.run(runners, layer)
+            runners.install(context, layer.self_attn.attn.layer_name)
+        stream.run(runners, layer)
 
 
 def _step_of(context: ForwardContext, layer: Any) -> ElasticStep | None:

@@ -2,77 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from server.engine.elastic.attention import Runners, TokenSubset
 
-# (positions [num_tokens], hidden, residual) -> (hidden, residual), each [num_tokens, hidden_size]
-LayerCall = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]
+# (layers, positions [num_tokens], hidden, residual) -> (hidden, residual), each
+# [num_tokens, hidden_size], after all of the layers
+RunLayers = Callable[
+    [Sequence[Any], torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]
 ]
 
 
 class ResidualStream:
     """Holds the step's tokens and lends layers those that run them.
 
-    The stream is ``hidden + residual``, as vLLM's layers keep it, or ``hidden`` alone before the
-    first layer has run. A subset stays gathered until other tokens are asked for: layers that
-    are pruned together lie together, so most of them need no copy.
+    The stream is ``hidden + residual``, as vLLM's layers keep it. Layers wait until other tokens
+    are asked for or the stream is: then those that the same tokens run are run together. Layers
+    that are pruned together lie together, so a subset is rarely gathered twice.
     """
 
     def __init__(
-        self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
+        self,
+        run_layers: RunLayers,
+        positions: torch.Tensor,
+        hidden: torch.Tensor,
+        residual: torch.Tensor,
     ) -> None:
+        self._run_layers = run_layers
         self._positions = positions
         self._hidden = hidden
         self._residual = residual
-        self._tokens: torch.Tensor | None = None
-        self._subset_positions: torch.Tensor | None = None
-        self._subset_hidden: torch.Tensor | None = None
-        self._subset_residual: torch.Tensor | None = None
+        self._waiting: list[Any] = []
+        # None: every token of the step
+        self._subset: TokenSubset | None = None
 
-    def run(self, runners: Runners | TokenSubset, layer: LayerCall) -> None:
-        """Run ``layer`` on the tokens that run it."""
+    def run(self, runners: Runners | TokenSubset, layer: Any) -> None:
+        """Run ``layer`` on the tokens that run it, at the latest when the stream is asked for."""
         if runners is Runners.NONE:
             return
-        if isinstance(runners, TokenSubset):
-            self._gather(runners.tokens)
-            assert self._subset_positions is not None and self._subset_hidden is not None
-            self._subset_hidden, self._subset_residual = layer(
-                self._subset_positions, self._subset_hidden, self._subset_residual
-            )
-        else:
-            self._scatter()
-            self._hidden, self._residual = layer(self._positions, self._hidden, self._residual)
+        subset = runners if isinstance(runners, TokenSubset) else None
+        if not _same_tokens(subset, self._subset):
+            self._catch_up()
+            self._subset = subset
+        self._waiting.append(layer)
 
-    def parts(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return ``(hidden, residual)`` of all tokens; a layer may overwrite them."""
-        self._scatter()
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ``(hidden, residual)`` of all tokens; the caller may overwrite them."""
+        self._catch_up()
         return self._hidden, self._residual
 
     def total(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return a copy of the stream of some tokens, [num_tokens, hidden_size]."""
         hidden, residual = self.parts()
-        return hidden[tokens] if residual is None else hidden[tokens] + residual[tokens]
+        return hidden[tokens] + residual[tokens]
 
-    def _gather(self, tokens: torch.Tensor) -> None:
-        if self._tokens is tokens:
+    def _catch_up(self) -> None:
+        if not self._waiting:
             return
-        self._scatter()
-        if self._residual is None:
-            self._residual = torch.zeros_like(self._hidden)
-        self._tokens = tokens
-        self._subset_positions = self._positions[tokens]
-        self._subset_hidden = self._hidden[tokens]
-        self._subset_residual = self._residual[tokens]
+        layers, self._waiting = self._waiting, []
+        if self._subset is None:
+            self._hidden, self._residual = self._run_layers(
+                layers, self._positions, self._hidden, self._residual
+            )
+            return
+        tokens = self._subset.tokens
+        hidden, residual = self._run_layers(
+            layers, self._positions[tokens], self._hidden[tokens], self._residual[tokens]
+        )
+        self._hidden.index_copy_(0, tokens, hidden)
+        self._residual.index_copy_(0, tokens, residual)
 
-    def _scatter(self) -> None:
-        if self._tokens is None:
-            return
-        assert self._subset_hidden is not None and self._subset_residual is not None
-        assert self._residual is not None
-        self._hidden.index_copy_(0, self._tokens, self._subset_hidden)
-        self._residual.index_copy_(0, self._tokens, self._subset_residual)
-        self._tokens = None
+
+def _same_tokens(one: TokenSubset | None, other: TokenSubset | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.key == other.key

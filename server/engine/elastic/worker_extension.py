@@ -23,6 +23,14 @@ class ElasticWorkerExtension:
         assert isinstance(model, ElasticCausalLM)
         return model
 
+    def fathom_compile_layers(self) -> tuple[int, str]:
+        """Return how many layers were compiled, and why none were."""
+        model = self._elastic_model()
+        try:
+            return model.compile_layers(self.model_runner.vllm_config), ""
+        except Exception as error:  # there is no telling what a compiler may find
+            return 0, (str(error) or repr(error)).strip().partition("\n")[0]
+
     def fathom_reset_importance(self) -> None:
         self._elastic_model().importance.reset()
 
