@@ -12,7 +12,7 @@ import psutil
 from rich.console import Console
 
 from bench.load import Load, closed_loop
-from bench.machine import ForeignLoad, cpu_seconds
+from bench.machine import ForeignLoad, cpu_seconds, processes_of
 from bench.options import Options
 from bench.plots import check_matplotlib
 from bench.report import Report
@@ -48,13 +48,18 @@ class Session:
     ) -> Load:
         """Run a load and keep what came of it as a round with these labels.
 
-        ``processes`` are those that work for what is measured. Their CPU time is kept, and the
-        share of the machine that went to programs that have nothing to do with the benchmark.
+        ``processes`` are those that work for what is measured. Their CPU time is kept, that of
+        engines which only wait for their turn, and the share of the machine that went to programs
+        that have nothing to do with the benchmark.
         """
         foreign = ForeignLoad()
         own, here = list(processes()), psutil.Process()
-        before, client_before = cpu_seconds(own), cpu_seconds([here])
+        ids = {process.pid for process in (here, *own)}
+        waiting = [process for process in processes_of(here) if process.pid not in ids]
+        groups = (own, [here], waiting)
+        before = [cpu_seconds(group) for group in groups]
         load = await work()
+        used = [cpu_seconds(group) - then for group, then in zip(groups, before, strict=True)]
         self.report.rounds.append(
             {
                 **labels,
@@ -63,8 +68,9 @@ class Session:
                 "tokens_per_second": load.tokens_per_second,
                 "time_to_first_token": _as_dict(load.time_to_first_token()),
                 "inter_token_latency": _as_dict(load.inter_token_latency()),
-                "cpu_seconds": cpu_seconds(own) - before,
-                "client_cpu_seconds": cpu_seconds([here]) - client_before,
+                "cpu_seconds": used[0],
+                "client_cpu_seconds": used[1],
+                "waiting_cpu_seconds": used[2],
                 "foreign_load": foreign.share(),
             }
         )
@@ -102,6 +108,18 @@ class Session:
             self.report.notes.append(
                 f"Other programs took up to {busiest:.0%} of the machine during a round: "
                 "the figures may be off."
+            )
+        waited = max(
+            (
+                each["waiting_cpu_seconds"] / each["seconds"]
+                for each in self.report.rounds
+                if "waiting_cpu_seconds" in each
+            ),
+            default=0.0,
+        )
+        if waited > 0.02:
+            self.report.notes.append(
+                f"Engines that only waited for their turn used up to {waited:.0%} of a core."
             )
         self.report.print(self.console)
         path = self.report.save(self.directory)

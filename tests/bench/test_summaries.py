@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench import peers, profile, throughput
+from bench.load import closed_loop
 from bench.options import Options
 from bench.session import Session
+from bench.workload import Request
 
 
 @pytest.fixture
@@ -99,3 +104,41 @@ def test_the_parts_of_a_step_are_a_table_of_parts_by_loads(session: Session) -> 
     ]
     assert session.report.summary[2]["vLLM, depth 8"] == 40.0
     assert session.report.notes == []
+
+
+async def test_a_round_keeps_what_was_measured_and_who_used_the_processor(
+    session: Session, tmp_path: Path
+) -> None:
+    async def generate(request: Request) -> AsyncIterator[int]:
+        end = time.process_time() + 0.1
+        while time.process_time() < end:
+            pass
+        yield request.num_tokens
+
+    with subprocess.Popen(["sleep", "60"]) as waiting:
+        try:
+            load = await session.measure(
+                lambda: closed_loop(generate, [[Request((1,), 3)]]), depth=2
+            )
+        finally:
+            waiting.kill()
+    (each,) = session.report.rounds
+    assert (each["depth"], each["num_tokens"], each["seconds"]) == (2, 3, load.seconds)
+    assert each["client_cpu_seconds"] > 0.05
+    assert each["cpu_seconds"] == 0.0
+    assert each["waiting_cpu_seconds"] <= 0.02
+    assert 0.0 <= each["foreign_load"] <= 1.0
+    session.finish(lambda stem: stem.with_suffix(".txt").write_text("plot"))
+    assert {path.name for path in tmp_path.iterdir()} == {"test.json", "test.txt"}
+
+
+def test_what_disturbed_a_measurement_is_said(
+    session: Session, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session.report.rounds.append(
+        {"seconds": 10.0, "waiting_cpu_seconds": 5.0, "foreign_load": 0.25}
+    )
+    session.finish(lambda stem: None)
+    printed = capsys.readouterr().out
+    assert "Other programs took up to 25% of the machine" in printed
+    assert "Engines that only waited for their turn used up to 50% of a core" in printed
