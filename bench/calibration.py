@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import typer
 
+from bench.machine import ForeignLoad
 from bench.memory import PeakMemory
 from bench.models import BenchModel, prepare_model
 from bench.options import Options, option
@@ -97,16 +98,10 @@ async def measure(options: CalibrationOptions) -> Session:
             await subject.close()
         if options.formula:
             for number in range(options.rounds):
-                answer = await asyncio.to_thread(_formula, model, options.dtype, windows)
-                session.report.rounds.append(
-                    {
-                        "method": "formula",
-                        "round": number,
-                        "num_tokens": sum(map(len, windows)),
-                        "seconds": answer["seconds"],
-                        "added_peak_mib": answer["added_peak_bytes"] / _MIB,
-                    }
+                _, values = await session.least_disturbed(
+                    lambda: asyncio.to_thread(_formula, model, options.dtype, windows)
                 )
+                session.report.rounds.append({"method": "formula", "round": number, **values})
                 progress.advance("Measuring transformers", number + 1, options.rounds)
     summarize(session)
     session.finish(lambda stem: _plot(session, stem))
@@ -127,22 +122,27 @@ async def _measure(
     windows: Sequence[Sequence[int]],
     number: int,
 ) -> None:
-    with PeakMemory(subject.processes()) as memory:
-        begin = time.perf_counter()
-        await method(windows)
-        seconds = time.perf_counter() - begin
-    session.report.rounds.append(
-        {
-            "method": name,
-            "round": number,
+    async def once() -> tuple[None, dict[str, Any]]:
+        foreign = ForeignLoad()
+        with PeakMemory(subject.processes()) as memory:
+            begin = time.perf_counter()
+            await method(windows)
+            seconds = time.perf_counter() - begin
+        return None, {
             "num_tokens": sum(map(len, windows)),
             "seconds": seconds,
             "added_peak_mib": memory.added / _MIB,
+            "foreign_load": foreign.share(),
         }
-    )
+
+    _, values = await session.least_disturbed(once)
+    session.report.rounds.append({"method": name, "round": number, **values})
 
 
-def _formula(model: BenchModel, dtype: str, windows: Sequence[Sequence[int]]) -> dict[str, Any]:
+def _formula(
+    model: BenchModel, dtype: str, windows: Sequence[Sequence[int]]
+) -> tuple[None, dict[str, Any]]:
+    foreign = ForeignLoad()
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "windows.json"
         file.write_text(json.dumps([list(window) for window in windows]))
@@ -153,7 +153,12 @@ def _formula(model: BenchModel, dtype: str, windows: Sequence[Sequence[int]]) ->
             text=True,
         )
     answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return answer
+    return None, {
+        "num_tokens": sum(map(len, windows)),
+        "seconds": answer["seconds"],
+        "added_peak_mib": answer["added_peak_bytes"] / _MIB,
+        "foreign_load": foreign.share(),
+    }
 
 
 def summarize(session: Session) -> None:

@@ -66,4 +66,7 @@ class ForeignLoad:
         times = psutil.cpu_times()
         total = sum(times[:8])  # what follows is in user time already
         idle = times.idle + getattr(times, "iowait", 0.0)
-        return total - idle, cpu_seconds(processes_of(psutil.Process())), total
+        here = psutil.Process()
+        ended = here.cpu_times()  # children that have ended are counted with their parent
+        own = cpu_seconds(processes_of(here)) + ended.children_user + ended.children_system
+        return total - idle, own, total

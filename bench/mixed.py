@@ -111,7 +111,7 @@ async def _measure_once(
     async def work() -> Load:
         loads = await steady_loop(generates, streams, seconds)
         middle = len(loads) // 2
-        halves.extend(_together(half) for half in (loads[:middle], loads[middle:]))
+        halves[:] = [_together(half) for half in (loads[:middle], loads[middle:])]
         return _together(loads)
 
     def processes() -> list[psutil.Process]:

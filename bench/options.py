@@ -38,6 +38,9 @@ class Options:
     )
     max_context: int = option(512, "Longest prompt and generation together, in tokens.")
     rounds: int = option(5, "How often everything is measured, in turns.")
+    max_disturbance: float = option(
+        0.1, "Share of the machine that other programs may take before a load is run again."
+    )
     seed: int = option(0, "What random weights, prompts and arrivals are made of.")
     engine_args: str = option(
         "", "More arguments of vLLM's engine for Fathom alone, as a JSON object."

@@ -97,7 +97,9 @@ async def measure(options: PeersOptions) -> Session:
         for num_streams in streams:
             for contender in contenders:
                 requests = warm_up.streams(num_streams, 1, depth=contender.asked_depth)
-                await session.closed_loop(contender.subject, requests, warm_up=True)
+                await session.closed_loop(
+                    contender.subject, requests, repeatable=False, warm_up=True
+                )
             for number in range(options.rounds):
                 # Nobody always follows the same one.
                 for contender in contenders if number % 2 == 0 else reversed(contenders):

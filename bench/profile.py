@@ -176,6 +176,7 @@ async def _measure_engine(
         load = await session.measure(
             lambda: closed_loop(subject.generate, streams),
             subject.processes,
+            repeatable=False,  # the timers have counted by then
             engine=engine,
             load=load_name,
         )
@@ -205,7 +206,9 @@ async def _measure_server(
     async def work() -> Load:
         return await closed_loop(server.generate, streams)
 
-    await session.measure(work, server.processes, engine=server.name, load=load_name)
+    await session.measure(
+        work, server.processes, repeatable=False, engine=server.name, load=load_name
+    )
     used = [cpu_seconds([p]) - then for p, then in zip(processes, before, strict=True)]
     names = [_role(process, position) for position, process in enumerate(processes)]
     by_role: dict[str, float] = {}

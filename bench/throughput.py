@@ -74,7 +74,7 @@ async def measure(options: ThroughputOptions) -> Session:
                 num_streams = int(size) if kind == "streams" else 8
                 for depth in depths:
                     requests = warm_up.streams(num_streams, 1, depth=depth)
-                    await session.closed_loop(server, requests, warm_up=True)
+                    await session.closed_loop(server, requests, repeatable=False, warm_up=True)
                 for number in range(options.rounds):
                     for depth in depths:
                         work = (
@@ -82,7 +82,7 @@ async def measure(options: ThroughputOptions) -> Session:
                             if kind == "streams"
                             else _open(server, workload, size, options.arrivals, depth)
                         )
-                        labels = {kind: size, "depth": depth, "round": number}
+                        labels: dict[str, Any] = {kind: size, "depth": depth, "round": number}
                         await session.measure(work, server.processes, **labels)
                         done += 1
                         progress.advance("Measuring throughput", done, total)
