@@ -21,6 +21,7 @@ from server.config import Settings
 from server.engine.base import Engine, ModelInfo
 from server.engine.elastic.engine import ElasticEngine
 from server.engine.elastic.engine_arguments import ElasticConfig
+from server.engine.fork_server import start_fork_server
 from server.exposure import check_exposure
 from server.hardware import describe_hardware
 from server.inputs import Inputs, read_inputs, refused_as
@@ -115,6 +116,7 @@ class Application:
             )
             with refused_as("port"):
                 await rpc_server.start()
+            start_fork_server()  # what it takes long for is done by the time it is needed
             stack.push_async_callback(engine.shutdown)
             stack.push_async_callback(service.close)
             stack.push_async_callback(rpc_server.stop)

@@ -19,6 +19,7 @@ from server.engine.base import (
     SamplingOptions,
     TokenScore,
 )
+from server.engine.fork_server import forked_engines
 from server.engine.sampling import sampling_params, token_scores
 from server.errors import InvalidArgument
 
@@ -71,7 +72,10 @@ class Llm:
         resource_tracker.ensure_running()  # when it is started, it resets the mask
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            self._llm = AsyncLLM.from_vllm_config(config, stat_loggers=[load_logger, *stat_loggers])
+            with forked_engines():
+                self._llm = AsyncLLM.from_vllm_config(
+                    config, stat_loggers=[load_logger, *stat_loggers]
+                )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
