@@ -8,15 +8,13 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 
 import psutil
-from rich.console import Console
-from rich.logging import RichHandler
 
 from pruning.fingerprint import text_fingerprint
 from server.calibration import Calibrator, Progress
-from server.certificates import CertificateFiles
 from server.config import Settings
 from server.engine.base import Engine, ModelInfo
 from server.engine.elastic.engine import ElasticEngine
@@ -24,15 +22,21 @@ from server.engine.elastic.engine_arguments import ElasticConfig
 from server.engine.fork_server import start_fork_server
 from server.exposure import check_exposure
 from server.hardware import describe_hardware
-from server.inputs import Inputs, read_inputs, refused_as
+from server.inputs import Inputs, StartError, read_inputs, refused_as
+from server.log_format import with_fields
+from server.logs import Logs
 from server.metrics import Metrics, MetricsServer
 from server.policy import DepthPolicy
 from server.policy_store import PlanFile, PolicyStore
 from server.progress import ProgressReport
-from server.rpc.access import Access, AccessFiles
+from server.reload import Reload, access_files
+from server.rpc.access import Access
+from server.rpc.interceptors import Observer
+from server.rpc.request_log import log_request
 from server.rpc.server import RpcServer
 from server.service import Service
 from server.state import StateDirectory
+from server.tracing import open_tracing
 from server.version import VERSION, measuring_versions
 
 # Of models with more layers, quality is measured at the levels alone.
@@ -49,26 +53,33 @@ _WORK = {
 logger = logging.getLogger(__name__)
 
 
-def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT.
+def serve(settings: Settings, read_again: Callable[[], Settings]) -> None:
+    """Serve until SIGTERM or SIGINT; on SIGHUP use the settings that ``read_again`` returns.
 
     Raises:
         StartError: the server cannot start with these settings.
     """
-    console = Console(stderr=True)
-    _configure_logging(settings.log_level, console)
-    asyncio.run(Application(settings, console).run())
+    logs = Logs(settings.log_level, settings.log_format)
+    try:
+        asyncio.run(Application(settings, read_again, logs).run())
+    except StartError as error:
+        if not logs.is_json:
+            raise
+        logger.error("%s", error)
+        sys.exit(2)
 
 
 class Application:
     """One server, from its start to its end."""
 
-    def __init__(self, settings: Settings, console: Console) -> None:
+    def __init__(self, settings: Settings, read_again: Callable[[], Settings], logs: Logs) -> None:
         self._settings = settings
-        self._console = console
-        self._progress = ProgressReport(console)
+        self._read_again = read_again
+        self._logs = logs
+        self._progress = ProgressReport(logs.console)
         self._serving = False
         self._stop = asyncio.Event()
+        self._hangup = asyncio.Event()
         self._store: PolicyStore | None = None
 
     async def run(self) -> None:
@@ -76,6 +87,7 @@ class Application:
         settings = self._settings
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_hangup)
         with refused_as("host"):
             check_exposure(settings)
         if settings.trust_remote_code:
@@ -104,6 +116,12 @@ class Application:
                 version=VERSION,
                 save=self._save,
             )
+            observers: list[Observer] = [log_request]
+            with refused_as("otlp_endpoint"):
+                tracing = open_tracing(settings.otlp_endpoint, VERSION)
+            if tracing is not None:
+                stack.callback(tracing.close)
+                observers.append(tracing.observer(lambda: service.model_name))
             rpc_server = RpcServer(
                 service,
                 settings.host,
@@ -113,6 +131,7 @@ class Application:
                 max_connection_age_seconds=settings.max_connection_seconds,
                 tls=access.tls,
                 authenticator=access.authenticator,
+                observers=observers,
             )
             with refused_as("port"):
                 await rpc_server.start()
@@ -127,6 +146,15 @@ class Application:
                 await self._start(inputs, engine, service)
             self._serving = True
             self._announce(engine.model, rpc_server.port, metrics_server.port)
+            reload = Reload(
+                settings,
+                self._read_again,
+                access=access,
+                service=service,
+                set_log_level=self._logs.set_level,
+            )
+            reloading = asyncio.create_task(self._reload_on_hangup(reload))
+            stack.callback(reloading.cancel)
             await self._stop.wait()
             logger.info("stopping; requests that run have %g s", settings.grace_seconds)
             await service.drain()
@@ -215,32 +243,43 @@ class Application:
 
     def _announce(self, model: ModelInfo, port: int, metrics_port: int) -> None:
         settings = self._settings
+        address = f"{settings.host}:{port}"
+        metrics_url = f"http://{settings.metrics_host}:{metrics_port}/metrics"
+        if self._logs.is_json:
+            fields = {"model": model.name, "address": address, "metrics": metrics_url}
+            logger.info("serving", extra=with_fields(fields))
+            return
         print(
-            f"Serving {model.name} ({model.num_layers} layers, {model.dtype}) "
-            f"on {settings.host}:{port}; "
-            f"metrics on http://{settings.metrics_host}:{metrics_port}/metrics"
+            f"Serving {model.name} ({model.num_layers} layers, {model.dtype}) on {address}; "
+            f"metrics on {metrics_url}"
         )
-        address = "" if port == _DEFAULT_PORT else f" --address {settings.host}:{port}"
+        flag = "" if port == _DEFAULT_PORT else f" --address {address}"
         depth = max(1, model.num_layers * 3 // 4)
-        print(f"Try: fathom generate{address} --depth {depth} 'The list of'", flush=True)
+        print(f"Try: fathom generate{flag} --depth {depth} 'The list of'", flush=True)
+
+    async def _reload_on_hangup(self, reload: Reload) -> None:
+        while True:
+            await self._hangup.wait()
+            self._hangup.clear()
+            try:
+                await reload.run()
+            except Exception:
+                logger.exception("the settings could not be read again")
+
+    def _on_hangup(self) -> None:
+        if self._logs.has_lost_its_terminal:
+            self._on_signal(signal.SIGHUP)
+        else:
+            self._hangup.set()  # while the server starts, it waits
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self._serving and not self._stop.is_set():
             self._stop.set()
             return
         # Nothing has been promised to anybody while starting: that is an orderly end.
-        self._console.show_cursor(True)
+        self._logs.console.show_cursor(True)
+        self._logs.close()
         _end_now(128 + number if self._serving else 0)
-
-
-def access_files(settings: Settings) -> AccessFiles:
-    """Return where certificates and clients are."""
-    certificates = None
-    if settings.tls_certificate is not None and settings.tls_key is not None:
-        certificates = CertificateFiles(
-            settings.tls_certificate, settings.tls_key, settings.tls_client_ca
-        )
-    return AccessFiles(certificates, settings.clients)
 
 
 def _elastic_config(settings: Settings, inputs: Inputs) -> ElasticConfig:
@@ -256,25 +295,6 @@ def _elastic_config(settings: Settings, inputs: Inputs) -> ElasticConfig:
         compile_cache=settings.state_dir / "compiled",
         engine_args=settings.engine_args,
     )
-
-
-def _configure_logging(level: str, console: Console) -> None:
-    handler: logging.Handler
-    if console.is_terminal:
-        handler = RichHandler(console=console, show_path=False, log_time_format="%X")
-        line = "%(message)s"
-    else:
-        handler = logging.StreamHandler()
-        line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(level=logging.WARNING, format=line, handlers=[handler])
-    for package in ("server", "pruning"):
-        logging.getLogger(package).setLevel(level.upper())
-    # Most of what these libraries warn of is how the engine is meant to run here.
-    library_level = "INFO" if level == "debug" else "ERROR"
-    logging.getLogger("vllm").setLevel(library_level)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", library_level)
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", library_level.lower())
 
 
 def _end_now(code: int) -> None:

@@ -26,6 +26,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     FilePath,
+    StringConstraints,
     ValidationError,
     field_validator,
     model_validator,
@@ -285,6 +286,14 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe log lines that are written."
     )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="Whether log lines are text for people or JSON objects."
+    )
+    otlp_endpoint: Annotated[str, StringConstraints(pattern=r"^https?://.+")] | None = Field(
+        None,
+        description="Where traces go, over OTLP and gRPC, as `http://127.0.0.1:4317`; none: where "
+        "the variables of OpenTelemetry say, if anywhere.",
+    )
     engine_args: Annotated[dict[str, Any], NoDecode, BeforeValidator(_object_from)] = Field(
         {},
         description="More arguments of vLLM's `AsyncEngineArgs` by name; as a flag or a variable "
@@ -418,6 +427,8 @@ def _allowed(annotation: object, metadata: list[Any]) -> str:
         return "a path"
     if origin is dict:
         return "names with values"
+    if any(isinstance(item, StringConstraints) and item.pattern for item in metadata):
+        return "a URL with http:// or https://"
     return "text, not empty" if any(isinstance(item, MinLen) for item in metadata) else "text"
 
 

@@ -53,11 +53,7 @@ def read_inputs(settings: Settings) -> Inputs:
         fingerprint = model_fingerprint(source.directory)
         num_layers = _num_layers(source.directory)
     with refused_as("levels"):
-        levels = _levels(settings, num_layers)
-        names = [level.name for level in levels]
-        default_level = settings.default_level or names[0]
-        if default_level not in names:
-            raise InvalidArgument("default_level", default_level, f"one of {', '.join(names)}")
+        levels, default_level = chosen_levels(settings, num_layers)
     plan = None
     if settings.plan is not None:
         with refused_as("plan", PlanError, OSError):
@@ -93,6 +89,21 @@ def refused_as(setting: str, *errors: type[Exception]) -> Iterator[None]:
         raise StartError(f"{setting}: {error}") from error
 
 
+def chosen_levels(settings: Settings, num_layers: int) -> tuple[tuple[Level, ...], str]:
+    """Return the levels for a model of ``num_layers``, and the name of the default one.
+
+    Raises :class:`InvalidArgument` for a level that the model does not have.
+    """
+    levels = default_levels(num_layers)
+    if settings.levels:
+        levels = check_levels(spec.resolve(num_layers) for spec in settings.levels.values())
+    names = [level.name for level in levels]
+    default_level = settings.default_level or names[0]
+    if default_level not in names:
+        raise InvalidArgument("default_level", default_level, f"one of {', '.join(names)}")
+    return levels, default_level
+
+
 def calibration_texts(settings: Settings) -> Sequence[str]:
     """Return the texts to rank the layers on; raises :class:`TextError` where there are none."""
     return _texts(settings.calibration, Part.CALIBRATION, settings.calibration_tokens)
@@ -108,12 +119,6 @@ def _num_layers(directory: Path) -> int:
             "allowed: 1 or more"
         )
     return num_layers
-
-
-def _levels(settings: Settings, num_layers: int) -> tuple[Level, ...]:
-    if not settings.levels:
-        return default_levels(num_layers)
-    return check_levels(spec.resolve(num_layers) for spec in settings.levels.values())
 
 
 def _texts(source: str | None, part: Part, max_tokens: int) -> Sequence[str]:

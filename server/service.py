@@ -259,6 +259,11 @@ class Service:
         return self._model
 
     @property
+    def model_name(self) -> str:
+        """The name of the model, empty until it is known."""
+        return "" if self._model is None else self._model.name
+
+    @property
     def engine_name(self) -> str:
         return self._engine.name
 

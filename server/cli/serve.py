@@ -24,7 +24,7 @@ def serve(**flags: Any) -> None:
     from server.inputs import StartError
 
     try:
-        app.serve(settings)
+        app.serve(settings, lambda: load_settings(flags))
     except StartError as error:
         report_problem(str(error))
         sys.exit(2)

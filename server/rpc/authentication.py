@@ -17,7 +17,7 @@ _CERTIFICATE_NAMES = "x509_common_name", "x509_subject_alternative_name", "peer_
 
 
 class Authenticator:
-    """Knows the caller of a call, and refuses one that may not make it.
+    """Knows the clients.
 
     Without a list of clients, whoever can connect may call: everything where no client
     certificates are asked for, else inference alone.
@@ -33,22 +33,11 @@ class Authenticator:
         """Let these be the clients from now on; calls that run go on."""
         self._clients = clients
 
-    def caller(self, context: Context, permission: Permission | None) -> Caller:
-        """Return who makes a call that takes ``permission``, None for that of any client.
+    def client(self, context: Context) -> Client | None:
+        """Return the client that makes a call, None where clients are not known.
 
-        Raises:
-            Unauthenticated: there is no token, or no client has it.
-            PermissionDenied: the client is known, but may not do this.
+        Raises :class:`Unauthenticated` where they are, and this is none of them.
         """
-        peer = peer_address(context.peer())
-        client = self._client(context)
-        if client is None:
-            return Caller(client=host_of(peer), peer=peer)
-        if permission is not None and permission not in client.permissions:
-            raise PermissionDenied(f"client {client.name} lacks the permission {permission.value}")
-        return Caller(client=client.name, peer=peer)
-
-    def _client(self, context: Context) -> Client | None:
         names = _certificate_names(context) if self._requires_certificates else []
         if self._clients is None:
             # Operating the server takes more than a certificate of the right authority.
@@ -64,6 +53,18 @@ class Authenticator:
         if client is None:
             raise Unauthenticated("authorization: a bearer token is needed")
         return client
+
+
+def caller_of(context: Context, client: Client | None) -> Caller:
+    """Return who makes a call: the client, or the machine of one that is not known."""
+    peer = peer_address(context.peer())
+    return Caller(client=host_of(peer) if client is None else client.name, peer=peer)
+
+
+def require(permission: Permission, client: Client | None) -> None:
+    """Raise :class:`PermissionDenied` for a client that is known and lacks the permission."""
+    if client is not None and permission not in client.permissions:
+        raise PermissionDenied(f"client {client.name} lacks the permission {permission.value}")
 
 
 def _token(context: Context) -> str | None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import grpc
 
+from server.call_record import current_call
 from server.engine.base import GenerationDelta
 from server.generation import FinishInfo, PromptInfo
 from server.rpc import conversion
-from server.rpc.call_record import current_call
 from server.rpc.generated.fathom.v1 import inference_pb2 as pb
 from server.rpc.generated.fathom.v1 import inference_pb2_grpc
 from server.service import Service

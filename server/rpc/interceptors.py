@@ -12,11 +12,11 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 
+from server.call_record import CallRecord, set_current_call
 from server.caller import set_caller
 from server.clients import Permission
 from server.errors import InvalidArgument
-from server.rpc.authentication import Authenticator
-from server.rpc.call_record import CallRecord, set_current_call
+from server.rpc.authentication import Authenticator, caller_of, require
 from server.rpc.status import code_of, status_of
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         async def guarded(requests: Any, context: Any) -> AsyncIterator[Any]:
             try:
-                self._authenticator.caller(context, None)
+                self._authenticator.client(context)
             except Exception as error:
                 await _abort(context, error)
             behavior: Any = handler.stream_stream
@@ -109,7 +109,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             set_current_call(record)
             timeout = context.time_remaining()
             try:
-                record.caller = self._authenticator.caller(context, permission)
+                record.caller = caller_of(context, None)
+                client = self._authenticator.client(context)
+                record.caller = caller_of(context, client)
+                require(permission, client)
                 set_caller(record.caller)
                 response = await behavior(_decoded(data, deserialize, method), context)
             except (asyncio.CancelledError, grpc.aio.InternalError) as error:

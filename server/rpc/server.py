@@ -10,10 +10,10 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from server.call_record import CallRecord
 from server.errors import InvalidArgument
 from server.listening import cannot_listen
 from server.rpc.authentication import Authenticator
-from server.rpc.call_record import CallRecord
 from server.rpc.control import ControlServicer
 from server.rpc.generated.fathom.v1 import (
     control_pb2,

@@ -14,10 +14,10 @@ import grpc
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2
 
+from server.call_record import CallRecord
 from server.certificates import CertificateFiles
 from server.errors import InvalidArgument
 from server.rpc.access import AccessFiles
-from server.rpc.call_record import CallRecord
 from server.rpc.client import AsyncClient, CallError, Client
 from server.rpc.client_tls import ClientTls
 from server.rpc.generated.fathom.v1 import control_pb2, inference_pb2
@@ -173,7 +173,7 @@ async def test_who_called_is_noted(clients_file: Path) -> None:
         await each.use(code_of(generate), token=NOBODY)
     assert [(record.caller.client, record.code) for record in records] == [
         ("alice", "OK"),
-        ("", "UNAUTHENTICATED"),
+        ("127.0.0.1", "UNAUTHENTICATED"),
     ]
 
 
@@ -271,7 +271,7 @@ async def test_mutual_tls(deployed: Deployed) -> None:
         strange = ClientTls(deployed.authority.pem, stranger.certificate, stranger.key)
         for tls in (deployed.trusting, strange):
             assert (await server.use(code_of(generate), tls=tls))[0] == "UNAVAILABLE"
-    assert [record.caller.client for record in records] == ["batch.internal", ""]
+    assert [record.caller.client for record in records] == ["batch.internal"] * 2
 
 
 async def test_certificates_with_permissions(deployed: Deployed, tmp_path: Path) -> None:

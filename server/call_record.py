@@ -14,6 +14,9 @@ from server.engine.base import FinishReason, GenerationDelta, SamplingOptions
 from server.generation import ChatPrompt, FinishInfo, Generation, GenerationEvent, PromptInfo
 from server.policy import ServedDepth
 
+# Longer ones are refused.
+_LONGEST_ID = 128
+
 
 @dataclass(slots=True)
 class CallRecord:
@@ -50,6 +53,7 @@ class CallRecord:
 
     def begin(self, request: Generation) -> None:
         """Note what is asked for."""
+        self.request_id = request.request_id[:_LONGEST_ID]
         self.sampling = request.sampling
         self.is_chat = isinstance(request.prompt, ChatPrompt)
 
