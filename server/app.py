@@ -10,10 +10,15 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 
 import psutil
 
+from pruning.checkpoint import CheckpointError
 from pruning.fingerprint import text_fingerprint
+from pruning.quantization import QuantizationError, plan_of_base
+from pruning.surgery import SurgeryError
+from pruning.text import TextError
 from server.calibration import Calibrator, Progress
 from server.config import Settings
 from server.engine.base import Engine, ModelInfo
@@ -29,6 +34,7 @@ from server.metrics import Metrics, MetricsServer
 from server.policy import DepthPolicy
 from server.policy_store import PlanFile, PolicyStore
 from server.progress import ProgressReport
+from server.quantized import QuantizedModel
 from server.reload import Reload, access_files
 from server.rpc.access import Access
 from server.rpc.interceptors import Observer
@@ -161,6 +167,8 @@ class Application:
 
     async def _start(self, inputs: Inputs, engine: Engine, service: Service) -> None:
         """Load the model, and get its plan and measurements from the state directory or anew."""
+        if inputs.quantized is not None:
+            inputs = await self._quantize(inputs, inputs.quantized, service)
         with (
             self._progress.working("Loading the model"),
             service.phase("engine"),
@@ -190,6 +198,16 @@ class Application:
         service.open(policy.with_measurements(qualities, speeds), calibrator)
         for phase, seconds in service.status().startup_seconds.items():
             logger.info("start: %s took %.1f s", phase, seconds)
+
+    async def _quantize(self, inputs: Inputs, model: QuantizedModel, service: Service) -> Inputs:
+        """Have the model quantized, or find that it has been; return what to start with then."""
+        errors = (QuantizationError, SurgeryError, CheckpointError, TextError, OSError)
+        with service.phase("quantize"), refused_as("quantize", *errors):
+            fingerprint = await model.prepare(
+                lambda *layers: self._progress.advance("Quantizing the layers", *layers)
+            )
+        plan = inputs.plan and plan_of_base(inputs.plan, model.directory, fingerprint)
+        return replace(inputs, fingerprint=fingerprint, plan=plan)
 
     def _calibrator(self, inputs: Inputs, engine: Engine) -> Calibrator:
         settings = self._settings
@@ -284,7 +302,7 @@ class Application:
 
 def _elastic_config(settings: Settings, inputs: Inputs) -> ElasticConfig:
     return ElasticConfig(
-        model=inputs.source.directory,
+        model=inputs.source.directory if inputs.quantized is None else inputs.quantized.directory,
         name=inputs.source.name,
         dtype=settings.dtype,
         max_context=settings.max_context,

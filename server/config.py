@@ -67,6 +67,7 @@ _LEVELS_SYNTAX = (
     "NAME=DEPTH or NAME=PREFILL/DECODE, separated by commas, or a JSON object; a depth is "
     "a number of layers or, with a decimal point, a prune ratio"
 )
+_OF_QUANTIZE = ("quantize_group_size", "quantize_act_order", "order")
 # Kubernetes sets these in every pod for a Service that is named fathom.
 _SERVICE_LINK = re.compile(r"FATHOM_(SERVICE_(HOST|PORT(_.+)?)|PORT(_\d+_(TCP|UDP)(_.+)?)?)")
 _SERVICE_LINK_HINT = (
@@ -145,6 +146,13 @@ def _object_from(value: object) -> object:
         return json.loads(value)
     except ValueError:
         raise _not_allowed("a JSON object") from None
+
+
+def _number_from(value: object) -> object:
+    try:
+        return int(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _default_state_dir() -> Path:
@@ -255,6 +263,26 @@ class Settings(BaseSettings):
         description="Whether the elastic engine compiles its layers, once for all of them; none: "
         "on CPU, where there is a C++ compiler.",
     )
+    quantize: Literal["gptq-4bit", "gptq-8bit"] | None = Field(
+        None,
+        description="Whether the model is quantized before it is served; it is kept in "
+        "`state_dir`. vLLM runs 8 bits on GPUs alone.",
+    )
+    quantize_group_size: (
+        Annotated[Literal[-1, 32, 64, 128], BeforeValidator(_number_from)] | None
+    ) = Field(
+        None,
+        description="Weights of a row that share a scale, -1: all of them; none: the largest of "
+        "32, 64 and 128 that fits the model.",
+    )
+    quantize_act_order: bool = Field(
+        False, description="Whether the columns with the largest activations are quantized first."
+    )
+    order: Literal["quantize-then-prune", "prune-then-quantize"] = Field(
+        "quantize-then-prune",
+        description="What comes first; `prune-then-quantize` makes another model of each depth, "
+        "which `fathom export` can write.",
+    )
     max_context: Annotated[int, Ge(2)] | None = Field(
         None, description="Longest prompt and generation together, in tokens; none: the model's."
     )
@@ -344,6 +372,14 @@ class Settings(BaseSettings):
                 "default_level: got {level}, allowed: one of the levels: {levels}",
                 {"level": repr(self.default_level), "levels": ", ".join(self.levels)},
             )
+        if self.quantize is None:
+            for name in _OF_QUANTIZE:
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise PydanticCustomError(
+                        "together",
+                        "{name}: got {value}, allowed: nothing unless 'quantize' is set",
+                        {"name": name, "value": repr(getattr(self, name))},
+                    )
         return self
 
 

@@ -10,13 +10,17 @@ from pathlib import Path
 from pruning.checkpoint import CheckpointError, check_checkpoint, read_config
 from pruning.fingerprint import model_fingerprint
 from pruning.plan import Plan, PlanError
+from pruning.quantization import Order, QuantizationError
+from pruning.surgery import SurgeryError
 from pruning.text import TextError, load_texts
 from server.config import Settings
 from server.demo_model.corpus import Part, documents
 from server.engine.elastic.architectures import UnsupportedArchitecture, elastic_architecture
+from server.engine.elastic.compatibility import check_quantized_kernels
 from server.errors import FathomError, InvalidArgument
 from server.levels import Level, check_levels, default_levels
 from server.model_source import ModelSource, find_model
+from server.quantized import QuantizedModel, checked_quantization
 
 # Tokens are rarely longer; bounds what is read of a large text.
 _CHARACTERS_PER_TOKEN = 16
@@ -39,6 +43,8 @@ class Inputs:
     plan: Plan | None
     texts: Sequence[str]
     held_out_texts: Sequence[str]
+    # None: the model is served as it is.
+    quantized: QuantizedModel | None = None
 
 
 def read_inputs(settings: Settings) -> Inputs:
@@ -54,14 +60,16 @@ def read_inputs(settings: Settings) -> Inputs:
         num_layers = _num_layers(source.directory)
     with refused_as("levels"):
         levels, default_level = chosen_levels(settings, num_layers)
+    with refused_as("calibration", TextError):
+        texts = calibration_texts(settings)
+    quantized = _quantized(settings, source, fingerprint, texts)
     plan = None
     if settings.plan is not None:
         with refused_as("plan", PlanError, OSError):
             plan = Plan.load(settings.plan)
         with refused_as(f"plan: {settings.plan}", PlanError):
-            plan.check_model(fingerprint, num_layers)
-    with refused_as("calibration", TextError):
-        texts = calibration_texts(settings)
+            if quantized is None or plan.model_fingerprint != quantized.kept_fingerprint():
+                plan.check_model(fingerprint, num_layers)
     with refused_as("quality_text", TextError):
         held_out_texts = _texts(settings.quality_text, Part.HELD_OUT, settings.quality_tokens)
     return Inputs(
@@ -73,6 +81,7 @@ def read_inputs(settings: Settings) -> Inputs:
         plan=plan,
         texts=texts,
         held_out_texts=held_out_texts,
+        quantized=quantized,
     )
 
 
@@ -107,6 +116,23 @@ def chosen_levels(settings: Settings, num_layers: int) -> tuple[tuple[Level, ...
 def calibration_texts(settings: Settings) -> Sequence[str]:
     """Return the texts to rank the layers on; raises :class:`TextError` where there are none."""
     return _texts(settings.calibration, Part.CALIBRATION, settings.calibration_tokens)
+
+
+def _quantized(
+    settings: Settings, source: ModelSource, fingerprint: str, texts: Sequence[str]
+) -> QuantizedModel | None:
+    with refused_as("quantize", QuantizationError, SurgeryError, CheckpointError):
+        quantization = checked_quantization(settings, source.directory)
+        if quantization is None:
+            return None
+        if Order(settings.order) is Order.PRUNE_THEN_QUANTIZE and settings.engine == "elastic":
+            allowed = (
+                f"{Order.QUANTIZE_THEN_PRUNE} with the elastic engine, which has one set of "
+                "weights for all depths; fathom export writes one depth in either order"
+            )
+            raise InvalidArgument("order", settings.order, allowed)
+        check_quantized_kernels(quantization.bits, settings.dtype)
+        return QuantizedModel(settings, source, fingerprint, texts, quantization)
 
 
 def _num_layers(directory: Path) -> int:

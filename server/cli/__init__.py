@@ -14,6 +14,7 @@ from server.cli.generate import generate
 from server.cli.health import health
 from server.cli.model import model
 from server.cli.problems import report_problem
+from server.cli.quantize import quantize
 from server.cli.serve import serve
 from server.config import ConfigError
 from server.rpc.client import CallError
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (serve, generate, model, calibrate, export, health):
+for command in (serve, generate, model, calibrate, export, quantize, health):
     app.command()(command)
 # What it measures has commands and options of its own.
 app.command(

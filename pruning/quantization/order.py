@@ -1,0 +1,83 @@
+"""Pruning and quantization one after the other."""
+
+from __future__ import annotations
+
+import enum
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pruning.checkpoint import read_config
+from pruning.plan import Plan
+from pruning.quantization.checkpoint import (
+    OnLayers,
+    absolute,
+    check_quantizable,
+    num_bytes_needed,
+    num_weight_bytes,
+    quantize_into,
+)
+from pruning.quantization.settings import QuantizationSettings
+from pruning.quantization.worker_process import Stop
+from pruning.surgery import PLAN_FILE, Export, check_output, export_checkpoint
+from pruning.surgery.model_config import num_layers_of
+from pruning.surgery.output_directory import check_space, output_directory
+
+
+class Order(enum.StrEnum):
+    """What comes first; the results differ (Men et al., arXiv 2403.03853, table 5)."""
+
+    QUANTIZE_THEN_PRUNE = "quantize-then-prune"
+    PRUNE_THEN_QUANTIZE = "prune-then-quantize"
+
+
+def prune_then_quantize(
+    source: str | Path,
+    out: str | Path,
+    plan: Plan,
+    depth: int,
+    settings: QuantizationSettings,
+    windows: Sequence[Sequence[int]],
+    *,
+    text_fingerprint: str,
+    base_model: str | None = None,
+    overwrite: bool = False,
+    with_code: bool = False,
+    on_progress: OnLayers | None = None,
+    stop: Stop | None = None,
+) -> Export:
+    """Write ``depth`` layers of the model in ``source``, quantized without the others, to ``out``.
+
+    GPTQ compensates, layer by layer, for what quantization does to the inputs of a layer; here
+    these are the inputs in the pruned model. So each depth is quantized anew. The other order
+    is an export (:mod:`pruning.surgery`) of a model that has been quantized once.
+
+    Arguments and errors are those of :func:`pruning.surgery.export_checkpoint` and
+    :func:`pruning.quantization.quantize_checkpoint`.
+    """
+    source, out = Path(source), absolute(out)
+    settings = check_quantizable(source, settings)
+    num_layers = num_layers_of(read_config(source))
+    base_model = base_model or source.resolve().name
+    check_output(out, overwrite=overwrite)
+    check_space(out, num_weight_bytes(source) + num_bytes_needed(source, settings))
+    with output_directory(out, replaceable_with=PLAN_FILE if overwrite else None) as directory:
+        pruned = directory / "pruned"
+        written = export_checkpoint(
+            source, pruned, plan, depth, base_model=base_model, with_code=with_code
+        )
+        quantize_into(
+            directory,
+            pruned,
+            settings,
+            windows,
+            text_fingerprint=text_fingerprint,
+            base_model=base_model,
+            with_code=with_code,
+            on_progress=on_progress,
+            stop=stop,
+            pruned_from=num_layers,
+        )
+        shutil.rmtree(pruned)
+    return replace(written, directory=out, num_bytes=num_weight_bytes(out))
