@@ -26,6 +26,7 @@ from server.engine.elastic.engine import ElasticEngine
 from server.engine.elastic.engine_arguments import ElasticConfig
 from server.engine.fork_server import start_fork_server
 from server.exposure import check_exposure
+from server.fair_queue import places_for
 from server.hardware import describe_hardware
 from server.inputs import Inputs, StartError, read_inputs, refused_as
 from server.log_format import with_fields
@@ -117,7 +118,11 @@ class Application:
             service = Service(
                 engine,
                 metrics,
+                max_running=places_for(settings.max_num_seqs),
                 max_waiting=settings.max_waiting,
+                max_waiting_tokens=settings.max_waiting_tokens,
+                max_unread=settings.max_unread,
+                engine_timeout_seconds=settings.engine_timeout_seconds,
                 grace_seconds=settings.grace_seconds,
                 version=VERSION,
                 save=self._save,

@@ -292,6 +292,16 @@ class Settings(BaseSettings):
     max_waiting: Annotated[int, Ge(1)] = Field(
         1024, description="Requests that wait at most; more are refused with RESOURCE_EXHAUSTED."
     )
+    max_waiting_tokens: Annotated[int, Ge(1)] = Field(
+        2**20,
+        description="Prompt tokens of the requests that wait at most; more are refused with "
+        "RESOURCE_EXHAUSTED.",
+    )
+    max_unread: Annotated[int, Ge(1)] = Field(
+        2**18,
+        description="Tokens and log-probabilities of a stream that its client may leave unread; "
+        "with more it ends with RESOURCE_EXHAUSTED.",
+    )
     max_message_bytes: Annotated[int, Ge(1024), Le(2**31 - 1)] = Field(
         16 * 2**20, description="Largest gRPC message that is accepted."
     )
@@ -305,6 +315,12 @@ class Settings(BaseSettings):
     )
     grace_seconds: Annotated[float, Ge(0)] = Field(
         30.0, description="Seconds that running requests get to finish when the server is stopped."
+    )
+    engine_timeout_seconds: Annotated[float, Ge(0)] = Field(
+        120.0,
+        description="Seconds without an answer after which the engine is killed and started "
+        "again; longer than any step takes. An engine that does nothing at all is noticed "
+        "within 10 s. 0: never.",
     )
     kv_cache_gib: Annotated[float, Gt(0)] | None = Field(
         None,

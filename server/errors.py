@@ -34,6 +34,10 @@ class Overloaded(FathomError):
         super().__init__(message)
 
 
+class DeadlineTooSoon(FathomError):
+    """The deadline of a request is so close that it could not even start before."""
+
+
 class Unavailable(FathomError):
     """The server is starting, draining, or its engine is down; another may answer."""
 

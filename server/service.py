@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from pruning.plan import Plan
-from server.admission import Admission
+from server.admission import Admission, Admitted
 from server.calibration import Calibrator, Progress
+from server.caller import current_caller
 from server.engine.base import (
     Engine,
     EngineDead,
@@ -24,9 +26,9 @@ from server.engine.base import (
     SamplingOptions,
 )
 from server.errors import FailedPrecondition, InvalidArgument, Unavailable
+from server.fair_queue import FairQueue, Turn
 from server.generation import (
     ChatPrompt,
-    FinishInfo,
     Generation,
     GenerationEvent,
     Prompt,
@@ -34,17 +36,23 @@ from server.generation import (
     Scoring,
     ScoringResult,
     TextPrompt,
-    Timings,
 )
 from server.levels import LevelSpec, check_levels
 from server.metrics import Metrics
 from server.policy import DepthPolicy, ServedDepth
 from server.prompts import PromptReader, field_of
+from server.run import Run
 from server.supervisor import Supervisor
+from server.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_ENGINE_DEAD = "the engine has died; it is being started again"
+# Of the client's share of the engine, in prompt tokens of full depth: twice one, as in the paper
+# that the queue follows, since a generated token takes a step of its own.
+_GENERATED_TOKEN_COST = 2.0
 
 
 class State(enum.Enum):
@@ -83,8 +91,12 @@ class Service:
         engine: Engine,
         metrics: Metrics,
         *,
+        max_running: int | None = None,
         max_waiting: int = 1024,
+        max_waiting_tokens: int | None = None,
+        max_unread: int | None = None,
         grace_seconds: float = 30.0,
+        engine_timeout_seconds: float = 0.0,
         max_logprobs: int = 20,
         version: str = "",
         save: Callable[[DepthPolicy], None] | None = None,
@@ -94,12 +106,17 @@ class Service:
     ) -> None:
         """Serve with ``engine``, once it has been started.
 
+        The engine is given ``max_running`` requests at a time; None: all. ``max_unread`` is what
+        a client may leave unread of a stream, in tokens and log-probabilities. An engine that
+        does not answer for ``engine_timeout_seconds`` is started again, unless that is 0.
         ``max_logprobs`` is the engine's limit. ``save`` is called, in a thread, with every
         policy that :meth:`calibrate` and :meth:`set_levels` have measured, to keep it.
         """
         self.metrics = metrics
         self._engine = engine
-        self._admission = Admission(max_waiting)
+        self._queue = FairQueue(max_running)
+        self._admission = Admission(self._queue, max_waiting, max_waiting_tokens)
+        self._max_unread = max_unread
         self._grace_seconds = grace_seconds
         self._max_logprobs = max_logprobs
         self._version = version
@@ -119,11 +136,15 @@ class Service:
             engine,
             self._engine_died,
             self._engine_restarted,
+            self._restart_failed,
             poll_seconds=poll_seconds,
             first_delay=first_restart_delay,
             max_delay=max_restart_delay,
         )
-        self._supervision: asyncio.Task[None] | None = None
+        self._watchdog = (
+            Watchdog(engine, engine_timeout_seconds) if engine_timeout_seconds else None
+        )
+        self._tasks: list[asyncio.Task[None]] = []
         metrics.watch_engine(lambda: engine.is_alive, self._load)
 
     # Life
@@ -153,7 +174,9 @@ class Service:
         self._calibrator = calibrator
         self._install(policy)
         self._startup_phase = ""
-        self._supervision = asyncio.create_task(self._supervisor.run())
+        self._tasks.append(asyncio.create_task(self._supervisor.run()))
+        if self._watchdog is not None:
+            self._tasks.append(asyncio.create_task(self._watchdog.run()))
         if self._state is State.STARTING:
             self._set_state(State.SERVING)
 
@@ -173,9 +196,9 @@ class Service:
     async def close(self) -> None:
         """Stop watching the engine, whose shutdown is up to the caller."""
         self._set_state(State.DRAINING)
-        if self._supervision is not None:
-            self._supervision.cancel()
-            await asyncio.gather(self._supervision, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._prompts.close()
 
     def status(self) -> Status:
@@ -191,32 +214,59 @@ class Service:
 
     # Requests
 
-    async def generate(self, request: Generation) -> AsyncGenerator[GenerationEvent, None]:
+    async def generate(
+        self,
+        request: Generation,
+        *,
+        deadline: float = math.inf,
+        resubmit: bool = False,
+    ) -> AsyncGenerator[GenerationEvent, None]:
         """Yield :class:`PromptInfo`, what the engine's steps add, and :class:`FinishInfo`.
 
-        Closing the iterator frees the engine. Raises the errors of :mod:`server.errors`.
+        ``deadline`` is a time of the monotonic clock. ``resubmit``: nothing reaches the client
+        before the end, so that a request of which nothing was generated may run once more when
+        the engine has died. Closing the iterator frees the engine. Raises the errors of
+        :mod:`server.errors`.
         """
         arrived = time.monotonic()
         self._require_serving()
-        with self._admission.admit(request.request_id) as request_id, self._engine_errors():
+        with self._admit(request.request_id) as admitted, self._engine_errors():
             prompt_ids = await self._prompt_ids(request.prompt)
-            layers, served = self.policy.resolve(request.depth, request.prefill_depth)
+            self._admission.count_tokens(admitted, len(prompt_ids))
             sampling = self._checked(request.sampling, len(prompt_ids))
-            yield PromptInfo(request_id, len(prompt_ids), served)
-            if request.echo:
-                yield GenerationDelta(self._prompts.text(request.prompt, prompt_ids), ())
-            engine_request = GenerationRequest(request_id, prompt_ids, layers, sampling)
-            try:
-                async with aclosing(self._run(engine_request, served, arrived)) as events:
-                    async for event in events:
-                        yield event
-            finally:
-                self.metrics.end(served.decode_layers, time.monotonic() - arrived)
+            # What is wrong is told at once; what the server chooses, when the request starts.
+            _, served = self.policy.resolve(request.depth, request.prefill_depth)
+            async with self._turn(admitted, served, deadline) as turn:
+                layers, served = self.policy.resolve(request.depth, request.prefill_depth)
+                yield PromptInfo(admitted.request_id, len(prompt_ids), served)
+                if request.echo:
+                    yield GenerationDelta(self._prompts.text(request.prompt, prompt_ids), ())
+                cost = _GENERATED_TOKEN_COST * served.decode_layers / self.policy.num_layers
 
-    async def score(self, request: Scoring) -> ScoringResult:
-        """Return the log-probabilities of the tokens of the continuation."""
+                def on_tokens(num_tokens: int) -> None:
+                    self._admission.begin(admitted)
+                    turn.charge(cost * num_tokens)
+
+                run = Run(
+                    GenerationRequest(admitted.request_id, prompt_ids, layers, sampling),
+                    served,
+                    arrived,
+                    self.metrics,
+                    on_tokens=on_tokens,
+                    on_end=turn.end,
+                    max_unread=self._max_unread,
+                )
+                try:
+                    async with aclosing(self._run(run, turn, resubmit=resubmit)) as events:
+                        async for event in events:
+                            yield event
+                finally:
+                    self.metrics.end(served.decode_layers, time.monotonic() - arrived)
+
+    async def score(self, request: Scoring, *, deadline: float = math.inf) -> ScoringResult:
+        """Return the log-probabilities of the tokens of the continuation; see :meth:`generate`."""
         self._require_serving()
-        with self._admission.admit(request.request_id) as request_id, self._engine_errors():
+        with self._admit(request.request_id) as admitted, self._engine_errors():
             context_ids: list[int] = []
             if request.context is not None:
                 fields = "context_text", "context_ids.ids"
@@ -234,18 +284,34 @@ class Service:
                 allowed = "at least one token to score, after at least one token of context"
                 raise InvalidArgument(field, f"{len(ids)} tokens", allowed)
             self._prompts.check_length(len(context_ids) + len(ids), field)
-            layers, served = self.policy.resolve(request.depth, request.prefill_depth)
-            scores = await self._engine.score(
-                request_id, context_ids + ids, len(context_ids) or 1, layers
-            )
-            return ScoringResult(tuple(scores), served)
+            self._admission.count_tokens(admitted, len(context_ids) + len(ids))
+            _, served = self.policy.resolve(request.depth, request.prefill_depth)
+            async with self._turn(admitted, served, deadline) as turn:
+                layers, served = self.policy.resolve(request.depth, request.prefill_depth)
+                resubmit = True
+                while True:
+                    num_restarts = self._num_engine_restarts
+                    try:
+                        scores = await self._engine.score(
+                            admitted.request_id, context_ids + ids, len(context_ids) or 1, layers
+                        )
+                        return ScoringResult(tuple(scores), served)
+                    except EngineDead as error:
+                        self._note_death(num_restarts)
+                        if not resubmit:
+                            raise Unavailable(_ENGINE_DEAD) from error
+                    resubmit = False
+                    await turn.again()
 
     async def tokenize(
         self, prompt: Prompt, *, special_tokens: bool = True
     ) -> tuple[list[int], list[str]]:
-        """Return the ids and the texts of the prompt's tokens."""
+        """Return the ids and the texts of the prompt's tokens.
+
+        It waits as other requests do, and counts as one of them.
+        """
         self._require_started()
-        with self._engine_errors():
+        with self._admit(""), self._engine_errors():
             ids = await self._prompts.tokenize(prompt, special_tokens=special_tokens)
             return ids, await self._prompts.token_texts(ids)
 
@@ -330,39 +396,34 @@ class Service:
     # Inside
 
     async def _run(
-        self, request: GenerationRequest, served: ServedDepth, arrived: float
+        self, run: Run, turn: Turn, *, resubmit: bool
     ) -> AsyncGenerator[GenerationEvent, None]:
-        depth = served.decode_layers
-        submitted = time.monotonic() - arrived
-        queue = first_token = 0.0
-        latest: float | None = None
-        num_generated = num_cached = 0
-        async with aclosing(self._engine.generate(request)) as deltas:
-            async for delta in deltas:
-                elapsed = time.monotonic() - arrived
-                if latest is None:
-                    self._admission.begin(request.request_id)
-                    queue, first_token = submitted + delta.queue_seconds, elapsed
-                    num_cached = delta.num_cached_tokens
-                    self.metrics.begin(depth, len(request.prompt_ids), queue, first_token)
-                else:
-                    self.metrics.observe_gap(depth, elapsed - latest, len(delta.token_ids))
-                latest = elapsed
-                num_generated += len(delta.token_ids)
-                self.metrics.add_tokens(depth, len(delta.token_ids))
-                yield delta
-                if delta.finish_reason is not None:
-                    yield FinishInfo(
-                        reason=delta.finish_reason,
-                        stopped_by=delta.stopped_by,
-                        num_prompt_tokens=len(request.prompt_ids),
-                        num_generated_tokens=num_generated,
-                        num_cached_tokens=num_cached,
-                        timings=Timings(queue, first_token, time.monotonic() - arrived),
-                        served=served,
-                    )
-                    return
-        raise RuntimeError(f"the engine ended request {request.request_id} without a reason")
+        while True:
+            num_restarts = self._num_engine_restarts
+            try:
+                async with aclosing(run.events(self._engine)) as events:
+                    async for event in events:
+                        yield event
+                return
+            except EngineDead as error:
+                self._note_death(num_restarts)
+                if not resubmit or run.has_begun:
+                    raise Unavailable(_ENGINE_DEAD) from error
+            # Once: what has killed two engines may be this request.
+            resubmit = False
+            await turn.again()
+
+    def _admit(self, request_id: str) -> AbstractContextManager[Admitted]:
+        return self._admission.admit(request_id, current_caller().client)
+
+    def _turn(self, admitted: Admitted, served: ServedDepth, deadline: float) -> Turn:
+        return self._queue.turn(
+            admitted.client,
+            admitted.num_tokens,
+            admitted.num_tokens * served.prefill_layers / self.policy.num_layers,
+            deadline=deadline,
+            on_refused=lambda: self._admission.begin(admitted),
+        )
 
     async def _calibrate(
         self,
@@ -406,22 +467,35 @@ class Service:
         try:
             yield
         except EngineDead as error:
-            # A request may learn late of a death that has been dealt with.
-            if num_restarts == self._num_engine_restarts:
-                self._engine_died()
-                self._supervisor.report_death()
-            raise Unavailable("the engine has died; it is being started again") from error
+            self._note_death(num_restarts)
+            raise Unavailable(_ENGINE_DEAD) from error
+
+    def _note_death(self, num_restarts: int) -> None:
+        """Note that a request has found the engine dead that began after so many restarts."""
+        # It may learn late of a death that has been dealt with.
+        if num_restarts == self._num_engine_restarts:
+            self._engine_died()
+            self._supervisor.report_death()
 
     def _engine_died(self) -> bool:
+        """Return whether the engine is to be started again."""
         if self._state is State.SERVING:
             self._set_state(State.ENGINE_DOWN)
-        return self._state is State.ENGINE_DOWN
+        if self._state is State.ENGINE_DOWN:
+            self._queue.pause()
+            return True
+        self._queue.fail(lambda: Unavailable("the engine has died, and the server is draining"))
+        return False
 
     def _engine_restarted(self) -> None:
         self._num_engine_restarts += 1
         self.metrics.count_engine_restart()
         if self._state is State.ENGINE_DOWN:
             self._set_state(State.SERVING)
+        self._queue.resume()
+
+    def _restart_failed(self) -> None:
+        self._queue.fail(lambda: Unavailable("the engine has died, and could not be started again"))
 
     def _set_state(self, state: State) -> None:
         if state is not self._state:
@@ -441,13 +515,14 @@ class Service:
             case State.DRAINING:
                 raise Unavailable("the server is draining and takes no more requests")
             case State.ENGINE_DOWN:
-                raise Unavailable("the engine has died; it is being started again")
+                raise Unavailable(_ENGINE_DEAD)
 
     def _load(self) -> LoadInfo:
         try:
-            return self._engine.load()
+            load = self._engine.load()
         except EngineDead:
-            return LoadInfo(0, 0)
+            load = LoadInfo(0, 0)
+        return LoadInfo(load.num_running, load.num_waiting + self._queue.num_waiting)
 
     def _install(self, policy: DepthPolicy) -> None:
         self._policy = policy

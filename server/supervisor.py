@@ -15,7 +15,7 @@ class Supervisor:
     """Watches the engine, and starts it again with exponential back-off.
 
     ``on_death`` is called once when the engine is found dead and tells whether it is to be
-    started again; ``on_restart`` once it runs again.
+    started again; ``on_restart`` once it runs again, ``on_failure`` when a start has failed.
     """
 
     def __init__(
@@ -23,6 +23,7 @@ class Supervisor:
         engine: Engine,
         on_death: Callable[[], bool],
         on_restart: Callable[[], None],
+        on_failure: Callable[[], None] = lambda: None,
         *,
         poll_seconds: float = 1.0,
         first_delay: float = 0.5,
@@ -31,6 +32,7 @@ class Supervisor:
         self._engine = engine
         self._on_death = on_death
         self._on_restart = on_restart
+        self._on_failure = on_failure
         self._poll_seconds = poll_seconds
         self._first_delay = first_delay
         self._max_delay = max_delay
@@ -71,6 +73,7 @@ class Supervisor:
                 await self._engine.start()
             except Exception:
                 logger.exception("the engine could not be started again")
+                self._on_failure()
             else:
                 logger.info("the engine runs again")
                 return

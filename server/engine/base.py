@@ -132,6 +132,14 @@ class Engine(Protocol):
     @property
     def is_alive(self) -> bool: ...
 
+    @property
+    def process_ids(self) -> Sequence[int]:
+        """The processes that run tokens, without those that they have started themselves."""
+        ...
+
+    async def ping(self) -> None:
+        """Return when the engine has answered, which it does between two steps."""
+
     def load(self) -> LoadInfo: ...
 
     def tokenize(self, text: str, *, special_tokens: bool = True) -> list[int]: ...

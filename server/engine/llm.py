@@ -94,6 +94,19 @@ class Llm:
         return self._llm is not None and not self._llm.errored
 
     @property
+    def process_ids(self) -> list[int]:
+        """The processes that vLLM's client has started; empty where that is not for it to know."""
+        if self._llm is None:
+            return []
+        resources = getattr(self._llm.engine_core, "resources", None)
+        processes = getattr(getattr(resources, "engine_manager", None), "processes", ())
+        return [process.pid for process in processes if process.pid is not None]
+
+    async def ping(self) -> None:
+        """Return when every worker has answered, which is between two steps."""
+        await self.call_workers("check_health", timeout=None)
+
+    @property
     def load(self) -> LoadInfo:
         return LoadInfo(0, 0) if self._load_logger is None else self._load_logger.load
 
@@ -183,7 +196,9 @@ class Llm:
                 raise _invalid(error.__cause__) from error
             raise
 
-    async def call_workers(self, method: str, timeout: float = _RPC_TIMEOUT_SECONDS) -> list[Any]:
+    async def call_workers(
+        self, method: str, timeout: float | None = _RPC_TIMEOUT_SECONDS
+    ) -> list[Any]:
         """Return what each worker's ``method`` returns, within ``timeout`` seconds."""
         from vllm.v1.engine.exceptions import EngineDeadError
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from contextlib import aclosing
 from typing import Any
 
@@ -29,7 +31,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         call.begin(generation)
         response = pb.GenerateResponse()
         texts: list[str] = []
-        async with aclosing(self._service.generate(generation)) as events:
+        answer = self._service.generate(generation, deadline=_deadline(context), resubmit=True)
+        async with aclosing(answer) as events:
             async for event in events:
                 call.observe(event)
                 match event:
@@ -53,7 +56,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         call.begin(generation)
         # Written rather than yielded: a generator that gRPC iterates over is not closed when a
         # call is cancelled while a message is on its way.
-        async with aclosing(self._service.generate(generation)) as events:
+        answer = self._service.generate(generation, deadline=_deadline(context))
+        async with aclosing(answer) as events:
             async for event in events:
                 call.observe(event)
                 response = pb.GenerateStreamResponse()
@@ -71,7 +75,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Score(
         self, request: pb.ScoreRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.ScoreResponse:
-        result = await self._service.score(conversion.scoring(request))
+        result = await self._service.score(conversion.scoring(request), deadline=_deadline(context))
         current_call().served = result.served
         return conversion.score_message(result)
 
@@ -91,3 +95,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         return pb.GetModelResponse(
             model=conversion.model_message(service.model, service.engine_name, service.policy)
         )
+
+
+def _deadline(context: grpc.aio.ServicerContext[Any, Any]) -> float:
+    """Return the client's deadline on the monotonic clock."""
+    remaining = context.time_remaining()
+    return math.inf if remaining is None else time.monotonic() + remaining

@@ -125,6 +125,13 @@ class ElasticEngine:
     def is_alive(self) -> bool:
         return self._llm.is_alive
 
+    @property
+    def process_ids(self) -> Sequence[int]:
+        return self._llm.process_ids
+
+    async def ping(self) -> None:
+        await self._llm.ping()
+
     def load(self) -> LoadInfo:
         return self._llm.load
 

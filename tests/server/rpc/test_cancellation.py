@@ -60,16 +60,22 @@ async def test_cancelled_while_the_server_waits_for_a_slow_reader(
     deployment: Deployment, narrow_stub: inference_pb2_grpc.InferenceStub
 ) -> None:
     asked = request("mine")
+    asked.stop.max_tokens = 600
     asked.output.logprobs = 20
     call = narrow_stub.GenerateStream(asked)
     await call.read()
-    num_steps = -1
-    while num_steps < deployment.engine.num_steps:
-        num_steps = deployment.engine.num_steps
-        await asyncio.sleep(0.1)
-    assert deployment.engine.load().num_running == 1
+    # The engine does not wait for the reader, whose messages do.
+    while deployment.engine.num_steps < 600 or deployment.engine.load().num_running:
+        await asyncio.sleep(0.05)
+    error = await failure(deployment.client.inference.Generate(request("mine")))
+    assert "an id that no running request has" in (error.details() or "")
     call.cancel()
-    await assert_freed(deployment, "GenerateStream", "CANCELLED")
+    labels = {"method": f"{METHOD}GenerateStream", "depth": "8", "code": "CANCELLED"}
+    while await deployment.metric("fathom_requests_total", **labels) != 1:
+        await asyncio.sleep(0.01)
+    sound = request("mine")
+    sound.stop.max_tokens = 2
+    assert (await deployment.client.inference.Generate(sound)).HasField("finish_info")
 
 
 async def test_lost_connection(deployment: Deployment) -> None:

@@ -108,7 +108,8 @@ async def test_stream_has_the_parts_of_the_unary_reply(deployment: Deployment) -
     assert "".join(message.delta.text for message in deltas) == unary.text
     assert [i for message in deltas for i in message.delta.token_ids] == list(unary.token_ids)
     assert [s for message in deltas for s in message.delta.logprobs] == list(unary.logprobs)
-    assert len(deltas) == 1 + 12
+    # Fewer where the reader was slower than the engine: then steps share a message.
+    assert 2 <= len(deltas) <= 1 + 12
     assert first.prompt_info.served == unary.prompt_info.served
     assert first.prompt_info.num_prompt_tokens == len(PROMPT_IDS)
     assert last.finish_info.usage == unary.finish_info.usage

@@ -32,9 +32,9 @@ async def test_the_service_knows_who_calls(
     callers: list[Caller] = []
     generate = deployment.service.generate
 
-    def noting(request: Generation) -> object:
+    def noting(request: Generation, **options: object) -> object:
         callers.append(current_caller())
-        return generate(request)
+        return generate(request, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(deployment.service, "generate", noting)
     request = inference_pb2.GenerateRequest(

@@ -86,16 +86,14 @@ async def test_a_dead_engine_is_started_again(deployment: Deployment) -> None:
     deployment.engine.gate.clear()
     stream = deployment.client.inference.GenerateStream(request())
     assert (await stream.read()).HasField("prompt_info")
-    unary = deployment.client.inference.Generate(request())
-    await deployment.engine.until_running(2)
+    await deployment.engine.until_running(1)
     assert await deployment.metric("fathom_engine_up") == 1
     deployment.engine.num_failing_starts = 3
     deployment.engine.die()
-    for call in (stream.read(), unary):
-        error = await failure(call)
-        assert error.code() is grpc.StatusCode.UNAVAILABLE
-        assert message_of(error) == "the engine has died; it is being started again"
-        assert retry_delay(error) == 1.0
+    error = await failure(stream.read())
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert message_of(error) == "the engine has died; it is being started again"
+    assert retry_delay(error) == 1.0
     assert await deployment.service.state_after(State.ENGINE_DOWN) is State.SERVING
     deployment.engine.gate.set()
     assert (await deployment.client.inference.Generate(request())).HasField("finish_info")
@@ -104,9 +102,90 @@ async def test_a_dead_engine_is_started_again(deployment: Deployment) -> None:
     assert await deployment.metric("fathom_engine_up") == 1
     status = await deployment.client.control.GetStatus(control_pb2.GetStatusRequest())
     assert status.num_engine_restarts == 1
-    labels = {"method": "fathom.v1.Inference/Generate", "depth": "8"}
-    assert await deployment.metric("fathom_requests_total", **labels, code="UNAVAILABLE") == 1
-    assert await deployment.metric("fathom_requests_total", **labels, code="OK") == 1
+    labels = {"depth": "8"}
+    for method, code in (("GenerateStream", "UNAVAILABLE"), ("Generate", "OK")):
+        labels["method"] = f"fathom.v1.Inference/{method}"
+        assert await deployment.metric("fathom_requests_total", **labels, code=code) == 1
+
+
+async def test_unary_calls_that_have_not_begun_outlive_the_engine(deployment: Deployment) -> None:
+    inference = deployment.client.inference
+    expected = await inference.Generate(request())
+    scored = await inference.Score(inference_pb2.ScoreRequest(text="abc"))
+    deployment.engine.gate.clear()
+    calls = [
+        asyncio.ensure_future(inference.Generate(request())),
+        asyncio.ensure_future(inference.Score(inference_pb2.ScoreRequest(text="abc"))),
+    ]
+    await deployment.engine.until_running(2)
+    deployment.engine.die()
+    assert await deployment.service.state_after(State.SERVING) is State.ENGINE_DOWN
+    deployment.engine.gate.set()
+    again, scored_again = await asyncio.gather(*calls)
+    assert deployment.engine.num_starts == 2
+    assert (again.text, again.served) == (expected.text, expected.served)
+    assert scored_again == scored
+
+
+async def test_a_call_whose_first_tokens_are_lost_is_not_run_again(deployment: Deployment) -> None:
+    long = request()
+    long.stop.max_tokens = 4000
+    call = asyncio.ensure_future(deployment.client.inference.Generate(long))
+    await deployment.engine.until_running(1)
+    while deployment.engine.num_steps < 3:
+        await asyncio.sleep(0)
+    deployment.engine.gate.clear()
+    deployment.engine.die()
+    error = await failure(call)
+    assert message_of(error) == "the engine has died; it is being started again"
+    assert len(deployment.engine.requests) == 1
+
+
+async def test_a_call_that_kills_two_engines_is_given_up(deployment: Deployment) -> None:
+    deployment.engine.gate.clear()
+    call = asyncio.ensure_future(deployment.client.inference.Generate(request()))
+    await deployment.engine.until_running(1)
+    deployment.engine.die()
+    while len(deployment.engine.requests) < 2:
+        await asyncio.sleep(0.01)
+    await deployment.engine.until_running(1)
+    deployment.engine.die()
+    error = await failure(call)
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert len(deployment.engine.requests) == 2
+
+
+async def test_calls_do_not_wait_for_an_engine_that_cannot_be_started(
+    deployment: Deployment,
+) -> None:
+    deployment.engine.gate.clear()
+    calls = [
+        asyncio.ensure_future(deployment.client.inference.Generate(request())) for _ in range(3)
+    ]
+    await deployment.engine.until_running(3)
+    deployment.engine.num_failing_starts = 1
+    deployment.engine.die()
+    for call in calls:
+        error = await failure(call)
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert message_of(error) == "the engine has died, and could not be started again"
+        assert retry_delay(error) == 1.0
+
+
+async def test_a_call_waits_for_the_engine_no_longer_than_its_deadline(
+    deployment: Deployment,
+) -> None:
+    deployment.engine.gate.clear()
+    deployment.engine.start_gate.clear()
+    call = deployment.client.inference.Generate(request(), timeout=1.0)
+    await deployment.engine.until_running(1)
+    deployment.engine.die()
+    error = await failure(call)
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    deployment.engine.start_gate.set()
+    deployment.engine.gate.set()
+    assert await deployment.service.state_after(State.ENGINE_DOWN) is State.SERVING
+    assert len(deployment.engine.requests) == 1
 
 
 async def test_an_idle_engine_is_watched(deployment: Deployment) -> None:

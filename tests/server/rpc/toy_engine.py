@@ -69,6 +69,9 @@ class ToyEngine:
         # While it is clear, no token is made and nothing is measured.
         self.gate = asyncio.Event()
         self.gate.set()
+        # While it is clear, the engine cannot start.
+        self.start_gate = asyncio.Event()
+        self.start_gate.set()
         self.requests: list[GenerationRequest] = []
         # Ids of requests that were closed or cancelled before their end.
         self.freed: list[str] = []
@@ -79,12 +82,15 @@ class ToyEngine:
         self._alive = False
         self._changed = asyncio.Condition()
         self._running: set[str] = set()
+        # As many requests as were in the engine at one time.
+        self.max_running = 0
         self._death: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def start(self) -> None:
         if self.num_failing_starts:
             self.num_failing_starts -= 1
             raise RuntimeError("no memory for the model")
+        await self.start_gate.wait()
         self.num_starts += 1
         self._alive = True
         self._death = asyncio.get_running_loop().create_future()
@@ -113,6 +119,13 @@ class ToyEngine:
     @property
     def is_alive(self) -> bool:
         return self._alive
+
+    @property
+    def process_ids(self) -> Sequence[int]:
+        return ()
+
+    async def ping(self) -> None:
+        self._require_alive()
 
     def load(self) -> LoadInfo:
         return LoadInfo(len(self._running), 0)
@@ -259,6 +272,7 @@ class ToyEngine:
         self._require_alive()
         async with self._changed:
             self._running.add(request_id)
+            self.max_running = max(self.max_running, len(self._running))
             self._changed.notify_all()
 
     async def _leave(self, request_id: str, finished: bool) -> None:

@@ -1,0 +1,116 @@
+"""Ends an engine that has stopped answering, so that it is started again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from contextlib import suppress
+
+import psutil
+
+from server.engine.base import Engine, EngineDead
+
+logger = logging.getLogger(__name__)
+
+# Without an answer, and without the least use of a processor: nothing is being computed.
+_STILL_SECONDS = 10.0
+# Stopped by a signal: it cannot even begin to answer.
+_STOPPED_SECONDS = 3.0
+
+
+class Watchdog:
+    """Asks the engine for a sign of life, and kills its processes when none comes.
+
+    The engine answers between two steps, so ``timeout_seconds`` has to be longer than the longest
+    step. Processes that do nothing at all, as after SIGSTOP or in a deadlock, are not waited for
+    as long. Time is counted in looks at them, so that a machine that was asleep harms nobody.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        timeout_seconds: float,
+        *,
+        still_seconds: float = _STILL_SECONDS,
+        stopped_seconds: float = _STOPPED_SECONDS,
+        poll_seconds: float = 1.0,
+    ) -> None:
+        self._engine = engine
+        self._timeout_seconds = timeout_seconds
+        self._still_seconds = min(still_seconds, timeout_seconds)
+        self._stopped_seconds = min(stopped_seconds, timeout_seconds)
+        self._poll_seconds = poll_seconds
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        while True:
+            await asyncio.sleep(self._poll_seconds)
+            if self._engine.is_alive and (problem := await self._problem()):
+                logger.error("the engine %s; it is killed", problem)
+                _kill(_processes(self._engine.process_ids))
+                while self._engine.is_alive:
+                    await asyncio.sleep(self._poll_seconds)
+
+    async def _problem(self) -> str:
+        """Return what is wrong, or an empty string once the engine has answered."""
+        ping = asyncio.create_task(self._ping())
+        processes = _processes(self._engine.process_ids)
+        used = _cpu_seconds(processes)
+        silent = still = stopped = 0.0
+        try:
+            while not (await asyncio.wait([ping], timeout=self._poll_seconds))[0]:
+                silent += self._poll_seconds
+                still += self._poll_seconds
+                stopped += self._poll_seconds
+                if (now_used := _cpu_seconds(processes)) != used or not processes:
+                    used, still = now_used, 0.0
+                if not _are_stopped(processes):
+                    stopped = 0.0
+                if stopped >= self._stopped_seconds:
+                    return "was stopped by a signal"
+                if still >= self._still_seconds:
+                    return f"has not answered or done anything for {still:g} s"
+                if silent >= self._timeout_seconds:
+                    return f"has not answered for {silent:g} s"
+            return ""
+        finally:
+            ping.cancel()
+            await asyncio.gather(ping, return_exceptions=True)
+
+    async def _ping(self) -> None:
+        with suppress(EngineDead):  # others deal with that
+            await self._engine.ping()
+
+
+def _processes(process_ids: Iterable[int]) -> list[psutil.Process]:
+    """Return the processes and all that they have started."""
+    found = []
+    for process_id in process_ids:
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(process_id)
+            found += [process, *process.children(recursive=True)]
+    return found
+
+
+def _cpu_seconds(processes: Iterable[psutil.Process]) -> float:
+    total = 0.0
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
+def _are_stopped(processes: Iterable[psutil.Process]) -> bool:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if process.status() == psutil.STATUS_STOPPED:
+                return True
+    return False
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
