@@ -155,6 +155,12 @@ def _number_from(value: object) -> object:
         return value
 
 
+def _names_from(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    return tuple(name.strip() for name in value.split(",") if name.strip())
+
+
 def _default_state_dir() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "fathom"
@@ -251,6 +257,30 @@ class Settings(BaseSettings):
     )
     default_level: str | None = Field(
         None, description="Level of requests that name no depth; none: the first one."
+    )
+    auto_levels: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names_from)] = Field(
+        (),
+        description="Levels of requests that leave the depth to the server: the first without "
+        "load, each further one under more. None: the default level and all shallower ones.",
+    )
+    auto_by_default: bool = Field(
+        False, description="Whether requests that name no depth leave it to the server."
+    )
+    auto_first_token_seconds: Annotated[float, Gt(0)] = Field(
+        1.0, description="Time to the first token above which such requests get a shallower level."
+    )
+    auto_inter_token_seconds: Annotated[float, Gt(0)] = Field(
+        0.1, description="Time between two tokens above which they do."
+    )
+    auto_hold_seconds: Annotated[float, Ge(0)] = Field(
+        30.0, description="Seconds of low load after which they get the next deeper level again."
+    )
+    auto_max_quality_loss: Annotated[float, Ge(0)] = Field(
+        0.25,
+        description="Largest perplexity ratio to dense, less 1, of a level that load may lead to.",
+    )
+    auto_min_agreement: Annotated[float, Ge(0), Le(1)] = Field(
+        0.0, description="Smallest share of next tokens it has in common with dense."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
@@ -481,6 +511,8 @@ def _allowed(annotation: object, metadata: list[Any]) -> str:
         return "names with values"
     if any(isinstance(item, StringConstraints) and item.pattern for item in metadata):
         return "a URL with http:// or https://"
+    if origin is tuple:
+        return "names, separated by commas"
     return "text, not empty" if any(isinstance(item, MinLen) for item in metadata) else "text"
 
 
@@ -508,7 +540,7 @@ def _default_text(field: FieldInfo) -> str:
     if isinstance(extra, dict) and "default_text" in extra:
         return str(extra["default_text"])
     match field.default:
-        case None | {}:
+        case None | {} | ():
             return "none"
         case bool():
             return f"`{str(field.default).lower()}`"

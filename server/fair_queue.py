@@ -119,6 +119,11 @@ class FairQueue:
     def num_running(self) -> int:
         return self._num_running
 
+    @property
+    def utilization(self) -> float:
+        """The share of the places that are taken; 0.0 where there is no limit."""
+        return self._num_running / self._num_places
+
     def longest_wait(self) -> float:
         """Return how long the request has waited that has waited longest, in seconds."""
         oldest = [c.waiting[0].since for c in self._clients.values() if c.waiting]

@@ -110,6 +110,9 @@ def chosen_levels(settings: Settings, num_layers: int) -> tuple[tuple[Level, ...
     default_level = settings.default_level or names[0]
     if default_level not in names:
         raise InvalidArgument("default_level", default_level, f"one of {', '.join(names)}")
+    for name in settings.auto_levels:
+        if name not in names:
+            raise InvalidArgument("auto_levels", name, f"some of {', '.join(names)}")
     return levels, default_level
 
 

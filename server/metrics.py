@@ -128,6 +128,14 @@ class Metrics:
             ["certificate"],  # no sample where there is none
             registry=self.registry,
         )
+        self._policy_changes = Counter(
+            "fathom_policy_changes_total",
+            "Times that load has changed the level of requests that leave it to the server.",
+            ["direction"],
+            registry=self.registry,
+        )
+        for direction in ("down", "up"):
+            self._policy_changes.labels(direction)
         self._rate = _TokenRate(clock)
         self._policy = _PolicyCollector()
         self.registry.register(self._rate)
@@ -165,6 +173,10 @@ class Metrics:
 
     def count_engine_restart(self) -> None:
         self._engine_restarts.inc()
+
+    def count_policy_change(self, *, down: bool) -> None:
+        """Count that load has turned the depth down, or that it has gone up again."""
+        self._policy_changes.labels("down" if down else "up").inc()
 
     def set_startup(self, phase: str, seconds: float) -> None:
         """Tell how long a phase of the start took."""
@@ -313,8 +325,14 @@ class _PolicyCollector(Collector):
             "fathom_policy_level",
             "1 for the level that requests get which leave the depth to the server.",
             "level",
-            {level.name: float(level.name == policy.auto_level) for level in policy.levels},
+            {level.name: float(level.name == policy.present_level) for level in policy.levels},
         )
+        degraded = GaugeMetricFamily(
+            "fathom_policy_degraded",
+            "Whether load has turned the depth down of requests that leave it to the server.",
+            value=float(policy.present_level != policy.auto_level),
+        )
+        yield degraded
 
 
 def _gauge(name: str, documentation: str, label: str, values: dict[str, float]) -> Metric:

@@ -87,6 +87,10 @@ class DepthPolicy:
     levels: tuple[Level, ...]
     default_level: str = ""
     auto_level: str = ""
+    # What Auto gets at present, under load; auto_level is what it gets without.
+    present_level: str = ""
+    # Whether requests that name no depth are served as Auto.
+    auto_by_default: bool = False
     # Of the plan in force.
     qualities: Mapping[DepthPair, Quality] = field(default_factory=dict)
     speeds: Mapping[DepthPair, Speed] = field(default_factory=dict)
@@ -97,8 +101,9 @@ class DepthPolicy:
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
         object.__setattr__(self, "default_level", self.default_level or self.levels[0].name)
         object.__setattr__(self, "auto_level", self.auto_level or self.default_level)
-        self.level(self.default_level)
-        self.level(self.auto_level)
+        object.__setattr__(self, "present_level", self.present_level or self.auto_level)
+        for name in (self.default_level, self.auto_level, self.present_level):
+            self.level(name)
 
     @property
     def num_layers(self) -> int:
@@ -149,7 +154,8 @@ class DepthPolicy:
         """Return the policy with other levels.
 
         Without ``default_level`` the present default stays where it still exists, else it is
-        the first level; likewise the level for ``Auto``, else it is the default.
+        the first level; likewise the level for ``Auto``, else it is the default. There is no load
+        until the next look at it.
         """
         names = {level.name for level in levels}
         kept = self.default_level if self.default_level in names else ""
@@ -158,12 +164,20 @@ class DepthPolicy:
             levels=levels,
             default_level=kept if default_level is None else default_level,
             auto_level=self.auto_level if self.auto_level in names else "",
+            present_level="",
         )
 
     def with_auto_level(self, name: str) -> DepthPolicy:
-        """Return the policy that gives ``Auto`` another level."""
+        """Return the policy that gives ``Auto`` another level, whatever the load is."""
         self.level(name)
-        return dataclasses.replace(self, auto_level=name)
+        return dataclasses.replace(self, auto_level=name, present_level="")
+
+    def with_present_level(self, name: str) -> DepthPolicy:
+        """Return the policy that gives ``Auto`` another level for now."""
+        return dataclasses.replace(self, present_level=name)
+
+    def with_auto_by_default(self, auto_by_default: bool) -> DepthPolicy:
+        return dataclasses.replace(self, auto_by_default=auto_by_default)
 
     def with_measurements(
         self, qualities: Mapping[DepthPair, Quality], speeds: Mapping[DepthPair, Speed]
@@ -186,30 +200,44 @@ class DepthPolicy:
             case NamedLevel(name):
                 return self.level(name).depths, Reason.REQUESTED
             case Auto(max_quality_loss=loss):
-                if loss is None:
-                    return self.level(self.auto_level).depths, Reason.AUTO
-                layers = self._shallowest(loss, f"{field}.auto.max_quality_loss")
-                return DepthPair(layers, layers), Reason.AUTO
+                return self._auto(loss, f"{field}.auto.max_quality_loss")
+            case None if self.auto_by_default:
+                return self._auto(None, field)
             case None:
                 return self.level(self.default_level).depths, Reason.DEFAULT
 
-    def _shallowest(self, max_quality_loss: float, field: str) -> int:
-        """Return the smallest measured depth that loses no more quality than that."""
+    def _auto(self, max_quality_loss: float | None, field: str) -> tuple[DepthPair, Reason]:
+        unloaded, present = (
+            self._within(self.level(name).depths, max_quality_loss, field)
+            for name in (self.auto_level, self.present_level)
+        )
+        return present, Reason.AUTO if present == unloaded else Reason.DEGRADED
+
+    def _within(self, depths: DepthPair, max_quality_loss: float | None, field: str) -> DepthPair:
+        """Return the depths, or deeper ones where they would lose more quality than that.
+
+        Those are the shallowest that have been measured, from the decode depth on.
+        """
+        if max_quality_loss is None:
+            return depths
         if not max_quality_loss >= 0:
             raise InvalidArgument(field, max_quality_loss, "0 or more")
-        perplexities = {
-            depths.decode_layers: quality.perplexity
-            for depths, quality in self.qualities.items()
-            if depths.prefill_layers == depths.decode_layers
-        }
-        dense = perplexities.get(self.num_layers)
+        dense = self.qualities.get(self.dense)
         if dense is None:
             raise FailedPrecondition(
                 f"{field}: got {max_quality_loss}, but the quality of no depth has been measured "
                 "on this server; name a depth, or leave max_quality_loss out"
             )
-        return min(
-            layers
-            for layers, perplexity in perplexities.items()
-            if layers == self.num_layers or perplexity / dense - 1 <= max_quality_loss
-        )
+        good = [
+            pair
+            for pair, quality in self.qualities.items()
+            if quality.perplexity / dense.perplexity - 1 <= max_quality_loss
+        ]
+        if depths in good:
+            return depths
+        deeper = [
+            pair
+            for pair in good
+            if pair.prefill_layers == pair.decode_layers >= depths.decode_layers
+        ]
+        return min(deeper, default=self.dense)

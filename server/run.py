@@ -26,15 +26,22 @@ class Run:
         metrics: Metrics,
         *,
         on_tokens: Callable[[int], None],
+        on_latency: Callable[[float, int | None], None],
         on_end: Callable[[], None],
         max_unread: int | None = None,
     ) -> None:
-        """``on_tokens`` is called with each step's size, ``on_end`` when the engine is done."""
+        """Tell how it goes.
+
+        ``on_tokens`` is called with the number of tokens of each step, ``on_latency`` with its
+        time since the step before and that number, or None for the first, whose time is that
+        since the request came. ``on_end`` is called when the engine is done.
+        """
         self.request = request
         self.served = served
         self._arrived = arrived
         self._metrics = metrics
         self._on_tokens = on_tokens
+        self._on_latency = on_latency
         self._on_end = on_end
         self._max_unread = max_unread
         self._submitted = 0.0
@@ -79,8 +86,10 @@ class Run:
             self._num_cached = delta.num_cached_tokens
             num_prompt_tokens = len(self.request.prompt_ids)
             self._metrics.begin(depth, num_prompt_tokens, self._queue, self._first_token)
+            self._on_latency(elapsed, None)
         else:
             self._metrics.observe_gap(depth, elapsed - self._latest, num_tokens)
+            self._on_latency(elapsed - self._latest, num_tokens)
         self._latest = elapsed
         self._num_generated += num_tokens
         self._metrics.add_tokens(depth, num_tokens)

@@ -14,6 +14,8 @@ from typing import TypeVar
 
 from pruning.plan import Plan
 from server.admission import Admission, Admitted
+from server.auto_rules import AutoRules, check_rules
+from server.autodepth import AutoDepth
 from server.calibration import Calibrator, Progress
 from server.caller import current_caller
 from server.engine.base import (
@@ -49,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# Between two looks at the load.
+_CHOICE_SECONDS = 0.5
 _ENGINE_DEAD = "the engine has died; it is being started again"
 # Of the client's share of the engine, in prompt tokens of full depth: twice one, as in the paper
 # that the queue follows, since a generated token takes a step of its own.
@@ -76,6 +80,8 @@ class Status:
     uptime: float
     num_engine_restarts: int
     version: str
+    # Of requests that leave the depth to the server, at present; empty until it is known.
+    auto_level: str
 
 
 class Service:
@@ -97,6 +103,7 @@ class Service:
         max_unread: int | None = None,
         grace_seconds: float = 30.0,
         engine_timeout_seconds: float = 0.0,
+        auto_rules: AutoRules | None = None,
         max_logprobs: int = 20,
         version: str = "",
         save: Callable[[DepthPolicy], None] | None = None,
@@ -144,6 +151,7 @@ class Service:
         self._watchdog = (
             Watchdog(engine, engine_timeout_seconds) if engine_timeout_seconds else None
         )
+        self._auto = AutoDepth(auto_rules or AutoRules())
         self._tasks: list[asyncio.Task[None]] = []
         metrics.watch_engine(lambda: engine.is_alive, self._load)
 
@@ -173,8 +181,10 @@ class Service:
         self._model = self._engine.model
         self._calibrator = calibrator
         self._install(policy)
+        self.set_auto_rules(self._auto.rules)
         self._startup_phase = ""
         self._tasks.append(asyncio.create_task(self._supervisor.run()))
+        self._tasks.append(asyncio.create_task(self._follow_load()))
         if self._watchdog is not None:
             self._tasks.append(asyncio.create_task(self._watchdog.run()))
         if self._state is State.STARTING:
@@ -210,6 +220,7 @@ class Service:
             uptime=time.monotonic() - self._created,
             num_engine_restarts=self._num_engine_restarts,
             version=self._version,
+            auto_level="" if self._policy is None else self._policy.present_level,
         )
 
     # Requests
@@ -253,6 +264,7 @@ class Service:
                     arrived,
                     self.metrics,
                     on_tokens=on_tokens,
+                    on_latency=self._auto.observe,
                     on_end=turn.end,
                     max_unread=self._max_unread,
                 )
@@ -340,9 +352,23 @@ class Service:
         assert self._policy is not None
         return self._policy
 
-    def set_auto_level(self, name: str) -> None:
-        """Choose the level of requests that leave the depth to the server."""
-        self._install(self.policy.with_auto_level(name))
+    @property
+    def auto_rules(self) -> AutoRules:
+        return self._auto.rules
+
+    def set_auto_rules(self, rules: AutoRules, level: str | None = None) -> None:
+        """Choose what requests get that leave the depth to the server.
+
+        ``level`` is the one without load; None: the first of the rules, else the present one.
+        Raises :class:`UnknownLevel`, and :class:`InvalidArgument`, naming ``policy.ladder``.
+        """
+        policy = self.policy
+        check_rules(policy, rules, "policy.ladder")
+        if level is None:
+            level = rules.levels[0] if rules.levels else policy.auto_level
+        policy = policy.with_auto_level(level).with_auto_by_default(rules.by_default)
+        self._auto.set_rules(rules)
+        self._install(policy)
 
     async def calibrate(
         self, texts: Sequence[str] = (), max_tokens: int | None = None
@@ -460,6 +486,16 @@ class Service:
                 on_progress,
             )
         return policy.with_measurements(qualities, speeds)
+
+    async def _follow_load(self) -> None:
+        while True:
+            await asyncio.sleep(_CHOICE_SECONDS)
+            queue, rung = self._queue, self._auto.rung
+            level = self._auto.choose(self.policy, queue.longest_wait(), queue.utilization)
+            if level.name != self.policy.present_level:
+                self._install(self.policy.with_present_level(level.name))
+            if self._auto.rung != rung:
+                self.metrics.count_policy_change(down=self._auto.rung > rung)
 
     @contextmanager
     def _engine_errors(self) -> Iterator[None]:

@@ -51,8 +51,12 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
     async def SetPolicy(
         self, request: pb.SetPolicyRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.SetPolicyResponse:
-        self._service.set_auto_level(request.policy.level)
-        return pb.SetPolicyResponse(policy=pb.Policy(level=self._service.policy.auto_level))
+        service = self._service
+        level, rules = conversion.auto_rules(request.policy, service.auto_rules)
+        service.set_auto_rules(rules, level)
+        return pb.SetPolicyResponse(
+            policy=conversion.policy_message(service.policy, service.auto_rules)
+        )
 
     async def GetStatus(
         self, request: pb.GetStatusRequest, context: grpc.aio.ServicerContext[Any, Any]

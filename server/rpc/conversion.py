@@ -6,6 +6,7 @@ model can decide (context, vocabulary, number of layers) is left to the service.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sized
 
@@ -13,6 +14,7 @@ from google.protobuf.message import Message
 
 from pruning.plan import Plan
 from pruning.quality import Quality
+from server.auto_rules import AutoRules, ladder
 from server.calibration import Progress
 from server.engine.base import (
     FinishReason,
@@ -151,6 +153,46 @@ def _level_spec(spec: control_pb2.LevelSpec, field: str) -> LevelSpec:
     return LevelSpec(spec.name, depth, _fixed_depth(spec.prefill_depth, f"{field}.prefill_depth"))
 
 
+def auto_rules(policy: control_pb2.Policy, present: AutoRules) -> tuple[str | None, AutoRules]:
+    """Return the level without load, None where it is not given, and the rules."""
+    level = policy.level if policy.HasField("level") else None
+    levels = tuple(policy.ladder)
+    if levels and level not in (None, levels[0]):
+        raise InvalidArgument("policy.level", level, f"{levels[0]}, the first of policy.ladder")
+    if not levels and level is None:
+        levels = present.levels
+
+    def seconds(name: str) -> float | None:
+        return _number(policy, name, "policy", 0.0, above_low=True)
+
+    numbers = {
+        name: value
+        for name, value in (
+            ("time_to_first_token", seconds("time_to_first_token_seconds")),
+            ("inter_token_latency", seconds("inter_token_latency_seconds")),
+            ("hold_seconds", _number(policy, "hold_seconds", "policy", 0.0)),
+            ("max_quality_loss", _number(policy, "max_quality_loss", "policy", 0.0)),
+            ("min_agreement", _number(policy, "min_agreement", "policy", 0.0, 1.0)),
+        )
+        if value is not None
+    }
+    by_default = policy.by_default if policy.HasField("by_default") else present.by_default
+    return level, dataclasses.replace(present, levels=levels, by_default=by_default, **numbers)
+
+
+def policy_message(policy: DepthPolicy, rules: AutoRules) -> control_pb2.Policy:
+    return control_pb2.Policy(
+        level=policy.auto_level,
+        ladder=[level.name for level in ladder(policy, rules)],
+        time_to_first_token_seconds=rules.time_to_first_token,
+        inter_token_latency_seconds=rules.inter_token_latency,
+        hold_seconds=rules.hold_seconds,
+        max_quality_loss=rules.max_quality_loss,
+        min_agreement=rules.min_agreement,
+        by_default=rules.by_default,
+    )
+
+
 def grace_seconds(request: control_pb2.DrainRequest) -> float | None:
     return _number(request, "grace_seconds", "", 0.0)
 
@@ -274,6 +316,7 @@ def status_message(status: Status) -> control_pb2.GetStatusResponse:
         num_engine_restarts=status.num_engine_restarts,
         version=status.version,
         startup_phase=status.startup_phase,
+        auto_level=status.auto_level,
     )
 
 

@@ -149,18 +149,28 @@ def test_auto_gets_the_level_that_the_operator_chose() -> None:
 
 
 @pytest.mark.parametrize(
-    ("max_loss", "expected"), [(0.0, 8), (0.09, 8), (0.1, 6), (0.29, 6), (0.3, 4), (50.0, 2)]
+    ("max_loss", "expected"), [(0.0, 8), (0.09, 8), (0.1, 6), (0.29, 6), (0.3, 4), (50.0, 4)]
 )
-def test_auto_within_a_quality_loss_is_the_shallowest_depth(max_loss: float, expected: int) -> None:
+def test_auto_within_a_quality_loss_is_as_near_to_the_level_as_it_may(
+    max_loss: float, expected: int
+) -> None:
     # 16, 17.5 and 20.75 over 16 are exact in binary, less 1: 0.09375 and 0.296875.
     policy = POLICY.with_measurements(qualities({8: 16.0, 6: 17.5, 4: 20.75, 2: 100.0}), {})
-    assert policy.resolve(Auto(max_loss))[1] == ServedDepth(expected, expected, Reason.AUTO)
+    under_load = policy.with_present_level("fast")
+    reason = Reason.AUTO if expected == 8 else Reason.DEGRADED
+    assert under_load.resolve(Auto(max_loss))[1] == ServedDepth(expected, expected, reason)
+    chosen = policy.with_auto_level("fast")
+    assert chosen.resolve(Auto(max_loss))[1] == ServedDepth(expected, expected, Reason.AUTO)
+    # Without load nothing is given up, however much may be.
+    assert policy.resolve(Auto(max_loss))[1] == ServedDepth(8, 8, Reason.AUTO)
 
 
-def test_auto_within_a_quality_loss_ignores_mixed_depths() -> None:
-    mixed = {DepthPair(1, 8): quality(16.0), **qualities({8: 16.0})}
-    policy = POLICY.with_measurements(mixed, {})
-    assert policy.resolve(Auto(1.0))[1] == ServedDepth(8, 8, Reason.AUTO)
+def test_auto_within_a_quality_loss_takes_mixed_depths_of_levels_alone() -> None:
+    mixed = {DepthPair(5, 8): quality(17.0), DepthPair(1, 8): quality(16.0)}
+    policy = POLICY.with_measurements({**mixed, **qualities({8: 16.0})}, {})
+    under_load = policy.with_present_level("generative")
+    assert under_load.resolve(Auto(1.0))[1] == ServedDepth(5, 8, Reason.DEGRADED)
+    assert under_load.resolve(Auto(0.01))[1] == ServedDepth(8, 8, Reason.AUTO)
 
 
 @given(
@@ -172,9 +182,24 @@ def test_auto_never_loses_more_than_allowed(
     perplexities: dict[int, float], dense: float, max_loss: float
 ) -> None:
     policy = POLICY.with_measurements(qualities({**perplexities, 8: dense}), {})
-    depth = policy.resolve(Auto(max_loss))[1].decode_layers
+    depth = policy.with_present_level("fast").resolve(Auto(max_loss))[1].decode_layers
     good = {8} | {d for d, p in perplexities.items() if p / dense - 1 <= max_loss}
-    assert depth == min(good)
+    assert depth == min(d for d in good if d >= 4)
+
+
+def test_degraded_is_what_load_made_of_it() -> None:
+    under_load = POLICY.with_present_level("fast")
+    assert under_load.resolve(Auto())[1] == ServedDepth(4, 4, Reason.DEGRADED)
+    # Nobody else is.
+    assert under_load.resolve(None)[1] == ServedDepth(8, 8, Reason.DEFAULT)
+    assert under_load.resolve(Layers(7))[1] == ServedDepth(7, 7, Reason.REQUESTED)
+    assert under_load.resolve(Layers(7), Auto())[1] == ServedDepth(4, 7, Reason.REQUESTED)
+    by_default = under_load.with_auto_by_default(True)
+    assert by_default.resolve(None)[1] == ServedDepth(4, 4, Reason.DEGRADED)
+    assert by_default.with_present_level("dense").resolve(None)[1].reason is Reason.AUTO
+    assert by_default.resolve(NamedLevel("dense"))[1] == ServedDepth(8, 8, Reason.REQUESTED)
+    with pytest.raises(UnknownLevel):
+        POLICY.with_present_level("slow")
 
 
 def test_auto_within_a_quality_loss_needs_measurements() -> None:

@@ -70,6 +70,8 @@ async def test_calibrate_installs_plan_and_measurements(deployment: Deployment) 
     assert uniform == [8, 7, 6, 5, 4, 3, 2, 1]
     assert [policy.plan.text_fingerprint for policy in deployment.saved] == [plan.text_fingerprint]
 
+    fast = control_pb2.Policy(level="fast")
+    await deployment.client.control.SetPolicy(control_pb2.SetPolicyRequest(policy=fast))
     auto = generate_request(auto=common_pb2.Auto(max_quality_loss=0.25))
     answered = await deployment.client.inference.Generate(auto)
     # exp(0.1 * 2) - 1 is 0.22, exp(0.1 * 3) - 1 is 0.35.
@@ -149,14 +151,86 @@ async def test_set_levels(deployment: Deployment) -> None:
 
 
 async def test_set_policy(deployment: Deployment) -> None:
-    policy = control_pb2.Policy(level="fast")
-    request = control_pb2.SetPolicyRequest(policy=policy)
-    assert (await deployment.client.control.SetPolicy(request)).policy == policy
+    set_policy = deployment.client.control.SetPolicy
+    request = control_pb2.SetPolicyRequest(policy=control_pb2.Policy(level="fast"))
+    in_force = (await set_policy(request)).policy
+    assert in_force == control_pb2.Policy(
+        level="fast",
+        ladder=["fast"],
+        time_to_first_token_seconds=1.0,
+        inter_token_latency_seconds=0.1,
+        hold_seconds=30.0,
+        max_quality_loss=0.25,
+        min_agreement=0.0,
+        by_default=False,
+    )
     answered = await deployment.client.inference.Generate(generate_request(auto=common_pb2.Auto()))
     assert answered.served == common_pb2.Served(
         prefill_layers=4, decode_layers=4, reason=common_pb2.Served.REASON_AUTO
     )
     assert await deployment.metric("fathom_policy_level", level="fast") == 1
+    assert await deployment.metric("fathom_policy_degraded") == 0
+    answered = await deployment.client.inference.Generate(generate_request())
+    assert answered.served.reason == common_pb2.Served.REASON_DEFAULT
+    # What is absent stays.
+    changed = control_pb2.Policy(by_default=True, hold_seconds=7)
+    response = await set_policy(control_pb2.SetPolicyRequest(policy=changed))
+    in_force.MergeFrom(changed)
+    assert response.policy == in_force
+    answered = await deployment.client.inference.Generate(generate_request())
+    assert answered.served.reason == common_pb2.Served.REASON_AUTO
+    status = await deployment.client.control.GetStatus(control_pb2.GetStatusRequest())
+    assert status.auto_level == "fast"
+
+
+@pytest.mark.parametrize(
+    ("policy", "code", "message"),
+    [
+        (
+            control_pb2.Policy(level="warp"),
+            grpc.StatusCode.NOT_FOUND,
+            "no level 'warp'; the levels are dense, fast, generative",
+        ),
+        (
+            control_pb2.Policy(ladder=["dense", "warp"]),
+            grpc.StatusCode.NOT_FOUND,
+            "no level 'warp'; the levels are dense, fast, generative",
+        ),
+        (
+            control_pb2.Policy(ladder=["dense", "fast", "dense"]),
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "policy.ladder: got ['dense', 'fast', 'dense'], allowed: each level once",
+        ),
+        (
+            control_pb2.Policy(level="fast", ladder=["dense", "fast"]),
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "policy.level: got 'fast', allowed: dense, the first of policy.ladder",
+        ),
+        (
+            control_pb2.Policy(time_to_first_token_seconds=0),
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "policy.time_to_first_token_seconds: got 0.0, allowed: more than 0",
+        ),
+        (
+            control_pb2.Policy(max_quality_loss=-1),
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "policy.max_quality_loss: got -1.0, allowed: 0 or more",
+        ),
+        (
+            control_pb2.Policy(min_agreement=1.5),
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "policy.min_agreement: got 1.5, allowed: 0 to 1",
+        ),
+    ],
+)
+async def test_policies_that_cannot_be(
+    deployment: Deployment, policy: control_pb2.Policy, code: grpc.StatusCode, message: str
+) -> None:
+    before = await deployment.client.control.SetPolicy(control_pb2.SetPolicyRequest())
+    request = control_pb2.SetPolicyRequest(policy=policy)
+    error = await failure(deployment.client.control.SetPolicy(request))
+    assert (error.code(), message_of(error)) == (code, message)
+    assert await deployment.client.control.SetPolicy(control_pb2.SetPolicyRequest()) == before
 
 
 async def test_status_while_starting_and_serving(starting: Deployment) -> None:

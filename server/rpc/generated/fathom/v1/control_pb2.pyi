@@ -81,17 +81,31 @@ class SetPolicyResponse(_message.Message):
     def __init__(self, policy: _Optional[_Union[Policy, _Mapping]] = ...) -> None: ...
 
 class Policy(_message.Message):
-    __slots__ = ("level",)
+    __slots__ = ("level", "ladder", "time_to_first_token_seconds", "inter_token_latency_seconds", "hold_seconds", "max_quality_loss", "min_agreement", "by_default")
     LEVEL_FIELD_NUMBER: _ClassVar[int]
+    LADDER_FIELD_NUMBER: _ClassVar[int]
+    TIME_TO_FIRST_TOKEN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    INTER_TOKEN_LATENCY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    HOLD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    MAX_QUALITY_LOSS_FIELD_NUMBER: _ClassVar[int]
+    MIN_AGREEMENT_FIELD_NUMBER: _ClassVar[int]
+    BY_DEFAULT_FIELD_NUMBER: _ClassVar[int]
     level: str
-    def __init__(self, level: _Optional[str] = ...) -> None: ...
+    ladder: _containers.RepeatedScalarFieldContainer[str]
+    time_to_first_token_seconds: float
+    inter_token_latency_seconds: float
+    hold_seconds: float
+    max_quality_loss: float
+    min_agreement: float
+    by_default: bool
+    def __init__(self, level: _Optional[str] = ..., ladder: _Optional[_Iterable[str]] = ..., time_to_first_token_seconds: _Optional[float] = ..., inter_token_latency_seconds: _Optional[float] = ..., hold_seconds: _Optional[float] = ..., max_quality_loss: _Optional[float] = ..., min_agreement: _Optional[float] = ..., by_default: _Optional[bool] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("state", "num_running", "num_waiting", "uptime_seconds", "startup_seconds", "num_engine_restarts", "version", "startup_phase")
+    __slots__ = ("state", "num_running", "num_waiting", "uptime_seconds", "startup_seconds", "num_engine_restarts", "version", "startup_phase", "auto_level")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[GetStatusResponse.State]
@@ -119,6 +133,7 @@ class GetStatusResponse(_message.Message):
     NUM_ENGINE_RESTARTS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STARTUP_PHASE_FIELD_NUMBER: _ClassVar[int]
+    AUTO_LEVEL_FIELD_NUMBER: _ClassVar[int]
     state: GetStatusResponse.State
     num_running: int
     num_waiting: int
@@ -127,7 +142,8 @@ class GetStatusResponse(_message.Message):
     num_engine_restarts: int
     version: str
     startup_phase: str
-    def __init__(self, state: _Optional[_Union[GetStatusResponse.State, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., startup_seconds: _Optional[_Mapping[str, float]] = ..., num_engine_restarts: _Optional[int] = ..., version: _Optional[str] = ..., startup_phase: _Optional[str] = ...) -> None: ...
+    auto_level: str
+    def __init__(self, state: _Optional[_Union[GetStatusResponse.State, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., startup_seconds: _Optional[_Mapping[str, float]] = ..., num_engine_restarts: _Optional[int] = ..., version: _Optional[str] = ..., startup_phase: _Optional[str] = ..., auto_level: _Optional[str] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("grace_seconds",)

@@ -92,7 +92,7 @@ class ControlServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SetPolicy(self, request, context):
-        """Chooses what requests with depth.auto get.
+        """Chooses what requests with depth.auto get, with and without load.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,44 @@
+"""The mean of what was measured in the last seconds."""
+
+from __future__ import annotations
+
+from collections import deque
+
+# Measurements are summed over as many seconds, so that many of them cost no more than few.
+_GRAIN = 0.25
+
+
+class LatencyWindow:
+    """Means over the last ``seconds`` of a clock whose times are given."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        # (start of the grain, sum, count)
+        self._grains: deque[list[float]] = deque()
+        self._sum = 0.0
+        self._count = 0.0
+
+    def add(self, now: float, value: float, count: int = 1) -> None:
+        """Count ``value``, the sum of ``count`` measurements."""
+        grain = now - now % _GRAIN
+        if self._grains and self._grains[-1][0] == grain:
+            self._grains[-1][1] += value
+            self._grains[-1][2] += count
+        else:
+            self._grains.append([grain, value, float(count)])
+        self._sum += value
+        self._count += count
+        self._forget(now)
+
+    def mean(self, now: float) -> float:
+        """Return the mean; 0.0 where nothing was measured."""
+        self._forget(now)
+        return self._sum / self._count if self._count else 0.0
+
+    def _forget(self, now: float) -> None:
+        while self._grains and self._grains[0][0] <= now - self._seconds:
+            _, value, count = self._grains.popleft()
+            self._sum -= value
+            self._count -= count
+        if not self._grains:
+            self._sum = self._count = 0.0  # what rounding has left
