@@ -9,9 +9,10 @@ taken to grow in proportion to the layers, and between two batch sizes to the ro
 from __future__ import annotations
 
 import bisect
+import functools
 import json
 import random
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,19 +38,17 @@ class StepTimes:
         by_depth = [(d, _between(sorted(self.steps[d].items()), num_rows)) for d in self.steps]
         return _between(sorted(by_depth), depth)
 
-    def step(self, depths: Sequence[int]) -> float:
-        """Return the time of a step with one row of each of ``depths``."""
-        if not depths:
-            return 0.0
-        ordered = sorted(depths)
+    @functools.cache  # noqa: B019 - lives as long as the tests
+    def step(self, rows: tuple[tuple[int, int], ...]) -> float:
+        """Return the time of a step with so many rows: (depth, number), shallowest first."""
         seconds, below = 0.0, 0
-        for i, depth in enumerate(ordered):
-            if depth > below:
-                num_rows = len(ordered) - i  # those that run the layers from there to this depth
-                seconds += self.uniform(depth, num_rows) - (
-                    self.uniform(below, num_rows) if below else 0.0
-                )
-                below = depth
+        num_rows = sum(number for _, number in rows)
+        for depth, number in rows:
+            # These rows run the layers from the depth before to this one.
+            seconds += self.uniform(depth, num_rows)
+            seconds -= self.uniform(below, num_rows) if below else 0.0
+            below = depth
+            num_rows -= number
         return seconds
 
     def prompt(self, depth: int, num_tokens: int) -> float:
@@ -72,7 +71,6 @@ class Request:
     num_tokens: int
     is_auto: bool = True
     depth: int = 0
-    num_generated: int = 0
     first_token: float = 0.0
     finished: float = 0.0
 
@@ -84,42 +82,51 @@ class EngineModel:
     times: StepTimes
     num_places: int
     depth_of: Callable[[Request], int]
-    on_first_token: Callable[[float, float], None]
-    on_gap: Callable[[float, float, int], None]
+    on_first_token: Callable[[float], None]
+    on_gaps: Callable[[float, int], None]
     now: float = 0.0
     waiting: deque[Request] = field(default_factory=deque)
-    running: list[Request] = field(default_factory=list)
     finished: list[Request] = field(default_factory=list)
+    num_running: int = 0
+    _num_steps: int = 0
+    # By the step in which they end, and how many there are of each depth.
+    _ends: defaultdict[int, list[Request]] = field(default_factory=lambda: defaultdict(list))
+    _rows: Counter[int] = field(default_factory=Counter)
 
     def longest_wait(self) -> float:
         return self.now - self.waiting[0].arrived if self.waiting else 0.0
 
     @property
     def utilization(self) -> float:
-        return len(self.running) / self.num_places
+        return self.num_running / self.num_places
 
     def step(self) -> None:
         """Run one step; the clock goes on by the time that it takes."""
-        seconds = self.times.step([request.depth for request in self.running])
+        self._num_steps += 1
+        seconds = self.times.step(tuple(sorted(self._rows.items()))) if self._rows else 0.0
+        num_before = self.num_running
         begun = []
-        while self.waiting and len(self.running) + len(begun) < self.num_places:
+        while self.waiting and self.num_running < self.num_places:
             request = self.waiting.popleft()
             request.depth = self.depth_of(request)
             seconds += self.times.prompt(request.depth, request.num_prompt_tokens)
+            self._rows[request.depth] += 1
+            self._ends[self._num_steps + request.num_tokens - 1].append(request)
+            self.num_running += 1
             begun.append(request)
         self.now += seconds
-        if self.running:
-            self.on_gap(self.now, seconds * len(self.running), len(self.running))
+        if num_before:
+            self.on_gaps(seconds * num_before, num_before)
         for request in begun:
             request.first_token = self.now
-            self.on_first_token(self.now, self.now - request.arrived)
-        self.running += begun
-        for request in self.running:
-            request.num_generated += 1
-            if request.num_generated == request.num_tokens:
-                request.finished = self.now
-                self.finished.append(request)
-        self.running = [r for r in self.running if not r.finished]
+            self.on_first_token(self.now - request.arrived)
+        for request in self._ends.pop(self._num_steps, ()):
+            request.finished = self.now
+            self.num_running -= 1
+            self._rows[request.depth] -= 1
+            if not self._rows[request.depth]:
+                del self._rows[request.depth]
+            self.finished.append(request)
 
 
 def arrivals(

@@ -87,8 +87,8 @@ def live(
         TIMES,
         NUM_PLACES,
         depth_of,
-        on_first_token=lambda _, value: auto.observe(value, None),
-        on_gap=lambda _, total, count: auto.observe(total, count),
+        on_first_token=lambda seconds: auto.observe(seconds, None),
+        on_gaps=auto.observe,
     )
     incoming = iter(requests)
     upcoming = next(incoming, None)
@@ -97,7 +97,7 @@ def live(
         while upcoming is not None and upcoming.arrived <= engine.now:
             engine.waiting.append(upcoming)
             upcoming = next(incoming, None)
-        if engine.running or engine.waiting:
+        if engine.num_running or engine.waiting:
             engine.step()
         else:
             engine.now = min(upcoming.arrived if upcoming else seconds, next_look)
@@ -148,38 +148,36 @@ def test_without_load_nothing_is_given_up() -> None:
     assert goodput(day, rules()) > 0.99
 
 
-def test_an_hour_with_a_rush_in_the_middle() -> None:
+def test_half_an_hour_with_a_rush_in_the_middle() -> None:
     """It reacts within seconds, keeps up, and comes back."""
 
     def rate(now: float) -> float:
-        return 1.5 * capacity(16) if 600 <= now < 1200 else 0.4 * capacity(16)
+        return 1.5 * capacity(16) if 300 <= now < 700 else 0.4 * capacity(16)
 
     def rush() -> Iterable[Request]:
-        return arrivals(rate, 3600, 2, highest=1.5 * capacity(16))
+        return arrivals(rate, 1800, 2, highest=1.5 * capacity(16))
 
-    day = live(rush(), rules(), 3600)
+    day = live(rush(), rules(), 1800)
     first_change, rung = day.changes[0]
-    assert 600 < first_change < 610
+    assert 300 < first_change < 310
     assert rung == 1
     assert day.last_rung == 0
-    assert max(when for when, _ in day.changes) < 1200 + 3 * (HOLD_SECONDS + 5)
-    fixed = live(rush(), rules(), 3600, automatic=False)
-    in_rush = [r for r in day.requests if 620 < r.arrived < 1200]
+    assert max(when for when, _ in day.changes) < 700 + 3 * (HOLD_SECONDS + 5)
+    fixed = live(rush(), rules(), 1800, automatic=False)
+    in_rush = [r for r in day.requests if 320 < r.arrived < 700]
     late = [r for r in in_rush if r.first_token - r.arrived > 0.5]
     assert len(late) < 0.2 * len(in_rush)
     assert goodput(day, rules()) > goodput(fixed, rules()) + 0.3
 
 
-@pytest.mark.parametrize("load", [0.9, 1.0, 1.05, 1.2, 1.5, 1.9, 3.0])
+@pytest.mark.parametrize("load", [0.9, 1.05, 1.6])
 def test_a_constant_load_leads_to_few_changes(load: float) -> None:
-    """Hours of it: each mistaken rise makes the next one wait twice as long."""
-    hours = 3
+    """Two hours of it: the depth settles, and stays."""
     rate = load * capacity(16)
-    day = live(arrivals(constant(rate), hours * 3600, 3, highest=rate), rules(), hours * 3600)
-    # A rise and a fall for each time the hold has doubled, of each of 3 rungs, and the first fall.
-    assert len(day.changes) <= 3 * (1 + 2 * 9)
-    late = [when for when, _ in day.changes if when > (hours - 1) * 3600]
-    assert len(late) <= 6
+    day = live(arrivals(constant(rate), 7200, 3, highest=rate), rules(), 7200)
+    assert len(day.changes) <= 6
+    assert [when for when, _ in day.changes if when > 3600] == []
+    assert goodput(day, rules()) > 0.95
 
 
 @given(
@@ -188,7 +186,7 @@ def test_a_constant_load_leads_to_few_changes(load: float) -> None:
     min_agreement=st.sampled_from([0.0, 0.95, 0.99]),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=25)
+@settings(max_examples=15)
 def test_any_traffic(loads: list[float], max_loss: float, min_agreement: float, seed: int) -> None:
     """Quality never falls below the floor, and without load it is all there again."""
     phase, calm = 90.0, 400.0
