@@ -19,7 +19,6 @@ from pruning.fingerprint import text_fingerprint
 from pruning.quantization import QuantizationError, plan_of_base
 from pruning.surgery import SurgeryError
 from pruning.text import TextError
-from server.auto_rules import AutoRules
 from server.calibration import Calibrator, Progress
 from server.config import Settings
 from server.engine.base import Engine, ModelInfo
@@ -29,7 +28,7 @@ from server.engine.fork_server import start_fork_server
 from server.exposure import check_exposure
 from server.fair_queue import places_for
 from server.hardware import describe_hardware
-from server.inputs import Inputs, StartError, read_inputs, refused_as
+from server.inputs import Inputs, StartError, auto_rules, read_inputs, refused_as
 from server.log_format import with_fields
 from server.logs import Logs
 from server.metrics import Metrics, MetricsServer
@@ -124,7 +123,7 @@ class Application:
                 max_waiting_tokens=settings.max_waiting_tokens,
                 max_unread=settings.max_unread,
                 engine_timeout_seconds=settings.engine_timeout_seconds,
-                auto_rules=_auto_rules(settings),
+                auto_rules=auto_rules(settings),
                 grace_seconds=settings.grace_seconds,
                 version=VERSION,
                 save=self._save,
@@ -319,18 +318,6 @@ def _elastic_config(settings: Settings, inputs: Inputs) -> ElasticConfig:
         compile_layers=settings.compile_layers,
         compile_cache=settings.state_dir / "compiled",
         engine_args=settings.engine_args,
-    )
-
-
-def _auto_rules(settings: Settings) -> AutoRules:
-    return AutoRules(
-        levels=settings.auto_levels,
-        by_default=settings.auto_by_default,
-        time_to_first_token=settings.auto_first_token_seconds,
-        inter_token_latency=settings.auto_inter_token_seconds,
-        max_quality_loss=settings.auto_max_quality_loss,
-        min_agreement=settings.auto_min_agreement,
-        hold_seconds=settings.auto_hold_seconds,
     )
 
 

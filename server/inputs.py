@@ -13,6 +13,7 @@ from pruning.plan import Plan, PlanError
 from pruning.quantization import Order, QuantizationError
 from pruning.surgery import SurgeryError
 from pruning.text import TextError, load_texts
+from server.auto_rules import AutoRules
 from server.config import Settings
 from server.demo_model.corpus import Part, documents
 from server.engine.elastic.architectures import UnsupportedArchitecture, elastic_architecture
@@ -114,6 +115,19 @@ def chosen_levels(settings: Settings, num_layers: int) -> tuple[tuple[Level, ...
         if name not in names:
             raise InvalidArgument("auto_levels", name, f"some of {', '.join(names)}")
     return levels, default_level
+
+
+def auto_rules(settings: Settings) -> AutoRules:
+    """Return what the server may choose for requests that leave the depth to it."""
+    return AutoRules(
+        levels=settings.auto_levels,
+        by_default=settings.auto_by_default,
+        time_to_first_token=settings.auto_first_token_seconds,
+        inter_token_latency=settings.auto_inter_token_seconds,
+        max_quality_loss=settings.auto_max_quality_loss,
+        min_agreement=settings.auto_min_agreement,
+        hold_seconds=settings.auto_hold_seconds,
+    )
 
 
 def calibration_texts(settings: Settings) -> Sequence[str]:

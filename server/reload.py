@@ -9,14 +9,15 @@ from collections.abc import Callable
 from server.certificates import CertificateFiles
 from server.config import ConfigError, Settings
 from server.errors import FathomError
-from server.inputs import chosen_levels
+from server.inputs import auto_rules, chosen_levels
 from server.levels import LevelSpec
 from server.rpc.access import Access, AccessFiles
 from server.service import Service
 
 _ACCESS = {"tls_certificate", "tls_key", "tls_client_ca", "clients"}
 _LEVELS = {"levels", "default_level"}
-_RELOADED = {"log_level", *_ACCESS, *_LEVELS}
+_AUTO = {name for name in Settings.model_fields if name.startswith("auto_")}
+_RELOADED = {"log_level", *_ACCESS, *_LEVELS, *_AUTO}
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +25,9 @@ logger = logging.getLogger(__name__)
 class Reload:
     """Brings a running server to what its settings say now.
 
-    Levels, clients, certificates and the log level are changed; of other settings it says that
-    they take a restart. Levels that a client has set stay, unless those of the settings change.
+    Levels, the rules of depth by itself, clients, certificates and the log level are changed; of
+    other settings it says that they take a restart. Levels that a client has set stay, unless
+    those of the settings change.
     """
 
     def __init__(
@@ -76,6 +78,12 @@ class Reload:
                 except FathomError as error:
                     logger.error("%s; the levels have not been changed", error)
                     done -= _LEVELS
+            if changed & _AUTO:
+                try:
+                    self._service.set_auto_rules(auto_rules(new))
+                except FathomError as error:
+                    logger.error("%s; auto_levels have not been changed", error)
+                    done -= _AUTO
             self._settings = old.model_copy(update={name: getattr(new, name) for name in done})
             logger.info("settings read again; changed: %s", _listed(done))
             if others := changed - _RELOADED:

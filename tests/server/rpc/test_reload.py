@@ -198,3 +198,16 @@ async def test_levels_that_cannot_be_set_now_are_tried_again(
             await asyncio.sleep(0.01)
             await each.with_settings(changed)
         assert each.levels == {"dense": (8, 8), "thin": (2, 2)}
+
+
+async def test_the_rules_of_depth_by_itself(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with reloadable(tmp_path, LEVELS) as running:
+        await running.with_settings(f"{LEVELS}auto_levels: [fast]\nauto_hold_seconds: 5\n")
+        service = running.server.service
+        assert service.auto_rules.hold_seconds == 5
+        assert service.policy.auto_level == "fast"
+        await running.with_settings(f"{LEVELS}auto_levels: [slow]\n")
+        assert "auto_levels: got 'slow', allowed: some of dense, fast, generative" in caplog.text
+        assert service.policy.auto_level == "fast"
