@@ -42,6 +42,9 @@ class Options:
         0.1, "Share of the machine that other programs may take before a load is run again."
     )
     seed: int = option(0, "What random weights, prompts and arrivals are made of.")
+    compile_layers: bool | None = option(
+        None, "Whether Fathom compiles its layers; none: as a server decides by itself."
+    )
     engine_args: str = option(
         "", "More arguments of vLLM's engine for Fathom alone, as a JSON object."
     )

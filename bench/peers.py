@@ -9,7 +9,7 @@ import asyncio
 import statistics
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from bench.subjects.transformers_generate import TransformersGenerate
 from bench.throughput import engine_settings, lengths, streams_name
 from bench.workload import Workload
 
-KINDS = ("grpc", "elastic", "vllm", "eager", "openai", "transformers")
+KINDS = ("grpc", "elastic", "uncompiled", "vllm", "eager", "openai", "transformers")
 DENSE_TARGET = 0.98
 EXPORTED_TARGET = 0.97
 LIMIT_TARGET = 0.95
@@ -44,7 +44,8 @@ GRPC_LATENCY_TARGET_MS = 1.0
 class PeersOptions(Options):
     peers: str = option(
         "grpc,elastic,vllm,eager,openai,transformers",
-        "What to measure. vllm and eager mean one engine for each depth, on its own checkpoint.",
+        "What to measure; uncompiled is elastic without compiled layers. vllm and eager mean one "
+        "engine for each depth, on its own checkpoint.",
     )
     depths: str = option("", "Depths beside the full one; none: half of the layers.")
     streams: str = option("1,32", "Numbers of streams.")
@@ -126,9 +127,14 @@ def _contenders(
     full = model.num_layers
     for kind in dict.fromkeys(kinds):
         match kind:
-            case "grpc" | "elastic":
+            case "grpc" | "elastic" | "uncompiled":
                 shared: Subject
-                shared = FathomServer(settings) if kind == "grpc" else ElasticInProcess(settings)
+                if kind == "grpc":
+                    shared = FathomServer(settings)
+                elif kind == "elastic":
+                    shared = ElasticInProcess(settings)
+                else:
+                    shared = ElasticInProcess(replace(settings, compile_layers=False))
                 contenders += [Contender(kind, depth, shared, depth) for depth in depths]
             case "vllm" | "eager":
                 contenders += [

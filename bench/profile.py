@@ -10,7 +10,7 @@ import asyncio
 from contextlib import AbstractContextManager, AsyncExitStack, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import psutil
@@ -28,9 +28,8 @@ from bench.subjects.fathom_server import FathomServer
 from bench.subjects.plain_vllm import PlainVllm
 from bench.throughput import engine_settings, lengths
 from bench.workload import Request, Workload
-from server.engine.arguments import DtypeName
 from server.engine.elastic.engine_arguments import (
-    ElasticConfig,
+    compiles_layers,
     prepare_elastic_environment,
     vllm_arguments,
 )
@@ -40,8 +39,8 @@ if TYPE_CHECKING:
     from vllm import AsyncEngineArgs
 
 ENGINES = ("elastic", "vllm", "eager", "grpc")
-_EXTENSION = "bench.step_timers.StepTimers"
 _RPC_SECONDS = 60.0
+_COMPILE_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -69,30 +68,29 @@ class ProfiledVllm(PlainVllm):
 
     def arguments(self, checkpoint: str) -> AsyncEngineArgs:
         arguments = super().arguments(checkpoint)
-        arguments.worker_extension_cls = _EXTENSION
+        arguments.worker_extension_cls = "bench.step_timers.StepTimers"
         return arguments
 
 
 class ProfiledElastic(ProfiledVllm):
-    """The elastic engine's vLLM with timers in it, in place of what Fathom asks its worker."""
+    """The elastic engine's vLLM with timers in it."""
 
     def __init__(self, settings: EngineSettings) -> None:
         super().__init__(settings, settings.model.num_layers, eager=True)
         self.name = "Fathom"
 
+    async def start(self) -> None:
+        await super().start()
+        config = self._settings.elastic_config()
+        if compiles_layers(config):
+            answers = await self.llm.collective_rpc("fathom_compile_layers", _COMPILE_SECONDS)
+            for _, problem in answers:
+                if problem:
+                    raise typer.BadParameter(f"--compile-layers: not possible here ({problem})")
+
     def arguments(self, checkpoint: str) -> AsyncEngineArgs:
-        settings = self._settings
-        arguments = vllm_arguments(
-            ElasticConfig(
-                model=settings.model.directory,
-                name=settings.model.name,
-                dtype=cast(DtypeName, settings.dtype),
-                max_context=settings.max_context,
-                max_num_seqs=settings.max_num_seqs,
-                engine_args=settings.fathom_engine_args(),
-            )
-        )
-        arguments.worker_extension_cls = _EXTENSION
+        arguments = vllm_arguments(self._settings.elastic_config())
+        arguments.worker_extension_cls = "bench.elastic_step_timers.ElasticStepTimers"
         arguments.disable_log_stats = True
         return arguments
 
@@ -184,7 +182,7 @@ async def _measure_engine(
     client_cpu = session.report.rounds[-1]["client_cpu_seconds"]
     in_front = {name: seconds for name, (_, seconds) in front.totals().items()}
     session.report.rounds[-1] |= {
-        "num_steps": parts["layers"][0],
+        "num_steps": parts["forward"][0],
         "missing": missing[0],
         "seconds_by_part": {
             **{name: seconds for name, (_, seconds) in parts.items()},
@@ -240,7 +238,7 @@ def summarize(session: Session) -> None:
             f"beside: {part}": seconds * per_step
             for part, seconds in each["cpu_seconds_beside"].items()
         }
-        if by_part:
+        if "layers" in by_part:
             column["share of the layers"] = by_part["layers"] / each["seconds"]
         columns[f"{each['engine']}, {each['load']}"] = column
     parts = dict.fromkeys(part for column in columns.values() for part in column)

@@ -27,7 +27,7 @@ T = TypeVar("T")
 # Runs of a load that other programs disturb.
 _ATTEMPTS = 4
 # Of tables that go to a file.
-_FILE_WIDTH = 140
+_FILE_WIDTH = 180
 
 
 class Session:

@@ -77,6 +77,8 @@ async def _start(options: StartupOptions, directory: Path, state: Path) -> dict[
     ]
     if options.model != "demo":
         command += ["--model", directory, "--dtype", options.dtype]
+    if options.compile_layers is not None:
+        command += ["--compile-layers", str(options.compile_layers).lower()]
     if options.engine_args:
         command += ["--engine-args", options.engine_args]
     server = ServerProcess(command, options.work_directory / "logs" / f"startup-{port}.log")

@@ -28,13 +28,18 @@ _METHODS = (
         "_build_attention_metadata",
         "attention metadata",
     ),
-    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "_model_forward", "layers"),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "_model_forward", "forward"),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "_sample", "sampling"),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "_bookkeeping_sync", "bookkeeping"),
     ("server.engine.elastic.attention", "ElasticStep", "__init__", "subset metadata"),
     ("server.engine.elastic.attention", "ElasticStep", "_make_subset", "subset metadata"),
-    ("server.engine.elastic.residual_stream", "ResidualStream", "_gather", "gather, scatter"),
-    ("server.engine.elastic.residual_stream", "ResidualStream", "_scatter", "gather, scatter"),
+    (
+        "server.engine.elastic.residual_stream",
+        "ResidualStream",
+        "_catch_up",
+        "gather, scatter",
+    ),
+    ("server.engine.elastic.compiled_layers", "CompiledLayers", "run", "layers"),
 )
 
 
@@ -47,6 +52,8 @@ class StepTimers:
     def bench_start_timers(self) -> list[str]:
         """Begin to count, and return the names that this version does not have."""
         import torch
+
+        from server.engine.elastic.model import ElasticCausalLM
 
         if self._bench_stopwatch is not None:
             self._bench_stopwatch.reset()
@@ -61,6 +68,10 @@ class StepTimers:
                 continue
             setattr(owner, method, stopwatch.timed(part, getattr(owner, method)))
         model = self.model_runner.model
+        if not isinstance(model, ElasticCausalLM):
+            # Where vLLM has compiled the model as a whole, none of these is called.
+            for layer in model.model.layers:
+                layer.forward = stopwatch.timed("layers", layer.forward)
         model.compute_logits = stopwatch.timed("logits", model.compute_logits)
         return missing
 

@@ -225,6 +225,7 @@ def engine_settings(
         max_context=options.max_context,
         max_num_seqs=max(num_streams, 8),
         kv_cache_bytes=model.kv_cache_bytes(num_tokens, options.dtype),
+        compile_layers=options.compile_layers,
         engine_args=options.fathom_engine_args(),
     )
 

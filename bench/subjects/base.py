@@ -7,7 +7,7 @@ import socket
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import psutil
 
@@ -15,9 +15,11 @@ from bench.models import BenchModel
 from bench.workload import Request
 from server.engine.arguments import (
     IN_PROCESS_EXECUTOR,
+    DtypeName,
     prepare_cpu_environment,
     prepare_environment,
 )
+from server.engine.elastic.engine_arguments import ElasticConfig
 from server.hardware import describe_hardware
 
 # Which of its two model runners vLLM uses on a GPU; the elastic engine sets it for itself.
@@ -34,7 +36,8 @@ class EngineSettings:
     max_context: int
     max_num_seqs: int
     kv_cache_bytes: int
-    # Of vLLM's engine, for Fathom's engines alone.
+    # For Fathom's engines alone; the arguments are of vLLM's engine.
+    compile_layers: bool | None = None
     engine_args: Mapping[str, Any] = field(default_factory=dict)
 
     def vllm_arguments(self) -> dict[str, Any]:
@@ -53,10 +56,19 @@ class EngineSettings:
     def fathom_engine_args(self) -> dict[str, Any]:
         """Return what Fathom has no setting for, as its ``engine_args``."""
         arguments = self.vllm_arguments()
-        shared = {
-            name: arguments[name] for name in ("kv_cache_memory_bytes", "enable_prefix_caching")
-        }
-        return {**shared, **self.engine_args}
+        shared = ("kv_cache_memory_bytes", "enable_prefix_caching")
+        return {**{name: arguments[name] for name in shared}, **self.engine_args}
+
+    def elastic_config(self) -> ElasticConfig:
+        return ElasticConfig(
+            model=self.model.directory,
+            name=self.model.name,
+            dtype=cast(DtypeName, self.dtype),
+            max_context=self.max_context,
+            max_num_seqs=self.max_num_seqs,
+            engine_args=self.fathom_engine_args(),
+            compile_layers=self.compile_layers,
+        )
 
 
 class Subject(Protocol):

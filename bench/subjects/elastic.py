@@ -4,35 +4,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncIterator
-from typing import cast
 
 import psutil
 
 from bench.subjects.base import EngineSettings, child_ids, new_children
 from bench.workload import Request
-from server.engine.arguments import DtypeName
 from server.engine.base import GenerationRequest, SamplingOptions
 from server.engine.elastic.engine import ElasticEngine
-from server.engine.elastic.engine_arguments import ElasticConfig
 
 
 class ElasticInProcess:
     """The elastic engine with its front in this process."""
 
-    name = "Fathom, in process"
-
     def __init__(self, settings: EngineSettings) -> None:
+        self.name = "Fathom, in process"
+        if settings.compile_layers is False:
+            self.name += ", uncompiled"
         self._model = settings.model
-        self.engine = ElasticEngine(
-            ElasticConfig(
-                model=settings.model.directory,
-                name=settings.model.name,
-                dtype=cast(DtypeName, settings.dtype),
-                max_context=settings.max_context,
-                max_num_seqs=settings.max_num_seqs,
-                engine_args=settings.fathom_engine_args(),
-            )
-        )
+        self.engine = ElasticEngine(settings.elastic_config())
         self._numbers = itertools.count()
         self._processes: list[psutil.Process] = []
 

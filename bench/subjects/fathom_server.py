@@ -80,6 +80,7 @@ class FathomServer:
 def serve_command(settings: EngineSettings, port: int, state_dir: Path) -> list[object]:
     """Return the command of a server that measures nothing it need not when it starts."""
     model = settings.model
+    compiling = settings.compile_layers
     return [
         *(Path(sys.executable).parent / "fathom", "serve", "--model", model.directory),
         *("--port", port, "--metrics-port", free_port(), "--state-dir", state_dir),
@@ -87,4 +88,5 @@ def serve_command(settings: EngineSettings, port: int, state_dir: Path) -> list[
         *("--max-num-seqs", settings.max_num_seqs, "--plan", model.plan_file),
         *("--levels", f"dense={model.num_layers}", "--quality-tokens", _QUALITY_TOKENS),
         *("--quality-depths", "levels", "--engine-args", json.dumps(settings.fathom_engine_args())),
+        *([] if compiling is None else ["--compile-layers", str(compiling).lower()]),
     ]
