@@ -139,7 +139,8 @@ def _table(rows: list[dict[str, Any]], headings: list[str], title: str) -> Table
     for heading in headings:
         is_text = all(isinstance(row.get(heading), str | None) for row in rows)
         label = heading.replace("_", " ")
-        table.add_column(label[:1].upper() + label[1:], justify="left" if is_text else "right")
+        label = label.capitalize() if label.islower() else label
+        table.add_column(label, justify="left" if is_text else "right")
     for row in rows:
         table.add_row(*[_cell(row.get(heading)) for heading in headings])
     return table

@@ -34,14 +34,15 @@ class PlainVllm:
     async def start(self) -> None:
         before = child_ids()
         checkpoint = await asyncio.to_thread(self._settings.model.exported, self._depth)
-        self._llm = await asyncio.to_thread(self._load, str(checkpoint))
+        await asyncio.to_thread(self._load, str(checkpoint))
         self._processes = new_children(before)
 
-    def _load(self, checkpoint: str) -> AsyncLLM:
+    def _load(self, checkpoint: str) -> None:
+        # Sets what a future would return: vLLM keeps frames of this thread, and so futures, alive.
         from vllm.v1.engine.async_llm import AsyncLLM
 
         with self.environment():
-            return AsyncLLM.from_engine_args(self.arguments(checkpoint))
+            self._llm = AsyncLLM.from_engine_args(self.arguments(checkpoint))
 
     def environment(self) -> AbstractContextManager[None]:
         return own_choice_of_runner()
