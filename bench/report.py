@@ -115,7 +115,7 @@ def _is_latency(heading: str) -> bool:
 
 
 def _headings(rows: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row))
+    return list(dict.fromkeys(name for row in rows for name in row if row[name] is not None))
 
 
 def _speed_headings(rows: list[dict[str, Any]]) -> list[str]:

@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 # Runs of a load that other programs disturb.
 _ATTEMPTS = 4
+# CPU time comes in hundredths of a second: of less than this, its shares say nothing.
+_ENOUGH_SECONDS = 1.0
 # Of tables that go to a file.
 _FILE_WIDTH = 180
 
@@ -142,7 +144,7 @@ class Session:
             (
                 each["waiting_cpu_seconds"] / each["seconds"]
                 for each in self.report.rounds
-                if "waiting_cpu_seconds" in each
+                if "waiting_cpu_seconds" in each and each["seconds"] >= _ENOUGH_SECONDS
             ),
             default=0.0,
         )
