@@ -382,6 +382,38 @@ async def test_streams_of_one_connection_are_bounded() -> None:
                 assert messages[-1].HasField("finish_info")
 
 
+async def test_old_connections_are_replaced_and_their_calls_finished() -> None:
+    records: list[CallRecord] = []
+    async with secured(
+        AccessFiles(), observers=(records.append,), max_connection_age_seconds=1
+    ) as server:
+        status = server.client.control.GetStatus
+        await status(control_pb2.GetStatusRequest())
+        server.engine.gate.clear()
+        stream = asyncio.create_task(collect(server.client.inference.GenerateStream(REQUEST)))
+        await server.engine.until_running(1)
+
+        async def is_new() -> bool:
+            await status(control_pb2.GetStatusRequest())
+            return records[-1].caller.peer != records[0].caller.peer
+
+        await until(is_new)
+        server.engine.gate.set()
+        assert (await stream)[-1].HasField("finish_info")
+        assert records[-1].caller.peer == records[0].caller.peer
+
+
+async def test_a_message_that_grows_when_it_is_unpacked_is_refused() -> None:
+    async with secured(AccessFiles(), max_message_bytes=2**20) as server:
+        bomb = inference_pb2.GenerateRequest(prompt="a" * 2**26)
+        error = await failure(
+            server.client.inference.Generate(bomb, compression=grpc.Compression.Gzip)
+        )
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert server.engine.requests == []
+        assert await server.use(generate)
+
+
 # The command
 
 
