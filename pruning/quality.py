@@ -24,13 +24,14 @@ class Quality:
 
     ``perplexity`` is per token. ``agreement`` is the share of tokens at which the most likely
     next token is that of the dense model, ``kl_nats`` the mean divergence
-    KL(dense || pruned) of the next-token distributions in nats.
+    KL(dense || pruned) of the next-token distributions in nats. Each is None where it was not
+    measured.
     """
 
     perplexity: float
     perplexity_stderr: float
-    agreement: float
-    kl_nats: float
+    agreement: float | None
+    kl_nats: float | None
     num_tokens: int
 
 
@@ -74,8 +75,10 @@ def token_statistics(
     return statistics
 
 
-def quality_of_windows(sums: Sequence[Sequence[float]]) -> Quality:
+def quality_of_windows(sums: Sequence[Sequence[float | None]]) -> Quality:
     """Return the quality over text windows, each given by its :func:`token_statistics`.
+
+    The number of agreements and the divergence may be None, where they were not measured.
 
     Tokens of one window are not independent, windows nearly are. So the standard error takes
     the windows as the sample: the mean negative log-likelihood r = sum(x) / sum(n), x and n
@@ -92,15 +95,16 @@ def quality_of_windows(sums: Sequence[Sequence[float]]) -> Quality:
             f"got {len(sums)} text windows, allowed: 2 or more, for a standard error"
         )
     for window, statistics in enumerate(sums):
-        if not all(map(math.isfinite, statistics)):
+        if not all(math.isfinite(value) for value in statistics if value is not None):
             raise QualityError(f"window {window}: the logits gave a sum that is not finite")
-        if statistics[0] < 1:
+    sizes = [_measured(statistics[0]) for statistics in sums]
+    losses = [_measured(statistics[1]) for statistics in sums]
+    for window, size in enumerate(sizes):
+        if size < 1:
             raise QualityError(f"window {window}: got no tokens, allowed: 1 or more")
-    num_tokens, nll, agreements, divergence = (
-        math.fsum(column) for column in zip(*sums, strict=True)
-    )
-    mean_nll = nll / num_tokens
-    squares = math.fsum((x - mean_nll * n) ** 2 for n, x, *_ in sums)
+    num_tokens = math.fsum(sizes)
+    mean_nll = math.fsum(losses) / num_tokens
+    squares = math.fsum((x - mean_nll * n) ** 2 for n, x in zip(sizes, losses, strict=True))
     stderr = math.sqrt(len(sums) / (len(sums) - 1) * squares) / num_tokens
     try:
         perplexity = math.exp(mean_nll)
@@ -109,7 +113,18 @@ def quality_of_windows(sums: Sequence[Sequence[float]]) -> Quality:
     return Quality(
         perplexity=perplexity,
         perplexity_stderr=perplexity * stderr,
-        agreement=agreements / num_tokens,
-        kl_nats=divergence / num_tokens,
+        agreement=_mean([statistics[2] for statistics in sums], num_tokens),
+        kl_nats=_mean([statistics[3] for statistics in sums], num_tokens),
         num_tokens=int(num_tokens),
     )
+
+
+def _measured(value: float | None) -> float:
+    if value is None:
+        raise QualityError("a number of tokens or a negative log-likelihood is missing")
+    return value
+
+
+def _mean(sums: Sequence[float | None], num_tokens: float) -> float | None:
+    measured = [value for value in sums if value is not None]
+    return math.fsum(measured) / num_tokens if len(measured) == len(sums) else None

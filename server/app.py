@@ -11,17 +11,20 @@ import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
+from typing import Any
 
 import psutil
 
 from pruning.checkpoint import CheckpointError
 from pruning.fingerprint import text_fingerprint
+from pruning.plan import Plan
 from pruning.quantization import QuantizationError, plan_of_base
 from pruning.surgery import SurgeryError
 from pruning.text import TextError
 from server.calibration import Calibrator, Progress
 from server.config import Settings
 from server.engine.base import Engine, ModelInfo
+from server.engine.dedicated.engine import DedicatedConfig, DedicatedEngine
 from server.engine.elastic.engine import ElasticEngine
 from server.engine.elastic.engine_arguments import ElasticConfig
 from server.engine.fork_server import start_fork_server
@@ -32,6 +35,7 @@ from server.inputs import Inputs, StartError, auto_rules, read_inputs, refused_a
 from server.log_format import with_fields
 from server.logs import Logs
 from server.metrics import Metrics, MetricsServer
+from server.offline_plan import kept_plan, plan_key
 from server.policy import DepthPolicy
 from server.policy_store import PlanFile, PolicyStore
 from server.progress import ProgressReport
@@ -53,6 +57,7 @@ _END_SECONDS = 2.0
 
 _WORK = {
     "importance": "Ranking the layers",
+    "levels": "Starting the engines of the levels",
     "quality": "Measuring quality",
     "speed": "Measuring speed",
 }
@@ -114,11 +119,11 @@ class Application:
                     metrics, settings.metrics_host, settings.metrics_port
                 )
             stack.callback(metrics_server.close)
-            engine = ElasticEngine(_elastic_config(settings, inputs))
+            engine = _engine(settings, inputs)
             service = Service(
                 engine,
                 metrics,
-                max_running=places_for(settings.max_num_seqs),
+                max_running=places_for(settings.max_num_seqs * _num_engines(settings, inputs)),
                 max_waiting=settings.max_waiting,
                 max_waiting_tokens=settings.max_waiting_tokens,
                 max_unread=settings.max_unread,
@@ -157,7 +162,7 @@ class Application:
             with self._progress:
                 await self._start(inputs, engine, service)
             self._serving = True
-            self._announce(engine.model, rpc_server.port, metrics_server.port)
+            self._announce(service, rpc_server.port, metrics_server.port)
             reload = Reload(
                 settings,
                 self._read_again,
@@ -185,10 +190,18 @@ class Application:
             with service.phase("plan"):
                 calibrator = self._calibrator(inputs, engine)
                 store = self._store = self._policy_store(inputs, engine.model)
-                plan = inputs.plan or await store.plan(
-                    lambda: calibrator.measure_plan(self._on_progress)
-                )
-            policy = DepthPolicy(plan, inputs.levels, inputs.default_level)
+                plan = inputs.plan or self._kept_plan(inputs, engine)
+                plan = plan or await store.plan(lambda: calibrator.measure_plan(self._on_progress))
+            policy = DepthPolicy(
+                plan, inputs.levels, inputs.default_level, any_depth=engine.serves_any_depth
+            )
+            if not policy.any_depth:
+                with service.phase("levels"):
+                    await engine.prepare(
+                        plan,
+                        policy.level_selections(),
+                        lambda done, total: self._on_progress(Progress("levels", done, total)),
+                    )
             with service.phase("quality"):
                 qualities = await store.qualities(
                     policy,
@@ -198,7 +211,7 @@ class Application:
             with service.phase("speed"):
                 speeds = await store.speeds(
                     policy,
-                    [policy.dense, *(level.depths for level in inputs.levels)],
+                    calibrator.depths_to_time(policy),
                     lambda missing: calibrator.measure_speed(policy, missing, self._on_progress),
                 )
         service.open(policy.with_measurements(qualities, speeds), calibrator)
@@ -231,6 +244,15 @@ class Application:
             every_depth=every_depth,
         )
 
+    def _kept_plan(self, inputs: Inputs, engine: Engine) -> Plan | None:
+        """Return a plan that was measured elsewhere, where this engine cannot measure one itself.
+
+        A model is loaded for it otherwise, only to be measured.
+        """
+        if engine.serves_any_depth:
+            return None
+        return kept_plan(self._settings, inputs.fingerprint, inputs.texts)
+
     def _policy_store(self, inputs: Inputs, model: ModelInfo) -> PolicyStore:
         settings = self._settings
         key = {
@@ -239,14 +261,17 @@ class Application:
             "max_context": model.max_context,
         }
         held_out = text_fingerprint(inputs.held_out_texts)
+        text = text_fingerprint(inputs.texts)
+        elastic = settings.engine == "elastic"
+        if not elastic:
+            # Compiled, it is another speed, and quality is measured in another way.
+            key["engine"] = settings.engine
         return PolicyStore(
             StateDirectory(settings.state_dir),
             PlanFile(inputs.fingerprint, inputs.num_layers),
-            plan_key={
-                **key,
-                "text": text_fingerprint(inputs.texts),
-                "num_tokens": settings.calibration_tokens,
-            },
+            plan_key={**key, "text": text, "num_tokens": settings.calibration_tokens}
+            if elastic
+            else plan_key(settings, inputs.fingerprint, text),
             quality_key={**key, "text": held_out, "num_tokens": settings.quality_tokens},
             speed_key={
                 **key,
@@ -265,8 +290,8 @@ class Application:
     def _on_progress(self, progress: Progress) -> None:
         self._progress.advance(_WORK[progress.phase], progress.done, progress.total)
 
-    def _announce(self, model: ModelInfo, port: int, metrics_port: int) -> None:
-        settings = self._settings
+    def _announce(self, service: Service, port: int, metrics_port: int) -> None:
+        settings, model, policy = self._settings, service.model, service.policy
         address = f"{settings.host}:{port}"
         metrics_url = f"http://{settings.metrics_host}:{metrics_port}/metrics"
         if self._logs.is_json:
@@ -279,6 +304,8 @@ class Application:
         )
         flag = "" if port == _DEFAULT_PORT else f" --address {address}"
         depth = max(1, model.num_layers * 3 // 4)
+        if not policy.any_depth:
+            depth = policy.levels[-1].decode_layers
         print(f"Try: fathom generate{flag} --depth {depth} 'The list of'", flush=True)
 
     async def _reload_on_hangup(self, reload: Reload) -> None:
@@ -306,18 +333,39 @@ class Application:
         _end_now(128 + number if self._serving else 0)
 
 
-def _elastic_config(settings: Settings, inputs: Inputs) -> ElasticConfig:
-    return ElasticConfig(
-        model=inputs.source.directory if inputs.quantized is None else inputs.quantized.directory,
-        name=inputs.source.name,
-        dtype=settings.dtype,
-        max_context=settings.max_context,
-        max_num_seqs=settings.max_num_seqs,
-        kv_cache_gib=settings.kv_cache_gib,
-        trust_remote_code=settings.trust_remote_code,
-        compile_layers=settings.compile_layers,
-        compile_cache=settings.state_dir / "compiled",
-        engine_args=settings.engine_args,
+def _num_engines(settings: Settings, inputs: Inputs) -> int:
+    """Return how many batches run at a time."""
+    if settings.engine == "elastic":
+        return 1
+    return len({level.depths for level in inputs.levels})
+
+
+def _engine(settings: Settings, inputs: Inputs) -> Engine:
+    config: dict[str, Any] = {
+        "model": (inputs.quantized or inputs.source).directory,
+        "name": inputs.source.name,
+        "dtype": settings.dtype,
+        "max_context": settings.max_context,
+        "max_num_seqs": settings.max_num_seqs,
+        "kv_cache_gib": settings.kv_cache_gib,
+        "trust_remote_code": settings.trust_remote_code,
+        "engine_args": settings.engine_args,
+    }
+    if settings.engine == "elastic":
+        return ElasticEngine(
+            ElasticConfig(
+                **config,
+                compile_layers=settings.compile_layers,
+                compile_cache=settings.state_dir / "compiled",
+            )
+        )
+    return DedicatedEngine(
+        DedicatedConfig(
+            **config,
+            memory_shares=settings.memory_shares,
+            state_dir=settings.state_dir,
+            timeout_seconds=settings.engine_timeout_seconds,
+        )
     )
 
 

@@ -74,10 +74,13 @@ def is_good_enough(policy: DepthPolicy, level: Level, rules: AutoRules) -> bool:
     if quality is None or dense is None:
         return False
     loss = quality.perplexity / dense.perplexity - 1
-    return loss <= rules.max_quality_loss and quality.agreement >= rules.min_agreement
+    # Where it was not measured, it is above no floor but the lowest.
+    agreement = 0.0 if quality.agreement is None else quality.agreement
+    return loss <= rules.max_quality_loss and agreement >= rules.min_agreement
 
 
 def speedup(policy: DepthPolicy, level: Level) -> float:
     """Return how much faster than dense a level is: as measured, else by its layers."""
     speed = policy.speeds.get(level.depths)
-    return policy.num_layers / level.decode_layers if speed is None else speed.speedup
+    measured = None if speed is None else speed.speedup
+    return policy.num_layers / level.decode_layers if measured is None else measured

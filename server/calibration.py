@@ -31,7 +31,10 @@ _ROUNDS = 2
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a measurement is: ``phase`` is importance, quality or speed."""
+    """How far the work is: ``phase`` is importance, levels, quality or speed.
+
+    At levels, engines are started for them.
+    """
 
     phase: str
     done: int
@@ -100,11 +103,19 @@ class Calibrator:
         )
 
     def depths_to_measure(self, policy: DepthPolicy) -> list[DepthPair]:
-        """Return dense, the levels and, if so configured, all depths; the deepest first."""
-        depths = {policy.dense, *(level.depths for level in policy.levels)}
-        if self._every_depth:
+        """Return dense, the levels and, if so configured, all depths; the deepest first.
+
+        Of these, only such that a request may have.
+        """
+        depths = set(self.depths_to_time(policy))
+        if self._every_depth and policy.any_depth:
             depths |= {DepthPair(layers, layers) for layers in range(1, policy.num_layers + 1)}
         return sorted(depths, key=lambda pair: (-pair.decode_layers, -pair.prefill_layers))
+
+    def depths_to_time(self, policy: DepthPolicy) -> list[DepthPair]:
+        """Return dense, where a request may have it, and the levels."""
+        dense = [policy.dense] if policy.can_have(policy.dense) else []
+        return list(dict.fromkeys([*dense, *(level.depths for level in policy.levels)]))
 
     async def measure_quality(
         self, policy: DepthPolicy, depths: Sequence[DepthPair], on_progress: OnProgress
@@ -123,15 +134,17 @@ class Calibrator:
     async def measure_speed(
         self, policy: DepthPolicy, depths: Iterable[DepthPair], on_progress: OnProgress
     ) -> dict[DepthPair, Speed]:
-        """Measure the throughput of a small load at dense and at each of ``depths``.
+        """Measure the throughput of a small load at each of ``depths`` and, if it can be, dense.
 
         The load is ``NUM_STREAMS`` greedy requests at a time, with prompts from the held-out
         text. The depths take turns, so that a change of the machine's pace hits all of them,
         and the best of their rounds counts: whatever else ran only slowed them.
         """
-        pairs = list(dict.fromkeys([policy.dense, *depths]))
-        if len(pairs) == 1 and policy.dense in policy.speeds:
-            return {}
+        pairs = list(dict.fromkeys(depths))
+        if policy.can_have(policy.dense):
+            pairs = list(dict.fromkeys([policy.dense, *pairs]))
+            if len(pairs) == 1 and policy.dense in policy.speeds:
+                return {}
         report = _report(on_progress, "speed")
         best = dict.fromkeys(pairs, 0.0)
         done = 0
@@ -141,8 +154,11 @@ class Calibrator:
                 best[pair] = max(best[pair], rate)
                 done += 1
                 report(done, _ROUNDS * len(pairs))
-        dense = best[policy.dense]
-        return {pair: Speed(rate, rate / dense, NUM_STREAMS) for pair, rate in best.items()}
+        dense = best.get(policy.dense)
+        return {
+            pair: Speed(rate, None if dense is None else rate / dense, NUM_STREAMS)
+            for pair, rate in best.items()
+        }
 
     async def _tokens_per_second(self, layers: LayerSelection) -> float:
         prompts = [

@@ -139,6 +139,18 @@ def _levels_from(value: object) -> object:
     return levels
 
 
+def _shares_from(value: object) -> object:
+    if not isinstance(value, str) or value.lstrip().startswith("{"):
+        return _object_from(value)
+    shares: dict[str, str] = {}
+    for item in value.split(","):
+        name, equals, share = item.strip().partition("=")
+        if not equals or name in shares:
+            raise _not_allowed("NAME=SHARE, separated by commas, or a JSON object")
+        shares[name] = share
+    return shares
+
+
 def _object_from(value: object) -> object:
     if not isinstance(value, str):
         return value
@@ -287,7 +299,20 @@ class Settings(BaseSettings):
         description="Type of weights and activations; auto: the checkpoint's, but float32 on "
         "processors that are slow in bfloat16.",
     )
-    engine: Literal["elastic"] = Field("elastic", description="What runs the model.")
+    engine: Literal["elastic", "dedicated"] = Field(
+        "elastic",
+        description="What runs the model: one engine for every depth, or for each level an "
+        "unmodified vLLM engine of its own.",
+    )
+    memory_shares: Annotated[
+        dict[str, Annotated[float, Gt(0), Le(1)]], NoDecode, BeforeValidator(_shares_from)
+    ] = Field(
+        {},
+        description="Parts of the memory that the dedicated engines get, by level, at most 1 "
+        "together: of `kv_cache_gib` on CPU, of vLLM's `gpu_memory_utilization` on GPU; as a flag "
+        "or a variable also `NAME=SHARE`, separated by commas. Levels that are not named have "
+        "equal parts of the rest.",
+    )
     compile_layers: bool | None = Field(
         None,
         description="Whether the elastic engine compiles its layers, once for all of them; none: "
@@ -426,6 +451,19 @@ class Settings(BaseSettings):
                         "{name}: got {value}, allowed: nothing unless 'quantize' is set",
                         {"name": name, "value": repr(getattr(self, name))},
                     )
+        if (total := sum(self.memory_shares.values())) > 1 + 1e-9:
+            raise PydanticCustomError(
+                "together",
+                "memory_shares: got {total} in all, allowed: at most 1",
+                {"total": f"{total:g}"},
+            )
+        if self.memory_shares and self.engine != "dedicated":
+            raise PydanticCustomError(
+                "together",
+                "memory_shares: got {names}, allowed: none with the engine '{engine}', which has "
+                "one memory for all levels",
+                {"names": ", ".join(self.memory_shares), "engine": self.engine},
+            )
         return self
 
 

@@ -11,7 +11,7 @@ from pruning.checkpoint import CheckpointError, check_checkpoint, read_config
 from pruning.fingerprint import model_fingerprint
 from pruning.plan import Plan, PlanError
 from pruning.quantization import Order, QuantizationError
-from pruning.surgery import SurgeryError
+from pruning.surgery import SurgeryError, count_layers
 from pruning.text import TextError, load_texts
 from server.auto_rules import AutoRules
 from server.config import Settings
@@ -58,7 +58,7 @@ def read_inputs(settings: Settings) -> Inputs:
         source = find_model(settings.model, settings.revision)
         check_checkpoint(source.directory)
         fingerprint = model_fingerprint(source.directory)
-        num_layers = _num_layers(source.directory)
+        num_layers = _num_layers(source.directory, elastic=settings.engine == "elastic")
     with refused_as("levels"):
         levels, default_level = chosen_levels(settings, num_layers)
     with refused_as("calibration", TextError):
@@ -114,6 +114,9 @@ def chosen_levels(settings: Settings, num_layers: int) -> tuple[tuple[Level, ...
     for name in settings.auto_levels:
         if name not in names:
             raise InvalidArgument("auto_levels", name, f"some of {', '.join(names)}")
+    for name, share in settings.memory_shares.items():
+        if name not in names:
+            raise InvalidArgument(f"memory_shares.{name}", share, f"one of {', '.join(names)}")
     return levels, default_level
 
 
@@ -142,17 +145,22 @@ def _quantized(
         quantization = checked_quantization(settings, source.directory)
         if quantization is None:
             return None
-        if Order(settings.order) is Order.PRUNE_THEN_QUANTIZE and settings.engine == "elastic":
+        if Order(settings.order) is Order.PRUNE_THEN_QUANTIZE:
+            reason = "has one set of weights for all depths"
+            if settings.engine == "dedicated":
+                reason = "exports its levels from what is quantized"
             allowed = (
-                f"{Order.QUANTIZE_THEN_PRUNE} with the elastic engine, which has one set of "
-                "weights for all depths; fathom export writes one depth in either order"
+                f"{Order.QUANTIZE_THEN_PRUNE} with the {settings.engine} engine, which {reason}; "
+                "fathom export writes one depth in either order"
             )
             raise InvalidArgument("order", settings.order, allowed)
         check_quantized_kernels(quantization.bits, settings.dtype)
         return QuantizedModel(settings, source, fingerprint, texts, quantization)
 
 
-def _num_layers(directory: Path) -> int:
+def _num_layers(directory: Path, *, elastic: bool) -> int:
+    if not elastic:
+        return count_layers(directory)
     config = read_config(directory)
     elastic_architecture(config.get("architectures") or [])
     num_layers = config.get("num_hidden_layers")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIServer
 
@@ -22,7 +22,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from server.engine.base import LoadInfo
+from server.engine.base import LayerSelection, LoadInfo
 from server.listening import cannot_listen
 from server.policy import DepthPolicy
 
@@ -165,8 +165,14 @@ class Metrics:
         """Count a request that has ended, so many seconds after it came."""
         self._request_duration.labels(depth).observe(seconds)
 
-    def watch_engine(self, is_up: Callable[[], bool], load: Callable[[], LoadInfo]) -> None:
+    def watch_engine(
+        self,
+        is_up: Callable[[], bool],
+        load: Callable[[], LoadInfo],
+        can_run: Callable[[LayerSelection], bool],
+    ) -> None:
         """Have scrapes ask the engine itself; the functions must be fit for any thread."""
+        self._policy.can_run = can_run
         self._engine_up.set_function(lambda: float(is_up()))
         self._running.set_function(lambda: load().num_running)
         self._waiting.set_function(lambda: load().num_waiting)
@@ -281,6 +287,7 @@ class _PolicyCollector(Collector):
 
     def __init__(self) -> None:
         self.policy: DepthPolicy | None = None
+        self.can_run: Callable[[LayerSelection], bool] = lambda layers: False
 
     def collect(self) -> Iterator[Metric]:
         policy = self.policy
@@ -327,6 +334,15 @@ class _PolicyCollector(Collector):
             "level",
             {level.name: float(level.name == policy.present_level) for level in policy.levels},
         )
+        yield _gauge(
+            "fathom_level_up",
+            "Whether the engine that runs the level is up.",
+            "level",
+            {
+                name: float(self.can_run(layers))
+                for name, layers in policy.level_selections().items()
+            },
+        )
         degraded = GaugeMetricFamily(
             "fathom_policy_degraded",
             "Whether load has turned the depth down of requests that leave it to the server.",
@@ -335,8 +351,10 @@ class _PolicyCollector(Collector):
         yield degraded
 
 
-def _gauge(name: str, documentation: str, label: str, values: dict[str, float]) -> Metric:
+def _gauge(name: str, documentation: str, label: str, values: Mapping[str, float | None]) -> Metric:
+    """Return a family; a value of None was not measured and has no sample."""
     family = GaugeMetricFamily(name, documentation, labels=[label])
     for key, value in values.items():
-        family.add_metric([key], value)
+        if value is not None:
+            family.add_metric([key], value)
     return family

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from server.engine.arguments import cpu_dtype
 from server.policy_store import PlanFile
 from server.progress import ProgressReport
 from server.state import StateDirectory
+from server.transformers_model import batches, load_model
 
 _PACKAGES = ("fathom-server", "torch", "transformers")
 
@@ -47,6 +47,16 @@ def kept_plan(settings: Settings, fingerprint: str, texts: Sequence[str]) -> Pla
     return plan
 
 
+def plan_key(settings: Settings, fingerprint: str, text: str) -> Mapping[str, object]:
+    """Return what a plan that transformers has measured is kept under."""
+    return {
+        "model": fingerprint,
+        "text": text,
+        "num_tokens": settings.calibration_tokens,
+        "library": "transformers",
+    }
+
+
 def measured_plan(
     settings: Settings,
     directory: Path,
@@ -60,7 +70,6 @@ def measured_plan(
     Raises what transformers raises for a model that it cannot load, and :class:`ValueError` for
     one whose layers it cannot rank.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from pruning.importance import measure_block_influence
 
     with report.working("Loading the model, to rank its layers"):
@@ -73,7 +82,7 @@ def measured_plan(
     windows = text_windows(tokenize, texts, max_context, settings.calibration_tokens)
     influence = measure_block_influence(
         model,
-        _batches(windows, model.device, lambda *c: report.advance("Ranking the layers", *c)),
+        batches(windows, model.device, lambda *c: report.advance("Ranking the layers", *c)),
     )
     plan = Plan.from_importance(
         influence,
@@ -81,39 +90,19 @@ def measured_plan(
         text_fingerprint=text_fingerprint(texts),
         versions={name: metadata.version(name) for name in _PACKAGES},
     )
-    key = {
-        "model": fingerprint,
-        "text": plan.text_fingerprint,
-        "num_tokens": settings.calibration_tokens,
-        "library": "transformers",
-    }
+    key = plan_key(settings, fingerprint, plan.text_fingerprint)
     StateDirectory(settings.state_dir).save("plan", key, PlanFile(fingerprint, num_layers), plan)
     return plan
 
 
 def _load(settings: Settings, directory: Path) -> tuple[Any, Any]:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    auto_model: Any = AutoModelForCausalLM
     auto_tokenizer: Any = AutoTokenizer
-    has_gpu = torch.cuda.is_available()
     quantized = "quantization_config" in read_config(directory)
+    has_gpu = torch.cuda.is_available()
     dtype = settings.dtype if has_gpu else cpu_dtype(settings.dtype, quantized=quantized)
-    trusted = {"trust_remote_code": settings.trust_remote_code}
-    tokenizer = auto_tokenizer.from_pretrained(directory, **trusted)
-    model = auto_model.from_pretrained(directory, dtype=dtype, **trusted)
-    return model.to("cuda" if has_gpu else "cpu").eval(), tokenizer
-
-
-def _batches(
-    windows: Sequence[Sequence[int]], device: Any, advance: Callable[[int, int], None]
-) -> Iterator[Any]:
-    import torch
-
-    total = sum(map(len, windows))
-    done = 0
-    for window in windows:
-        yield torch.tensor([list(window)], device=device)
-        done += len(window)
-        advance(done, total)
+    trust = settings.trust_remote_code
+    tokenizer = auto_tokenizer.from_pretrained(directory, trust_remote_code=trust)
+    return load_model(directory, dtype, trust=trust), tokenizer

@@ -43,6 +43,8 @@ class Auto:
     max_quality_loss: float | None = None
 
 
+_ONE_DEPTH = "dedicated engines run the same layers for the prompt and for what is generated"
+
 # None is a request that names no depth.
 DepthChoice = Layers | PruneRatio | NamedLevel | Auto | None
 
@@ -67,10 +69,13 @@ class ServedDepth:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Decode throughput of ``num_streams`` concurrent requests; ``speedup`` is over dense."""
+    """Decode throughput of ``num_streams`` concurrent requests.
+
+    ``speedup`` is over dense, None where dense could not be run.
+    """
 
     tokens_per_second: float
-    speedup: float
+    speedup: float | None
     num_streams: int
 
 
@@ -80,7 +85,9 @@ class DepthPolicy:
 
     Immutable: the service replaces the whole policy at once, and requests that run keep the
     layers that they were given. The first level is the default and what ``Auto`` gets where no
-    other is named. Raises :class:`UnknownLevel` where one that is named does not exist.
+    other is named. Without ``any_depth``, requests may have the depths of levels alone, and
+    levels have one depth for prompt and generated tokens. Raises :class:`UnknownLevel` where a
+    level that is named does not exist, and :class:`InvalidArgument` for levels that cannot be.
     """
 
     plan: Plan
@@ -94,9 +101,18 @@ class DepthPolicy:
     # Of the plan in force.
     qualities: Mapping[DepthPair, Quality] = field(default_factory=dict)
     speeds: Mapping[DepthPair, Speed] = field(default_factory=dict)
+    any_depth: bool = True
 
     def __post_init__(self) -> None:
         check_levels(self.levels)
+        if not self.any_depth:
+            for level in self.levels:
+                if level.prefill_layers != level.decode_layers:
+                    raise InvalidArgument(
+                        f"levels.{level.name}.prefill_depth",
+                        level.prefill_layers,
+                        f"{level.decode_layers}, its depth: {_ONE_DEPTH}",
+                    )
         for name in ("qualities", "speeds"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
         object.__setattr__(self, "default_level", self.default_level or self.levels[0].name)
@@ -112,6 +128,14 @@ class DepthPolicy:
     @property
     def dense(self) -> DepthPair:
         return DepthPair(self.num_layers, self.num_layers)
+
+    def can_have(self, depths: DepthPair) -> bool:
+        """Return whether a request may run at these depths."""
+        return self.any_depth or any(level.depths == depths for level in self.levels)
+
+    def level_selections(self) -> dict[str, LayerSelection]:
+        """Return the layers that each level leaves out."""
+        return {level.name: self.selection(level.depths) for level in self.levels}
 
     def level(self, name: str) -> Level:
         """Return the level of that name; raise :class:`UnknownLevel`, which lists the known."""
@@ -140,6 +164,7 @@ class DepthPolicy:
         if prefill_depth is not None:
             prefill, _ = self._depths(prefill_depth, "prefill_depth")
             depths = DepthPair(prefill.prefill_layers, depths.decode_layers)
+        self._check_depths(depths, depth)
         served = ServedDepth(depths.prefill_layers, depths.decode_layers, reason)
         return self.selection(depths), served
 
@@ -159,8 +184,15 @@ class DepthPolicy:
         """
         names = {level.name for level in levels}
         kept = self.default_level if self.default_level in names else ""
+        qualities, speeds = self.qualities, self.speeds
+        if not self.any_depth:  # what a level that is gone was like is no news of this server
+            served = {level.depths for level in levels}
+            qualities = {pair: value for pair, value in qualities.items() if pair in served}
+            speeds = {pair: value for pair, value in speeds.items() if pair in served}
         return dataclasses.replace(
             self,
+            qualities=qualities,
+            speeds=speeds,
             levels=levels,
             default_level=kept if default_level is None else default_level,
             auto_level=self.auto_level if self.auto_level in names else "",
@@ -206,6 +238,20 @@ class DepthPolicy:
             case None:
                 return self.level(self.default_level).depths, Reason.DEFAULT
 
+    def _check_depths(self, depths: DepthPair, depth: DepthChoice) -> None:
+        """Raise :class:`InvalidArgument` for depths that a request may not have."""
+        if self.can_have(depths):
+            return
+        if depths.prefill_layers != depths.decode_layers:
+            allowed = f"{depths.decode_layers} layers, the request's depth: {_ONE_DEPTH}"
+            raise InvalidArgument("prefill_depth", depths.prefill_layers, allowed)
+        known = ", ".join(f"{level.decode_layers} ({level.name})" for level in self.levels)
+        allowed = f"the depth of a level: {known}"
+        if isinstance(depth, PruneRatio):
+            allowed += f"; this ratio leaves {depths.decode_layers} layers"
+            raise InvalidArgument("depth.prune_ratio", depth.ratio, allowed)
+        raise InvalidArgument("depth.layers", depths.decode_layers, allowed)
+
     def _auto(self, max_quality_loss: float | None, field: str) -> tuple[DepthPair, Reason]:
         unloaded, present = (
             self._within(self.level(name).depths, max_quality_loss, field)
@@ -225,8 +271,8 @@ class DepthPolicy:
         dense = self.qualities.get(self.dense)
         if dense is None:
             raise FailedPrecondition(
-                f"{field}: got {max_quality_loss}, but the quality of no depth has been measured "
-                "on this server; name a depth, or leave max_quality_loss out"
+                f"{field}: got {max_quality_loss}, but the quality of the dense model has not "
+                "been measured on this server; name a depth, or leave max_quality_loss out"
             )
         good = [
             pair

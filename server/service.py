@@ -149,11 +149,14 @@ class Service:
             max_delay=max_restart_delay,
         )
         self._watchdog = (
-            Watchdog(engine, engine_timeout_seconds) if engine_timeout_seconds else None
+            Watchdog(engine, engine_timeout_seconds)
+            if engine_timeout_seconds and not engine.restarts_itself
+            else None
         )
         self._auto = AutoDepth(auto_rules or AutoRules())
         self._tasks: list[asyncio.Task[None]] = []
-        metrics.watch_engine(lambda: engine.is_alive, self._load)
+        engine.on_restart = self._count_restart
+        metrics.watch_engine(lambda: engine.is_alive, self._load, engine.can_run)
 
     # Life
 
@@ -376,7 +379,9 @@ class Service:
         """Rank the layers anew and measure the levels; yield progress, then the plan in force.
 
         Closing the iterator before the plan came leaves everything as it was. Raises
-        :class:`FailedPrecondition` while another measurement runs.
+        :class:`FailedPrecondition` while another measurement runs. Where levels have engines of
+        their own, those of the new plan are started beside the old ones, which end with their
+        last request: without the memory for both that raises :class:`FailedPrecondition`, too.
         """
         self._require_serving()
         async with self._measurement() as calibrator:
@@ -398,8 +403,10 @@ class Service:
     ) -> DepthPolicy:
         """Measure the levels that are new, then replace all levels at once.
 
-        Raises :class:`InvalidArgument`, naming ``levels[i]``, and :class:`FailedPrecondition`
-        while another measurement runs; nothing is replaced then.
+        Engines that new levels need are started before, those that no level needs any more end
+        with their last request. Raises :class:`InvalidArgument`, naming ``levels[i]``, and
+        :class:`FailedPrecondition` while another measurement runs and where a level's engine
+        cannot be started; nothing is replaced then.
         """
         self._require_serving()
         num_layers = self.policy.num_layers
@@ -409,13 +416,14 @@ class Service:
         self.policy.with_levels(levels, default_level)  # refuses a default that does not exist
         async with self._measurement() as calibrator:
             policy = self.policy.with_levels(levels, default_level)
-            policy = await self._measured(calibrator, policy, lambda _: None)
-            # What SetPolicy changed meanwhile stays.
-            self._install(
-                self.policy.with_levels(levels, default_level).with_measurements(
-                    policy.qualities, policy.speeds
+            async with self._prepared(policy, lambda _: None):
+                policy = await self._measured(calibrator, policy, lambda _: None)
+                # What SetPolicy changed meanwhile stays.
+                self._install(
+                    self.policy.with_levels(levels, default_level).with_measurements(
+                        policy.qualities, policy.speeds
+                    )
                 )
-            )
             await self._keep(self.policy)
             return self.policy
 
@@ -460,13 +468,30 @@ class Service:
     ) -> Plan:
         with self._engine_errors():
             plan = await calibrator.measure_plan(on_progress, texts, max_tokens)
-        policy = await self._measured(calibrator, self.policy.with_plan(plan), on_progress)
-        # What SetPolicy changed meanwhile stays.
-        self._install(
-            self.policy.with_plan(plan).with_measurements(policy.qualities, policy.speeds)
-        )
+        policy = self.policy.with_plan(plan)
+        async with self._prepared(policy, on_progress):
+            policy = await self._measured(calibrator, policy, on_progress)
+            # What SetPolicy changed meanwhile stays.
+            self._install(
+                self.policy.with_plan(plan).with_measurements(policy.qualities, policy.speeds)
+            )
         await self._keep(self.policy)
         return plan
+
+    @asynccontextmanager
+    async def _prepared(
+        self, policy: DepthPolicy, on_progress: Callable[[Progress], None]
+    ) -> AsyncIterator[None]:
+        """Have the engine ready for ``policy``; afterwards, for the policy in force alone."""
+        try:
+            await self._engine.prepare(
+                policy.plan,
+                policy.level_selections(),
+                lambda done, total: on_progress(Progress("levels", done, total)),
+            )
+            yield
+        finally:
+            self._engine.release_others(self.policy.level_selections().values())
 
     async def _measured(
         self,
@@ -523,9 +548,13 @@ class Service:
         self._queue.fail(lambda: Unavailable("the engine has died, and the server is draining"))
         return False
 
-    def _engine_restarted(self) -> None:
+    def _count_restart(self) -> None:
         self._num_engine_restarts += 1
         self.metrics.count_engine_restart()
+
+    def _engine_restarted(self) -> None:
+        if not self._engine.restarts_itself:  # else it has counted
+            self._count_restart()
         if self._state is State.ENGINE_DOWN:
             self._set_state(State.SERVING)
         self._queue.resume()

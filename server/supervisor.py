@@ -5,10 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-
-from server.engine.base import Engine
+from typing import Protocol
 
 logger = logging.getLogger(__name__)
+
+
+class Startable(Protocol):
+    """What can die and be started again."""
+
+    @property
+    def is_alive(self) -> bool: ...
+
+    async def start(self) -> None: ...
 
 
 class Supervisor:
@@ -20,16 +28,18 @@ class Supervisor:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Startable,
         on_death: Callable[[], bool],
         on_restart: Callable[[], None],
         on_failure: Callable[[], None] = lambda: None,
         *,
+        name: str = "the engine",
         poll_seconds: float = 1.0,
         first_delay: float = 0.5,
         max_delay: float = 30.0,
     ) -> None:
         self._engine = engine
+        self._name = name
         self._on_death = on_death
         self._on_restart = on_restart
         self._on_failure = on_failure
@@ -67,13 +77,13 @@ class Supervisor:
         while True:
             # Doubled even where the start succeeds: an engine may die again as soon as it is up.
             delay, self._delay = self._delay, min(2 * self._delay, self._max_delay)
-            logger.error("the engine has died; it is started again in %g s", delay)
+            logger.error("%s has died; it is started again in %g s", self._name, delay)
             await asyncio.sleep(delay)
             try:
                 await self._engine.start()
             except Exception:
-                logger.exception("the engine could not be started again")
+                logger.exception("%s could not be started again", self._name)
                 self._on_failure()
             else:
-                logger.info("the engine runs again")
+                logger.info("%s runs again", self._name)
                 return

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from typing import Protocol
 
 import psutil
 
-from server.engine.base import Engine, EngineDead
+from server.engine.base import EngineDead
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +18,18 @@ logger = logging.getLogger(__name__)
 _STILL_SECONDS = 10.0
 # Stopped by a signal: it cannot even begin to answer.
 _STOPPED_SECONDS = 3.0
+
+
+class Pingable(Protocol):
+    """What can fall silent."""
+
+    @property
+    def is_alive(self) -> bool: ...
+
+    @property
+    def process_ids(self) -> Sequence[int]: ...
+
+    async def ping(self) -> None: ...
 
 
 class Watchdog:
@@ -29,7 +42,7 @@ class Watchdog:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Pingable,
         timeout_seconds: float,
         *,
         still_seconds: float = _STILL_SECONDS,

@@ -60,11 +60,14 @@ def _measurements(level: common_pb2.Level) -> list[str]:
     if level.HasField("quality"):
         cells[:3] = [
             f"{_short(quality.perplexity)} ± {_short(quality.perplexity_stderr)}",
-            f"{quality.agreement:.1%}",
-            f"{quality.kl_nats:.3f}",
+            f"{quality.agreement:.1%}" if quality.HasField("agreement") else "-",
+            f"{quality.kl_nats:.3f}" if quality.HasField("kl_nats") else "-",
         ]
     if level.HasField("speed"):
-        cells[3:] = [f"{speed.tokens_per_second:.0f}", f"{speed.speedup:.2f}x"]
+        cells[3:] = [
+            f"{speed.tokens_per_second:.0f}",
+            f"{speed.speedup:.2f}x" if speed.HasField("speedup") else "-",
+        ]
     return cells
 
 

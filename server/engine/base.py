@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from pruning.importance import BlockInfluence
+from pruning.plan import Plan
 from pruning.quality import Quality
 
-# Called with (done, total), in tokens.
+# Called with (done, total): tokens, or engines that are started.
 ProgressCallback = Callable[[int, int], None]
 
 
@@ -112,7 +113,7 @@ class LoadInfo:
 
 
 class Engine(Protocol):
-    """Runs tokens of one model at any depth.
+    """Runs tokens of one model at many depths.
 
     Every method but ``start`` and ``shutdown`` raises :class:`EngineDead` once the process that
     runs tokens has ended. Cancelling the task that iterates over ``generate``, or closing the
@@ -120,11 +121,35 @@ class Engine(Protocol):
     """
 
     name: str
+    # Whether requests may have any depth. If not, they have those of ``prepare``, the same for
+    # prompt and generated tokens.
+    serves_any_depth: bool
+    # Whether it starts again by itself what has ended, and calls ``on_restart`` each time;
+    # ``start`` then only waits for it.
+    restarts_itself: bool
+    on_restart: Callable[[], None]
 
     async def start(self) -> None:
         """Load the model; may be called again after :class:`EngineDead`."""
 
     async def shutdown(self) -> None: ...
+
+    async def prepare(
+        self, plan: Plan, levels: Mapping[str, LayerSelection], progress: ProgressCallback
+    ) -> None:
+        """Get ready to run the layers of each of ``levels``, and go on running the present ones.
+
+        Raises :class:`FailedPrecondition` where that cannot be; nothing is changed then.
+        """
+        ...
+
+    def release_others(self, selections: Iterable[LayerSelection]) -> None:
+        """Give up what was prepared and is not among ``selections``, once its requests end."""
+        ...
+
+    def can_run(self, layers: LayerSelection) -> bool:
+        """Return whether a request for these layers would run now; fit for any thread."""
+        ...
 
     @property
     def model(self) -> ModelInfo: ...
@@ -184,5 +209,8 @@ class Engine(Protocol):
         selections: Sequence[LayerSelection],
         progress: ProgressCallback,
     ) -> list[Quality]:
-        """Measure each selection on the second half of each window, given the first half."""
+        """Measure each selection on the second half of each window, given the first half.
+
+        What the engine cannot know is None in the quality.
+        """
         ...

@@ -155,6 +155,8 @@ class Llm:
     ) -> list[TokenScore]:
         """Return the scores of all tokens but the first."""
         params.prompt_logprobs = num_top
+        # A token that is found in the prefix cache is not run, and so has no score.
+        params.skip_reading_prefix_cache = True
         scores: list[TokenScore] = []
         async with contextlib.aclosing(
             self.run(request_id, token_ids, params, cache_salt)

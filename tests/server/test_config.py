@@ -189,7 +189,7 @@ def test_every_problem_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("host", "", "text, not empty"),
         ("plan", "/no/such/plan.json", "an existing file"),
         ("config", "/no/such/file.yaml", "an existing file"),
-        ("engine", "jet", "elastic"),
+        ("engine", "jet", "elastic, dedicated"),
         ("quality_depths", "some", "all, levels"),
         ("calibration_tokens", "0", "64 or more"),
         ("max_context", "1", "2 or more"),
@@ -282,3 +282,36 @@ def test_module_prints_the_table() -> None:
     )
     assert printed.stdout.strip() == settings_table()
     assert printed.stderr == ""
+
+
+def test_memory_shares() -> None:
+    given = {"engine": "dedicated", "memory_shares": "full=0.75,half=0.25"}
+    assert load_settings(given).memory_shares == {"full": 0.75, "half": 0.25}
+    as_json = load_settings({**given, "memory_shares": '{"full": 0.5}'})
+    assert as_json.memory_shares == {"full": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (
+            {"engine": "dedicated", "memory_shares": "a=0.75,b=0.5"},
+            "memory_shares: got 1.25 in all, allowed: at most 1",
+        ),
+        (
+            {"memory_shares": "a=0.5"},
+            "memory_shares: got a, allowed: none with the engine 'elastic', which has one memory "
+            "for all levels",
+        ),
+        (
+            {"engine": "dedicated", "memory_shares": "a"},
+            "memory_shares: got 'a', allowed: NAME=SHARE, separated by commas, or a JSON object",
+        ),
+        (
+            {"engine": "dedicated", "memory_shares": "a=0"},
+            "memory_shares.a: got '0', allowed: names with values",
+        ),
+    ],
+)
+def test_memory_shares_that_cannot_be(flags: dict[str, object], problem: str) -> None:
+    assert problems(**flags) == [problem]

@@ -111,7 +111,7 @@ def test_tokens_per_second_falls_to_zero_when_idle(
 
 def test_the_engine_is_asked_at_each_scrape(metrics: Metrics, server: MetricsServer) -> None:
     is_up, load = False, LoadInfo(0, 0)
-    metrics.watch_engine(lambda: is_up, lambda: load)
+    metrics.watch_engine(lambda: is_up, lambda: load, lambda layers: is_up)
     samples = scrape(server)
     assert sample(samples, "fathom_engine_up") == 0
     is_up, load = True, LoadInfo(3, 5)

@@ -203,7 +203,7 @@ def test_degraded_is_what_load_made_of_it() -> None:
 
 
 def test_auto_within_a_quality_loss_needs_measurements() -> None:
-    with pytest.raises(FailedPrecondition, match="quality of no depth has been measured"):
+    with pytest.raises(FailedPrecondition, match="the dense model has not been measured"):
         POLICY.resolve(Auto(0.1))
 
 
@@ -235,3 +235,38 @@ def test_a_policy_needs_levels_and_a_default_among_them() -> None:
         DepthPolicy(plan(), ())
     with pytest.raises(UnknownLevel):
         DepthPolicy(plan(), LEVELS, default_level="slow")
+
+
+DEDICATED = DepthPolicy(plan(), (Level("full", 8, 8), Level("half", 4, 4)), any_depth=False)
+
+
+@given(st.integers(1, 8))
+def test_without_any_depth_those_of_levels_are_served_alone(depth: int) -> None:
+    if depth in (8, 4):
+        selection, served = DEDICATED.resolve(Layers(depth))
+        assert served.decode_layers == served.prefill_layers == depth
+        assert selection in DEDICATED.level_selections().values()
+        return
+    with pytest.raises(InvalidArgument) as caught:
+        DEDICATED.resolve(Layers(depth))
+    assert str(caught.value) == (
+        f"depth.layers: got {depth}, allowed: the depth of a level: 8 (full), 4 (half)"
+    )
+
+
+def test_without_any_depth_prompt_and_answer_have_the_same() -> None:
+    assert DEDICATED.resolve(Layers(8), Layers(8))[1].prefill_layers == 8
+    with pytest.raises(InvalidArgument, match="prefill_depth: got 4, allowed: 8 layers"):
+        DEDICATED.resolve(Layers(8), Layers(4))
+    with pytest.raises(InvalidArgument, match=r"levels\.split\.prefill_depth: got 4, allowed: 8"):
+        DEDICATED.with_levels((Level("split", 4, 8),), None)
+
+
+def test_without_any_depth_measurements_go_with_their_level() -> None:
+    measured = DEDICATED.with_measurements(qualities({8: 10.0, 4: 12.0}), {})
+    measured = measured.with_auto_level("half")
+    assert measured.resolve(Auto(0.5))[1].decode_layers == 4
+    assert measured.resolve(Auto(0.1))[1].decode_layers == 8
+    left = measured.with_levels((Level("full", 8, 8),), None)
+    assert left.qualities.keys() == {DepthPair(8, 8)}
+    assert left.resolve(Auto(0.5))[1].decode_layers == 8

@@ -6,12 +6,13 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from pruning.importance import BlockInfluence, block_influence, merge_sums
+from pruning.plan import Plan
 from pruning.quality import Quality, quality_of_windows
 from server.engine.arguments import check_kv_cache, refusal
 from server.engine.base import (
@@ -60,8 +61,11 @@ class ElasticEngine:
     """Runs every depth of one model in one vLLM engine; see :class:`server.engine.base.Engine`."""
 
     name = "elastic"
+    serves_any_depth = True
+    restarts_itself = False
 
     def __init__(self, config: ElasticConfig) -> None:
+        self.on_restart: Callable[[], None] = lambda: None
         self._config = config
         self._llm = Llm()
         self._model: ModelInfo | None = None
@@ -115,6 +119,17 @@ class ElasticEngine:
 
     async def shutdown(self) -> None:
         await self._llm.shutdown()
+
+    async def prepare(
+        self, plan: Plan, levels: Mapping[str, LayerSelection], progress: ProgressCallback
+    ) -> None:
+        """Do nothing: every depth can be run at any time."""
+
+    def release_others(self, selections: Iterable[LayerSelection]) -> None:
+        """Do nothing: no depth takes anything that could be given up."""
+
+    def can_run(self, layers: LayerSelection) -> bool:
+        return self.is_alive
 
     @property
     def model(self) -> ModelInfo:

@@ -51,7 +51,7 @@ CASES: list[tuple[Change, grpc.StatusCode, str]] = [
     (
         lambda r: setattr(r.depth.auto, "max_quality_loss", 0.1),
         grpc.StatusCode.FAILED_PRECONDITION,
-        "depth.auto.max_quality_loss: got 0.1, but the quality of no depth has been measured",
+        "depth.auto.max_quality_loss: got 0.1, but the quality of the dense model",
     ),
     (lambda r: setattr(r, "prompt", ""), INVALID, "prompt: got '', allowed: at least one token"),
     (

@@ -150,6 +150,35 @@ async def test_set_levels(deployment: Deployment) -> None:
     assert message_of(error) == "no level 'fast'; the levels are thin, wide"
 
 
+async def test_engines_are_prepared_before_and_released_after(deployment: Deployment) -> None:
+    engine, service = deployment.engine, deployment.service
+    request = control_pb2.SetLevelsRequest()
+    request.levels.add(name="thin").depth.layers = 2
+    await deployment.client.control.SetLevels(request)
+    assert engine.prepared == set(service.policy.level_selections().values())
+    [event async for event in deployment.client.control.Calibrate(control_pb2.CalibrateRequest())]
+    assert engine.prepared == set(service.policy.level_selections().values())
+
+
+async def test_levels_that_cannot_be_prepared_change_nothing(deployment: Deployment) -> None:
+    before = deployment.service.policy
+    deployment.engine.num_failing_preparations = 2
+    request = control_pb2.SetLevelsRequest()
+    request.levels.add(name="thin").depth.layers = 2
+    error = await failure(deployment.client.control.SetLevels(request))
+    assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert message_of(error) == "depth 5: no memory for it"
+    calibration = deployment.client.control.Calibrate(control_pb2.CalibrateRequest())
+
+    async def drained() -> None:
+        async for _ in calibration:
+            pass
+
+    error = await failure(drained())
+    assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert deployment.service.policy is before
+
+
 async def test_set_policy(deployment: Deployment) -> None:
     set_policy = deployment.client.control.SetPolicy
     request = control_pb2.SetPolicyRequest(policy=control_pb2.Policy(level="fast"))

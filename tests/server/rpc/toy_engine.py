@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from pruning.importance import BlockInfluence
+from pruning.plan import Plan
 from pruning.quality import Quality
 from server.engine.base import (
     EngineDead,
@@ -64,8 +65,15 @@ class ToyEngine:
     """See the module. Of the sampling options it knows those that end a request, and logprobs."""
 
     name = "toy"
+    serves_any_depth = True
+    restarts_itself = False
 
     def __init__(self) -> None:
+        self.on_restart: Callable[[], None] = lambda: None
+        # What it was prepared for beside what is in force, and has not released since.
+        self.prepared: set[LayerSelection] = set()
+        # So many of the next preparations fail.
+        self.num_failing_preparations = 0
         # While it is clear, no token is made and nothing is measured.
         self.gate = asyncio.Event()
         self.gate.set()
@@ -97,6 +105,20 @@ class ToyEngine:
 
     async def shutdown(self) -> None:
         self._alive = False
+
+    async def prepare(
+        self, plan: Plan, levels: Mapping[str, LayerSelection], progress: ProgressCallback
+    ) -> None:
+        if self.num_failing_preparations:
+            self.num_failing_preparations -= 1
+            raise FailedPrecondition("depth 5: no memory for it")
+        self.prepared |= set(levels.values())
+
+    def release_others(self, selections: Iterable[LayerSelection]) -> None:
+        self.prepared &= set(selections)
+
+    def can_run(self, layers: LayerSelection) -> bool:
+        return self._alive
 
     def die(self) -> None:
         """End as a killed process does: all that waits for a token learns of it."""

@@ -1,0 +1,94 @@
+"""Checkpoints of single depths, kept in the state directory."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from pruning.checkpoint import CheckpointError
+from pruning.fingerprint import model_fingerprint
+from pruning.plan import Plan
+from pruning.surgery import export_checkpoint
+from server.errors import FailedPrecondition
+from server.state import EntryFormat, JsonEntry, StateDirectory, StateError
+
+_KIND = "checkpoint"
+
+
+@dataclass(frozen=True, slots=True)
+class _ExportEntry(EntryFormat[str]):
+    """The fingerprint of an exported checkpoint, which is what that directory must still have.
+
+    It is written after the checkpoint: one without it was not finished.
+    """
+
+    directory: Path
+    json: JsonEntry[str]
+
+    def load(self, path: Path) -> str:
+        fingerprint = self.json.load(path)
+        try:
+            found = model_fingerprint(self.directory)
+        except (CheckpointError, OSError) as error:
+            raise StateError(f"{self.directory}: {error}") from error
+        if found != fingerprint:
+            raise StateError(f"{self.directory}: is not what was exported there")
+        return fingerprint
+
+    def save(self, value: str, path: Path) -> None:
+        self.json.save(value, path)
+
+
+class CheckpointStore:
+    """Exports of one model by the layers that they leave out."""
+
+    def __init__(
+        self, state_dir: Path, source: Path, source_name: str, fingerprint: str, *, with_code: bool
+    ) -> None:
+        self._state = StateDirectory(state_dir)
+        self._source = source
+        self._source_name = source_name
+        self._fingerprint = fingerprint
+        self._with_code = with_code
+
+    async def checkpoint(self, plan: Plan, skipped: tuple[int, ...]) -> Path:
+        """Return a checkpoint without the ``skipped`` layers of ``plan``, made where none is kept.
+
+        The dense model is the source itself. Of several servers that need the same checkpoint,
+        one makes it. Raises :class:`FailedPrecondition` where it cannot be made.
+        """
+        if not skipped:
+            return self._source
+        key = {
+            "model": self._fingerprint,
+            "removed": list(skipped),
+            "with_code": self._with_code,
+        }
+        path = self._state.path_of(_KIND, key).with_suffix("")
+        entry = _ExportEntry(path, JsonEntry(str, key))
+        depth = plan.num_layers - len(skipped)
+        try:
+            await self._state.load_or_make(
+                _KIND, key, entry, lambda: asyncio.to_thread(self._export, plan, depth, path)
+            )
+        except (OSError, ValueError) as error:  # ValueError: what pruning raises
+            raise FailedPrecondition(
+                f"a checkpoint of depth {depth} cannot be made: {error}"
+            ) from error
+        return path
+
+    def _export(self, plan: Plan, depth: int, path: Path) -> str:
+        if path.exists():
+            shutil.rmtree(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        export_checkpoint(
+            self._source,
+            path,
+            plan,
+            depth,
+            base_model=self._source_name,
+            with_code=self._with_code,
+        )
+        return model_fingerprint(path)

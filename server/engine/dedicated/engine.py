@@ -1,0 +1,360 @@
+"""The dedicated engine: an unmodified vLLM engine for each level."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from pruning.checkpoint import read_config
+from pruning.fingerprint import model_fingerprint
+from pruning.importance import BlockInfluence
+from pruning.plan import Plan
+from pruning.quality import Quality, quality_of_windows
+from server.engine.arguments import (
+    EngineConfig,
+    base_arguments,
+    check_engine_args,
+    cpu_arguments,
+    cpu_kv_cache_bytes,
+    prepare_environment,
+    refusal,
+)
+from server.engine.base import (
+    GenerationDelta,
+    GenerationRequest,
+    LayerSelection,
+    LoadInfo,
+    ModelInfo,
+    ProgressCallback,
+    SamplingOptions,
+    TokenScore,
+)
+from server.engine.dedicated.checkpoints import CheckpointStore
+from server.engine.dedicated.importance import measure_in_process
+from server.engine.dedicated.member import Member
+from server.engine.dedicated.quality import WindowStatistics, window_statistics
+from server.engine.dedicated.resources import Resources, cpu_resources, divide_memory
+from server.engine.llm import model_info
+from server.engine.model_tokenizer import ModelTokenizer
+from server.engine.token_progress import TokenProgress
+from server.errors import FailedPrecondition, FathomError, Unavailable
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+    from vllm.config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+_DENSE = LayerSelection()
+
+
+@dataclass(frozen=True, slots=True)
+class DedicatedConfig(EngineConfig):
+    """What the dedicated engine is started with.
+
+    ``memory_shares`` says by level which part of the memory its engine gets. Checkpoints are kept
+    in ``state_dir``. An engine that does not answer for ``timeout_seconds`` is started again,
+    unless that is 0.
+    """
+
+    memory_shares: Mapping[str, float] = field(default_factory=dict)
+    state_dir: Path = Path()
+    timeout_seconds: float = 0.0
+
+
+class DedicatedEngine:
+    """Runs the depths that it was prepared for; see :class:`server.engine.base.Engine`.
+
+    An engine whose process has ended is started again with back-off. Meanwhile the requests of
+    its depth, and no others, are refused with :class:`Unavailable`. The whole is alive while any
+    of them is: a level that works is worth serving, whichever is the default one.
+    """
+
+    name = "dedicated"
+    serves_any_depth = False
+    restarts_itself = True
+
+    def __init__(self, config: DedicatedConfig) -> None:
+        self._config = config
+        self.on_restart: Callable[[], None] = lambda: None
+        self._members: dict[LayerSelection, Member] = {}
+        self._retirements: set[asyncio.Task[None]] = set()
+        self._model: ModelInfo | None = None
+        self._tokenizer: ModelTokenizer | None = None
+        self._dtype = ""
+        self._total_kv_cache_bytes: int | None = None
+        # Held while members are added, and while one of them starts.
+        self._preparing, self._starting = asyncio.Lock(), asyncio.Lock()
+        self._checkpoints: CheckpointStore | None = None
+        self._metrics: Any = None
+
+    async def start(self) -> None:
+        """Learn what the model is; :meth:`prepare` starts the engines.
+
+        Called again, wait until an engine runs: they are started again by themselves.
+
+        Raises :class:`InvalidArgument` for a setting that vLLM does not take.
+        """
+        if self._model is not None:
+            while not self.is_alive:
+                await asyncio.sleep(0.1)
+            return
+        config, tokenizer = await asyncio.to_thread(self._read_model)
+        self._tokenizer = ModelTokenizer(tokenizer, self._config.name)
+        self._dtype = str(config.dtype).removeprefix("torch.")
+        self._model = model_info(
+            self._config.name,
+            config,
+            config.architectures[0],
+            self._tokenizer.max_characters_per_token,
+        )
+        self._checkpoints = CheckpointStore(
+            self._config.state_dir,
+            self._config.model,
+            self._config.name,
+            await asyncio.to_thread(model_fingerprint, self._config.model),
+            with_code=self._config.trust_remote_code,
+        )
+        self._publish_metrics()
+
+    async def prepare(
+        self, plan: Plan, levels: Mapping[str, LayerSelection], progress: ProgressCallback
+    ) -> None:
+        async with self._preparing:
+            started: dict[LayerSelection, Member] = {}
+            new = [
+                layers for layers in dict.fromkeys(levels.values()) if layers not in self._members
+            ]
+            shares = self._shares(levels)
+            try:
+                for layers in new:
+                    progress(len(started), len(new))
+                    resources = shares[layers], len(shares)
+                    started[layers] = await self._start_member(plan, layers, *resources)
+            except BaseException:
+                await asyncio.gather(*[member.shutdown() for member in started.values()])
+                raise
+            self._members = {**self._members, **started}
+            progress(len(new), len(new))
+
+    def release_others(self, selections: Iterable[LayerSelection]) -> None:
+        kept = set(selections)
+        released = [member for layers, member in self._members.items() if layers not in kept]
+        self._members = {k: member for k, member in self._members.items() if k in kept}
+        for member in released:
+            task = asyncio.create_task(self._retire(member))
+            self._retirements.add(task)
+            task.add_done_callback(self._retirements.discard)
+
+    def can_run(self, layers: LayerSelection) -> bool:
+        member = self._members.get(layers)
+        return member is not None and member.is_alive
+
+    async def shutdown(self) -> None:
+        async with self._preparing:  # what is being started is ended by whoever started it
+            for task in self._retirements:
+                task.cancel()
+            await asyncio.gather(*self._retirements, return_exceptions=True)
+            members, self._members = self._members, {}
+            await asyncio.gather(*[member.shutdown() for member in members.values()])
+        if self._metrics is not None:
+            from prometheus_client import REGISTRY
+
+            REGISTRY.unregister(self._metrics)
+            self._metrics = None
+
+    @property
+    def model(self) -> ModelInfo:
+        assert self._model is not None, "the engine has not been started"
+        return self._model
+
+    @property
+    def is_alive(self) -> bool:
+        return any(member.is_alive for member in self._members.values())
+
+    @property
+    def process_ids(self) -> Sequence[int]:
+        members = self._members.values()
+        return [process_id for member in members for process_id in member.llm.process_ids]
+
+    async def ping(self) -> None:
+        await asyncio.gather(*[m.llm.ping() for m in self._members.values() if m.is_alive])
+
+    def load(self) -> LoadInfo:
+        loads = [member.llm.load for member in self._members.values()]
+        return LoadInfo(
+            sum(load.num_running for load in loads), sum(load.num_waiting for load in loads)
+        )
+
+    def tokenize(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        return self._require_tokenizer().tokenize(text, special_tokens=special_tokens)
+
+    def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        return self._require_tokenizer().tokenize_chat(messages)
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        return self._require_tokenizer().detokenize(token_ids)
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        return self._require_tokenizer().token_texts(token_ids)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
+        with self._member(request.layers).in_use() as llm:
+            params = llm.sampling_params(request.sampling)
+            deltas = llm.generate(request.request_id, request.prompt_ids, params)
+            async with aclosing(deltas):
+                async for delta in deltas:
+                    yield delta
+
+    async def score(
+        self, request_id: str, token_ids: Sequence[int], num_context: int, layers: LayerSelection
+    ) -> list[TokenScore]:
+        with self._member(layers).in_use() as llm:
+            params = llm.sampling_params(SamplingOptions(max_tokens=1, temperature=0.0))
+            scores = await llm.prompt_scores(request_id, token_ids, params)
+        return scores[num_context - 1 :]
+
+    async def measure_importance(
+        self, windows: Sequence[Sequence[int]], progress: ProgressCallback
+    ) -> BlockInfluence:
+        return await measure_in_process(
+            self._config.model,
+            windows,
+            progress,
+            dtype=self._dtype,
+            trust_remote_code=self._config.trust_remote_code,
+        )
+
+    async def measure_quality(
+        self,
+        windows: Sequence[Sequence[int]],
+        selections: Sequence[LayerSelection],
+        progress: ProgressCallback,
+    ) -> list[Quality]:
+        """Measure as the protocol says; there is no divergence, and where no level is dense, no
+        agreement.
+        """
+        has_dense = _DENSE in self._members
+        order = list(dict.fromkeys([_DENSE, *selections] if has_dense else selections))
+        reporter = TokenProgress(progress, windows, num_passes=len(order))
+        found: dict[LayerSelection, list[WindowStatistics]] = {}
+        for layers in order:
+            with self._member(layers).in_use() as llm:
+                found[layers] = await window_statistics(llm, windows, reporter)
+        references = found[_DENSE] if has_dense else [None] * len(windows)
+        return [
+            quality_of_windows(
+                [
+                    window.sums(reference)
+                    for window, reference in zip(found[layers], references, strict=True)
+                ]
+            )
+            for layers in selections
+        ]
+
+    def _read_model(self) -> tuple[ModelConfig, Any]:
+        prepare_environment()
+        from vllm import AsyncEngineArgs
+        from vllm.platforms import current_platform
+        from vllm.tokenizers.registry import cached_tokenizer_from_config
+
+        config = self._config
+        check_engine_args(config.engine_args)
+        arguments = base_arguments(config)
+        if current_platform.is_cpu():
+            self._total_kv_cache_bytes = cpu_kv_cache_bytes(config.kv_cache_gib)
+            quantized = "quantization_config" in read_config(config.model)
+            arguments |= cpu_arguments(config, quantized=quantized)
+        try:
+            engine_args = AsyncEngineArgs(**{**arguments, **config.engine_args})
+            model_config = engine_args.create_engine_config().model_config
+        except ValidationError as error:
+            raise refusal(error, config) from error
+        return model_config, cached_tokenizer_from_config(model_config)
+
+    def _shares(self, levels: Mapping[str, LayerSelection]) -> dict[LayerSelection, float]:
+        """Return each engine's share of the memory: levels of one depth share an engine."""
+        shares: dict[LayerSelection, float] = {}
+        for name, share in divide_memory(list(levels), self._config.memory_shares).items():
+            shares[levels[name]] = shares.get(levels[name], 0.0) + share
+        return shares
+
+    async def _start_member(
+        self, plan: Plan, layers: LayerSelection, share: float, num_levels: int
+    ) -> Member:
+        depth = plan.num_layers - len(layers.decode_skips)
+        assert self._checkpoints is not None, "the engine has not been started"
+        checkpoint = await self._checkpoints.checkpoint(plan, layers.decode_skips)
+        resources = Resources(share)
+        if self._total_kv_cache_bytes is not None:
+            num_cores = len(os.sched_getaffinity(0))
+            resources = cpu_resources(
+                checkpoint, share, self._total_kv_cache_bytes, num_cores, num_levels
+            )
+        member = Member(
+            self._config,
+            checkpoint,
+            depth,
+            resources,
+            self._starting,
+            lambda: self.on_restart(),
+            self._config.timeout_seconds,
+        )
+        start = asyncio.create_task(member.start())
+        try:
+            await asyncio.shield(start)
+        except BaseException as error:
+            with suppress(Exception):
+                await start  # vLLM's start cannot be ended half-way
+            await member.shutdown()
+            if isinstance(error, FathomError):
+                raise FailedPrecondition(f"depth {depth}: {error}") from error
+            if isinstance(error, Exception):
+                raise FailedPrecondition(
+                    f"the engine of depth {depth} could not be started: {error} (the server's log "
+                    "has what vLLM says of it)"
+                ) from error
+            raise
+        return member
+
+    async def _retire(self, member: Member) -> None:
+        """End an engine as soon as its last request has ended."""
+        try:
+            await member.idle()
+        finally:
+            await member.shutdown()
+        logger.info("the engine of depth %d is not needed any more and has ended", member.depth)
+
+    def _member(self, layers: LayerSelection) -> Member:
+        member = self._members.get(layers)
+        if member is None:
+            raise Unavailable("the level of this depth has just been removed")
+        return member
+
+    def _require_tokenizer(self) -> ModelTokenizer:
+        assert self._tokenizer is not None, "the engine has not been started"
+        return self._tokenizer
+
+    def _publish_metrics(self) -> None:
+        from prometheus_client import REGISTRY
+
+        from server.engine.dedicated.vllm_metrics import MergedMetrics
+
+        self._metrics = MergedMetrics(self._registries)
+        REGISTRY.register(self._metrics)
+
+    def _registries(self) -> list[tuple[str, CollectorRegistry]]:
+        members = self._members  # it is replaced, not changed: a scrape comes from any thread
+        return [
+            (str(member.depth), member.registry)
+            for member in members.values()
+            if member.registry is not None
+        ]

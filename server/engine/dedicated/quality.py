@@ -1,0 +1,68 @@
+"""Quality of a level, from what its engine says of each token of a text."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from server.engine.base import SamplingOptions
+from server.engine.llm import Llm
+from server.engine.token_progress import TokenProgress, first_failure
+
+# Measurements leave the rest of the batch to clients.
+_MEASURING_REQUESTS = 16
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class WindowStatistics:
+    """Of the second half of one text window, given the first: as the elastic engine measures."""
+
+    num_tokens: int
+    # Summed, in nats.
+    negative_log_likelihood: float
+    # The most likely token at each position.
+    most_likely: tuple[int, ...]
+
+    def sums(self, reference: WindowStatistics | None) -> tuple[float, float, float | None, None]:
+        """Return what :func:`pruning.quality.quality_of_windows` takes of this window.
+
+        Of log-probabilities of single tokens there is no divergence to be had.
+        """
+        agreements = None
+        if reference is not None:
+            pairs = zip(self.most_likely, reference.most_likely, strict=True)
+            agreements = float(sum(mine == other for mine, other in pairs))
+        return float(self.num_tokens), self.negative_log_likelihood, agreements, None
+
+
+async def window_statistics(
+    llm: Llm, windows: Sequence[Sequence[int]], progress: TokenProgress
+) -> list[WindowStatistics]:
+    """Run the windows through the engine; return the statistics of each."""
+    slots = asyncio.Semaphore(_MEASURING_REQUESTS)
+
+    async def measure(window: Sequence[int]) -> WindowStatistics:
+        async with slots:
+            params = llm.sampling_params(SamplingOptions(max_tokens=1, temperature=0.0))
+            params.detokenize = False
+            request_id = f"measure-{next(_numbers)}"
+            scores = await llm.prompt_scores(request_id, window, params, num_top=1)
+            scored = scores[len(window) // 2 - 1 :]
+            progress.advance(len(window))
+            return WindowStatistics(
+                num_tokens=len(scored),
+                negative_log_likelihood=-math.fsum(score.logprob for score in scored),
+                most_likely=tuple(score.top[0].token_id for score in scored),
+            )
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(measure(window)) for window in windows]
+    except* Exception as failures:
+        raise first_failure(failures) from None
+    return [task.result() for task in tasks]

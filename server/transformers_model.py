@@ -1,0 +1,36 @@
+"""A model as transformers loads it, to be measured."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def load_model(directory: Path, dtype: str, *, trust: bool) -> Any:
+    """Return the model, on the GPU if there is one; ``trust``: whether its own code may run.
+
+    Raises what transformers raises for a model that it cannot load.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    auto_model: Any = AutoModelForCausalLM
+    model = auto_model.from_pretrained(directory, dtype=dtype, trust_remote_code=trust)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def batches(
+    windows: Sequence[Sequence[int]], device: Any, advance: Callable[[int, int], None]
+) -> Iterator[Any]:
+    """Yield each window as int64 [1, num_tokens]; ``advance`` is told tokens done and in all."""
+    import torch
+
+    total = sum(map(len, windows))
+    done = 0
+    for window in windows:
+        yield torch.tensor([list(window)], device=device)
+        done += len(window)
+        advance(done, total)
