@@ -99,6 +99,10 @@ class ElasticStep:
             return None
         return self._on_device(token_indices(self.spans.starts[leaving], self.spans.stops[leaving]))
 
+    @property
+    def num_tokens(self) -> int:
+        return int(self._query_start[-1])
+
     def has_row(self, row: int) -> bool:
         return row < len(self.first_position)
 

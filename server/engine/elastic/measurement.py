@@ -28,15 +28,18 @@ class ImportanceMeter:
     def reset(self) -> None:
         self._estimator = BlockInfluenceEstimator(self._num_layers)
 
-    def marked_tokens(self, step: ElasticStep, table: RowTable) -> torch.Tensor | None:
+    def marked_tokens(self, step: ElasticStep, table: RowTable) -> torch.Tensor | slice | None:
         """Return the indices of the step's tokens to measure on."""
         marked = [
-            torch.arange(tokens.start, tokens.stop)
+            step.row_tokens(row)
             for row, probed in table.probed.items()
             if isinstance(probed.probe, ImportanceProbe) and step.has_row(row)
-            for tokens in [step.row_tokens(row)]
         ]
-        return torch.cat(marked) if marked else None
+        if not marked:
+            return None
+        if sum(tokens.stop - tokens.start for tokens in marked) == step.num_tokens:
+            return slice(0, step.num_tokens)  # which copies nothing
+        return torch.cat([torch.arange(tokens.start, tokens.stop) for tokens in marked])
 
     def update(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
         self._estimator.update(layer, before, after)

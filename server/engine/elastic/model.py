@@ -55,7 +55,8 @@ class ElasticCausalLM:
     ) -> torch.Tensor | IntermediateTensors:
         stream = self._entering_stream(input_ids, positions, intermediate_tensors, inputs_embeds)
         context = get_forward_context()
-        marked: torch.Tensor | None = None
+        marked: torch.Tensor | slice | None = None
+        before: torch.Tensor | None = None
         step: ElasticStep | None = None
         for index, layer in self._layers:
             step = _step_of(context, layer)
@@ -64,10 +65,13 @@ class ElasticCausalLM:
                 continue
             if self.rows.probed and marked is None:
                 marked = self.importance.marked_tokens(step, self.rows)
-            before = None if marked is None else stream.total(marked)
+            if marked is not None and before is None:
+                before = stream.total(marked)
             self._walk_layer(index, layer, stream, positions, step, context)
             if marked is not None and before is not None:
-                self.importance.update(index, before, stream.total(marked))
+                after = stream.total(marked)
+                self.importance.update(index, before, after)
+                before = after
 
         hidden: torch.Tensor
         hidden, residual = stream.parts()

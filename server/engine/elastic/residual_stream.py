@@ -54,7 +54,7 @@ class ResidualStream:
         self._catch_up()
         return self._hidden, self._residual
 
-    def total(self, tokens: torch.Tensor) -> torch.Tensor:
+    def total(self, tokens: torch.Tensor | slice) -> torch.Tensor:
         """Return a copy of the stream of some tokens, [num_tokens, hidden_size]."""
         hidden, residual = self.parts()
         return hidden[tokens] + residual[tokens]
