@@ -19,13 +19,16 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 # every process that imports it would complain that its libraries for CUDA cannot be loaded.
 NOT_ON_CPU := torchvision torchaudio torchcodec torchao
 
+# Coverage leads its cases; there are wheels for few platforms, and it can be done without.
+ATHERIS := atheris>=3,<4
+
 KEY := $(EXTRA)-$(shell cksum pyproject.toml | cut -d' ' -f1)
 INSTALLED := $(VENV)/.installed-$(KEY)
 INSTALLED_DEV := $(VENV)/.installed-dev-$(KEY)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install -qq --progress-bar off
 
-.PHONY: help serve bench test test-gpu lint format proto setup clean
+.PHONY: help serve bench fuzz test test-gpu lint format proto setup clean
 
 help: ## Say what the targets do.
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
@@ -35,6 +38,10 @@ serve: $(INSTALLED) ## Serve the demo model, or with ARGS="--model ..." another 
 
 bench: $(INSTALLED_DEV) ## Measure speed, with ARGS="throughput ..." or another benchmark.
 	@$(VENV)/bin/fathom bench $(ARGS)
+
+fuzz: $(INSTALLED_DEV) ## Throw 100,000 requests at what reads them; ARGS="--cases N" for more.
+	@$(VENV)/bin/python -c 'import atheris' 2>/dev/null || $(INSTALL) "$(ATHERIS)" || true
+	@$(VENV)/bin/python -m tests.fuzz $(ARGS)
 
 test: lint ## Check style and types and run the tests; ARGS go to pytest.
 	@$(VENV)/bin/python -m pytest $(ARGS)

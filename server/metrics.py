@@ -117,6 +117,11 @@ class Metrics:
         self._engine_up = Gauge(
             "fathom_engine_up", "Whether the engine is up.", registry=self.registry
         )
+        self._tasks = Gauge(
+            "fathom_tasks",
+            "Tasks of asyncio in the server; without calls there are only a few.",
+            registry=self.registry,
+        )
         self._engine_restarts = Counter(
             "fathom_engine_restarts_total",
             "Times that the engine was started again after it had died.",
@@ -176,6 +181,10 @@ class Metrics:
         self._engine_up.set_function(lambda: float(is_up()))
         self._running.set_function(lambda: load().num_running)
         self._waiting.set_function(lambda: load().num_waiting)
+
+    def watch_tasks(self, count: Callable[[], int]) -> None:
+        """Have scrapes count the server's tasks; the function must be fit for any thread."""
+        self._tasks.set_function(count)
 
     def count_engine_restart(self) -> None:
         self._engine_restarts.inc()

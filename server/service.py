@@ -186,6 +186,8 @@ class Service:
         self._install(policy)
         self.set_auto_rules(self._auto.rules)
         self._startup_phase = ""
+        loop = asyncio.get_running_loop()
+        self.metrics.watch_tasks(lambda: len(asyncio.all_tasks(loop)))
         self._tasks.append(asyncio.create_task(self._supervisor.run()))
         self._tasks.append(asyncio.create_task(self._follow_load()))
         if self._watchdog is not None:

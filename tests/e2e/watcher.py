@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any, Self
 
 import grpc
@@ -16,6 +17,8 @@ class Watcher:
 
     def __init__(self, address: str, service: str = "") -> None:
         self.statuses: list[str] = []
+        # When each came, on the monotonic clock.
+        self.times: list[float] = []
         self._channel = grpc.insecure_channel(
             address, options=[("grpc.max_reconnect_backoff_ms", 200)]
         )
@@ -41,6 +44,7 @@ class Watcher:
         try:
             for response in self._call:
                 name = health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
+                self.times.append(time.monotonic())
                 self.statuses.append(name)
         except grpc.RpcError:
             pass  # the server's end, or the test's
