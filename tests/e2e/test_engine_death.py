@@ -94,6 +94,24 @@ def test_a_killed_engine_is_started_again_and_answers_the_same(server: RunningSe
     assert again.pid != engine.pid
 
 
+def test_no_engine_outlives_the_process_that_it_was_forked_from(server: RunningServer) -> None:
+    with server.client() as client, Watcher(server.address) as watcher:
+        watcher.wait_for("SERVING")
+        before = list(client.generate(greedy_request("The list", 24)).token_ids)
+        (engine,) = server.engine_processes()
+        parent = engine.parent()
+        assert parent is not None
+        assert parent.pid != server.process.pid
+        stream = client.generate_stream(greedy_request("The list", LONG))
+        next(stream)
+        parent.kill()
+        assert psutil.wait_procs([engine], timeout=PATIENCE)[1] == []
+        error = failure(lambda: list(stream))
+        assert (error.code, error.retry_after is None) == ("UNAVAILABLE", False)
+        watcher.wait_for("SERVING", "NOT_SERVING", "SERVING")
+        assert list(client.generate(greedy_request("The list", 24)).token_ids) == before
+
+
 def test_it_still_ends_in_order(server: RunningServer) -> None:
     children = server.children()
     assert children
