@@ -10,7 +10,7 @@ from pathlib import Path
 from pruning.checkpoint import CheckpointError, check_checkpoint, read_config
 from pruning.fingerprint import model_fingerprint
 from pruning.plan import Plan, PlanError
-from pruning.quantization import Order, QuantizationError
+from pruning.quantization import Order, QuantizationError, plan_of_base
 from pruning.surgery import SurgeryError, count_layers
 from pruning.text import TextError, load_texts
 from server.auto_rules import AutoRules
@@ -68,6 +68,8 @@ def read_inputs(settings: Settings) -> Inputs:
     if settings.plan is not None:
         with refused_as("plan", PlanError, OSError):
             plan = Plan.load(settings.plan)
+        with refused_as("model", QuantizationError):
+            plan = plan_of_base(plan, source.directory, fingerprint)
         with refused_as(f"plan: {settings.plan}", PlanError):
             if quantized is None or plan.model_fingerprint != quantized.kept_fingerprint():
                 plan.check_model(fingerprint, num_layers)

@@ -135,7 +135,7 @@ def _export(
     from pruning.depths import check_depth, depth_of_prune_ratio
     from pruning.fingerprint import model_fingerprint
     from pruning.plan import Plan, PlanError
-    from pruning.quantization import QuantizationError, QuantizationFailed
+    from pruning.quantization import QuantizationError, QuantizationFailed, plan_of_base
     from pruning.surgery import SurgeryError, check_output, count_layers
     from pruning.text import TextError
     from server.exporter import Exporter
@@ -161,6 +161,8 @@ def _export(
         if settings.plan is not None:
             with refused_as("plan", PlanError, OSError):
                 chosen = Plan.load(settings.plan)
+            with refused_as("model", QuantizationError):
+                chosen = plan_of_base(chosen, source.directory, fingerprint)
         else:
             with refused_as("calibration", TextError):
                 texts = calibration_texts(settings)
