@@ -3,8 +3,8 @@
 A ladder of rungs, the first of which is the deepest. Depth goes down a rung a few seconds after
 latency has exceeded a target. It goes up again when load has been low for long, where low means
 that the rung above would meet the targets, too, judged by how much slower it is. When a rise turns
-out to have been a mistake, the next one has to wait twice as long, so that a load between two
-rungs does not make the depth swing.
+out soon to have been a mistake, the next one has to wait twice as long, so that a load between
+two rungs does not make the depth swing.
 
 Nothing here measures anything or knows the time: times are given, in seconds of any clock.
 """
@@ -54,7 +54,7 @@ class DepthController:
         self._hold = hold_seconds
         self._rung = 0
         self._changed_at = float("-inf")
-        self._has_risen = False
+        self._risen_at = float("-inf")
         # Since when it has been like this; None: it is not.
         self._comfortable_since: float | None = None
         self._idle_since: float | None = None
@@ -74,11 +74,11 @@ class DepthController:
             load.time_to_first_token / self._targets.time_to_first_token,
             load.inter_token_latency / self._targets.inter_token_latency,
         )
-        self._note_idleness(now, max(pressure, load.utilization))
+        self._note_idleness(now, max(pressure, load.utilization) * speedups[self._rung])
         if pressure > 1:
             self._comfortable_since = None
             if self._rung < last and now - self._changed_at >= _DESCENT_SECONDS:
-                if self._has_risen:
+                if now - self._risen_at < 2 * self._hold:
                     self._hold = min(2 * self._hold, _MAX_HOLD_SECONDS)
                 self._move(now, 1)
             return self._rung
@@ -95,16 +95,19 @@ class DepthController:
 
     def _move(self, now: float, step: int) -> None:
         self._rung += step
-        self._has_risen = step < 0
         self._changed_at = now
+        if step < 0:
+            self._risen_at = now
         self._comfortable_since = None
 
     def _note_idleness(self, now: float, use: float) -> None:
-        """Forget the mistakes of another load once there has been next to none for long."""
-        if self._rung > 0 or use > _IDLE:
+        """Forget the mistakes of another load once there has been next to none for long.
+
+        ``use`` is what the load would be on the first rung.
+        """
+        if use > _IDLE:
             self._idle_since = None
         elif self._idle_since is None:
             self._idle_since = now
         elif now - self._idle_since >= self._base_hold:
             self._hold = self._base_hold
-            self._has_risen = False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,10 @@ _RESERVED = {
     "worker_extension_cls": None,
     "speculative_config": None,
 }
+# About what the compiled layers of one model take.
+_COMPILED_BYTES = 4 << 20
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,5 +88,17 @@ def prepare_elastic_environment(compile_cache: Path | None = None) -> None:
     prepare_environment()
     # The newer model runner, GPU only, has another interface for what the row tracker does.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
-    if compile_cache is not None:
+    if compile_cache is not None and _can_keep(compile_cache):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compile_cache))
+
+
+def _can_keep(directory: Path) -> bool:
+    """Return whether compiled code can be written there; torch would fail where it cannot."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(_COMPILED_BYTES))
+    except OSError as error:
+        logger.warning("%s cannot keep compiled code for the next start: %s", directory, error)
+        return False
+    return True
