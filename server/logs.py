@@ -49,7 +49,8 @@ class Logs:
         self.set_level(level)
         # Most of what these libraries warn of is how the engine is meant to run here.
         library_level = "INFO" if level == "debug" else "ERROR"
-        logging.getLogger("vllm").setLevel(library_level)
+        for package in ("vllm", "torchao"):
+            logging.getLogger(package).setLevel(library_level)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", library_level)
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", library_level.lower())
