@@ -10,10 +10,16 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.forward_context import ForwardContext, get_forward_context, set_forward_context
 from vllm.model_executor.layers.attention.attention import unified_kv_cache_update
+from vllm.model_executor.models.gemma import GemmaForCausalLM
+from vllm.model_executor.models.gemma2 import Gemma2ForCausalLM
+from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
+from vllm.model_executor.models.mixtral import MixtralForCausalLM
+from vllm.model_executor.models.phi3 import Phi3ForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
@@ -184,10 +190,40 @@ class ElasticQwen3ForCausalLM(ElasticCausalLM, Qwen3ForCausalLM):
     """Qwen3."""
 
 
+class ElasticQwen3MoeForCausalLM(ElasticCausalLM, Qwen3MoeForCausalLM):
+    """Qwen3 with experts."""
+
+
+class ElasticMixtralForCausalLM(ElasticCausalLM, MixtralForCausalLM):
+    """Mixtral."""
+
+
+class ElasticPhi3ForCausalLM(ElasticCausalLM, Phi3ForCausalLM):
+    """Phi-3 and Phi-4."""
+
+
+class ElasticGemmaForCausalLM(ElasticCausalLM, GemmaForCausalLM):
+    """Gemma."""
+
+
+class ElasticGemma2ForCausalLM(ElasticCausalLM, Gemma2ForCausalLM):
+    """Gemma 2."""
+
+
+class ElasticGemma3ForCausalLM(ElasticCausalLM, Gemma3ForCausalLM):
+    """Gemma 3 that reads text alone."""
+
+
 # Hugging Face architecture -> the class that runs it at any depth.
 ELASTIC_CLASSES: dict[str, type[nn.Module]] = {
     "LlamaForCausalLM": ElasticLlamaForCausalLM,
     "MistralForCausalLM": ElasticMistralForCausalLM,
     "Qwen2ForCausalLM": ElasticQwen2ForCausalLM,
     "Qwen3ForCausalLM": ElasticQwen3ForCausalLM,
+    "Qwen3MoeForCausalLM": ElasticQwen3MoeForCausalLM,
+    "MixtralForCausalLM": ElasticMixtralForCausalLM,
+    "Phi3ForCausalLM": ElasticPhi3ForCausalLM,
+    "GemmaForCausalLM": ElasticGemmaForCausalLM,
+    "Gemma2ForCausalLM": ElasticGemma2ForCausalLM,
+    "Gemma3ForCausalLM": ElasticGemma3ForCausalLM,
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -51,42 +52,27 @@ def generate(model: Any, prompt_ids: Sequence[int], num_tokens: int) -> list[int
 
 @torch.inference_mode()
 def logits_with_skips(
-    model: Any,
-    token_ids: Sequence[int],
-    num_context: int,
-    layers: LayerSelection,
-    window: int | None = None,
+    model: Any, token_ids: Sequence[int], num_context: int, layers: LayerSelection
 ) -> torch.Tensor:
     """Return logits [num_tokens, vocab_size] where each token skips the layers of its kind.
-
-    Attention looks back ``window`` tokens, or on all.
 
     No cache: every layer is run on all tokens, so that all of them have keys and values there,
     and its output is kept for those that run it.
     """
-    decoder = model.model
-    ids = torch.tensor([list(token_ids)])
-    hidden = decoder.embed_tokens(ids)
-    positions = torch.arange(ids.shape[1])[None]
-    rotary = decoder.rotary_emb(hidden, positions)
-    distance = positions[0][:, None] - positions[0][None, :]
-    visible = (distance >= 0) & (distance < (window or ids.shape[1]))
-    causal = torch.where(visible, 0.0, torch.finfo(torch.float32).min)
-    is_context = (torch.arange(ids.shape[1]) < num_context)[None, :, None]
-    for index, layer in enumerate(decoder.layers):
-        out = layer(
-            hidden,
-            attention_mask=causal[None, None],
-            position_ids=positions,
-            position_embeddings=rotary,
-        )
+    is_context = (torch.arange(len(token_ids)) < num_context)[None, :, None]
+
+    def hook(index: int) -> Callable[..., torch.Tensor]:
         runs = torch.where(
             is_context,
             torch.tensor(index not in layers.prefill_skips),
             torch.tensor(index not in layers.decode_skips),
         )
-        hidden = torch.where(runs, out, hidden)
-    logits: torch.Tensor = model.lm_head(decoder.norm(hidden))[0]
+        return lambda layer, args, output: torch.where(runs, output, args[0])
+
+    with ExitStack() as hooks:
+        for index, layer in enumerate(model.model.layers):
+            hooks.callback(layer.register_forward_hook(hook(index)).remove)
+        logits: torch.Tensor = model(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
     return logits
 
 
@@ -95,11 +81,10 @@ def generate_with_skips(
     prompt_ids: Sequence[int],
     num_tokens: int,
     layers: LayerSelection,
-    window: int | None = None,
 ) -> list[int]:
     """Return greedy tokens where prompt and generated tokens may skip different layers."""
     ids = list(prompt_ids)
     for _ in range(num_tokens):
-        logits = logits_with_skips(model, ids, len(prompt_ids), layers, window)
+        logits = logits_with_skips(model, ids, len(prompt_ids), layers)
         ids.append(int(logits[-1].argmax()))
     return ids[len(prompt_ids) :]
