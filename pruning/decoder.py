@@ -8,7 +8,7 @@ or by keyword and return it alone or first in a tuple. All of that is settled he
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,8 @@ _CONTAINERS = (
     "text_model",
     "base_model",
 )
+# Norm of the embeddings that RWKV keeps in its first layer. It is no part of what the layer adds.
+_EMBEDDING_NORM = "pre_ln"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +92,7 @@ class ForwardPasses:
         """
         import torch
 
-        if self._module.training:
-            raise ValueError("model: got a model in training mode, allowed: after model.eval()")
-        options = {"use_cache": False} if _takes(self._module, "use_cache") else {}
+        options = inference_options(self._module)
         with torch.inference_mode():
             if attention_masks is None:
                 for input_ids in input_ids_batches:
@@ -128,16 +128,30 @@ class ForwardPasses:
         return states[self._valid.to(states.device)]
 
 
+def inference_options(model: nn.Module) -> dict[str, Any]:
+    """Return the arguments with which ``model`` runs without a cache.
+
+    Raises :class:`ValueError` for a model in training mode, where dropout would falsify what is
+    measured.
+    """
+    if model.training:
+        raise ValueError("model: got a model in training mode, allowed: after model.eval()")
+    return {"use_cache": False} if _takes(model, "use_cache") else {}
+
+
 @contextmanager
 def observed(
-    layers: Sequence[nn.Module], observe: Callable[[int, torch.Tensor, torch.Tensor], None]
+    layers: Sequence[nn.Module],
+    observe: Callable[[int, torch.Tensor, torch.Tensor], None],
+    received: dict[int, torch.Tensor] | None = None,
 ) -> Iterator[None]:
     """Call ``observe(layer, before, after)`` after every pass of a layer.
 
-    ``before`` and ``after`` are the residual stream as the layer receives and returns it.
+    ``before`` and ``after`` are the residual stream as the layer receives and returns it. While
+    a layer runs, ``received`` holds ``before`` under its number.
     """
     # Copied, because a layer may add to the stream in place.
-    received: dict[int, torch.Tensor] = {}
+    received = {} if received is None else received
 
     def on_input(layer: int, states: torch.Tensor) -> None:
         received[layer] = states.clone()
@@ -165,6 +179,45 @@ def on_stream_into(
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def without_layers(layers: Sequence[nn.Module], skipped: Collection[int]) -> Iterator[None]:
+    """Make ``skipped`` of the layers return the stream as they receive it, while in context.
+
+    They still run, so that attention fills its cache and generation works. What the model
+    computes is what :func:`pruning.surgery.export_checkpoint` without them does.
+
+    Raises :class:`ValueError` for a layer that does not exist.
+    """
+    for layer in skipped:
+        if not 0 <= layer < len(layers):
+            raise ValueError(f"skipped: got layer {layer}, allowed: 0 to {len(layers) - 1}")
+    # Copied, because a layer may add to the stream in place.
+    received: dict[int, torch.Tensor] = {}
+
+    def on_input(layer: int, states: torch.Tensor) -> None:
+        received[layer] = states.clone()
+
+    with ExitStack() as hooks:
+        for layer in skipped:
+            hooks.enter_context(on_stream_into(layers[layer], layer, on_input))
+            hook = _passing_on(layer, received)
+            hooks.callback(layers[layer].register_forward_hook(hook).remove)
+        yield
+
+
+def _passing_on(
+    layer: int, received: dict[int, torch.Tensor]
+) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        states = received.pop(layer)
+        norm = getattr(module, _EMBEDDING_NORM, None)
+        if norm is not None:
+            states = norm(states)
+        return type(output)((states, *output[1:])) if isinstance(output, tuple | list) else states
+
+    return hook
 
 
 def _output_hook(

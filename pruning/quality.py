@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from pruning.decoder import find_decoder, inference_options, without_layers
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 # Bounds the temporaries of one chunk of tokens to some 64 MiB each.
 _CHUNK_ELEMENTS = 1 << 24
@@ -128,3 +132,51 @@ def _measured(value: float | None) -> float:
 def _mean(sums: Sequence[float | None], num_tokens: float) -> float | None:
     measured = [value for value in sums if value is not None]
     return math.fsum(measured) / num_tokens if len(measured) == len(sums) else None
+
+
+def measure_quality(
+    model: nn.Module,
+    windows: Iterable[torch.Tensor],
+    skipped: Sequence[Collection[int]],
+    layers: Sequence[nn.Module] | None = None,
+) -> list[Quality]:
+    """Measure what a transformers model is worth without some of its layers.
+
+    Returns a quality for each of ``skipped``, sets of layers to leave out;
+    :meth:`pruning.plan.Plan.skipped` has that of a depth. ``windows`` are the token ids of two
+    or more pieces of text, [length] each; all tokens but the first of each are predicted.
+    ``model`` gives logits; its ``layers`` default to those that
+    :func:`pruning.decoder.find_decoder` finds. The logits of one window exist at a time.
+
+    Raises :class:`ValueError` for a model in training mode, for one whose layers cannot be found
+    and for layers that it does not have, and :class:`QualityError` as
+    :func:`quality_of_windows` does.
+    """
+    import torch
+
+    options = inference_options(model)
+    found = find_decoder(model, layers).layers
+    sums: list[list[list[float]]] = [[] for _ in skipped]
+    with torch.inference_mode():
+        for window in windows:
+            reference = _next_token_logits(model, window, options)
+            for of_selection, selection in zip(sums, skipped, strict=True):
+                with without_layers(found, selection) if selection else nullcontext():
+                    logits = _next_token_logits(model, window, options)
+                of_selection.append(token_statistics(logits, reference, window[1:]).tolist())
+    return [quality_of_windows(of_selection) for of_selection in sums]
+
+
+def _next_token_logits(
+    model: nn.Module, window: torch.Tensor, options: dict[str, Any]
+) -> torch.Tensor:
+    """Return the logits [length - 1, vocabulary] of all tokens but the first."""
+    output = model(input_ids=window[None], **options)
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        raise ValueError(
+            f"model: {type(model).__name__} returned {type(output).__name__} without logits, "
+            "allowed: models with a language-modeling head"
+        )
+    of_window: torch.Tensor = logits[0, :-1]
+    return of_window

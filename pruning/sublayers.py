@@ -74,22 +74,23 @@ def measure_sublayer_influence(
     num_layers = len(decoder.layers)
     attention = BlockInfluenceEstimator(num_layers)
     feed_forward = BlockInfluenceEstimator(num_layers)
-    # Of the layer that is running: the stream it received, where that lies, and y.
-    received: dict[int, tuple[torch.Tensor, int]] = {}
+    # Of the layer that is running: the stream it received, where that lay, and y.
+    received: dict[int, torch.Tensor] = {}
+    addresses: dict[int, int] = {}
     between: dict[int, torch.Tensor] = {}
 
     def on_layer(layer: int, states: torch.Tensor) -> None:
-        received[layer] = (states.clone(), states.data_ptr())
+        addresses[layer] = states.data_ptr()
 
     def on_attention_norm(layer: int, states: torch.Tensor) -> None:
-        before, _ = received[layer]
+        before = received[layer]
         if not _equal(states, before):
             raise _refusal(decoder.layers, layer, "its first norm does not receive its input")
 
     def on_feed_forward_norm(layer: int, states: torch.Tensor) -> None:
-        before, address = received[layer]
+        before = received[layer]
         # A part that contributes nothing leaves equal values too, but in another place.
-        if states.data_ptr() == address and _equal(states, before):
+        if states.data_ptr() == addresses[layer] and _equal(states, before):
             raise _refusal(decoder.layers, layer, "its feed-forward works on its input (parallel)")
         # OPT flattens the batch.
         between[layer] = states.clone().reshape(before.shape)
@@ -98,7 +99,6 @@ def measure_sublayer_influence(
         if layer not in between:
             raise _refusal(decoder.layers, layer, "the norm before its feed-forward did not run")
         x, y, z = (passes.valid_tokens(s) for s in (before, between.pop(layer), after))
-        del received[layer]
         attention.update(layer, x, y)
         feed_forward.update(layer, y, z)
 
@@ -117,7 +117,7 @@ def measure_sublayer_influence(
             hooks.enter_context(on_stream_into(module, layer, on_layer))
             hooks.enter_context(on_stream_into(norms[0], layer, on_attention_norm))
             hooks.enter_context(on_stream_into(norms[1], layer, on_feed_forward_norm))
-        hooks.enter_context(observed(decoder.layers, observe))
+        hooks.enter_context(observed(decoder.layers, observe, received))
         passes.run(input_ids_batches, attention_masks)
     sums = {"attention": attention.sums(), "feed_forward": feed_forward.sums()}
     _refuse_damage(sums)

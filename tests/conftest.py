@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ from server.model_source import DEMO_MODEL
 # Engines and references of these sizes are fastest on one thread, and a busy machine does not
 # make them crawl: OpenMP's threads wait for each other after every operation.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Where transformers copies the code that checkpoints bring along.
+MODULES = tempfile.TemporaryDirectory(prefix="fathom-modules-")
+os.environ.setdefault("HF_MODULES_CACHE", MODULES.name)
 
 # How long an example takes says nothing on a busy machine.
 settings.register_profile("fathom", deadline=None)

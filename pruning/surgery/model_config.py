@@ -211,6 +211,21 @@ def _wrong_lists(
                 yield position, name, expected
 
 
+def _with_special_floats(value: Any) -> Any:
+    """Return a copy with infinity itself for ``{"__float__": "Infinity"}``.
+
+    That is how transformers writes it, because JSON has no such number.
+    """
+    match value:
+        case {"__float__": "Infinity" | "-Infinity" | "NaN" as name} if len(value) == 1:
+            return float(name)
+        case dict():
+            return {key: _with_special_floats(item) for key, item in value.items()}
+        case list():
+            return [_with_special_floats(item) for item in value]
+    return value
+
+
 def _views(config: Config) -> list[Config]:
     """Return what transformers makes of each section, defaults and derived lists included.
 
@@ -224,7 +239,7 @@ def _views(config: Config) -> list[Config]:
     if model_type not in CONFIG_MAPPING:
         return []
     try:
-        whole = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(config))
+        whole = CONFIG_MAPPING[model_type].from_dict(_with_special_floats(config))
     except Exception as error:  # its checks raise what they like
         raise SurgeryError(f"config.json: transformers refuses it: {error}") from error
     views = []

@@ -3,118 +3,44 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers
 from torch import nn
 
 from pruning.decoder import find_decoder
+from pruning.fingerprint import model_fingerprint
 from pruning.importance import ImportanceError, measure_block_influence
+from pruning.plan import Plan
+from pruning.quality import measure_quality, quality_of_windows, token_statistics
+from pruning.surgery import export_checkpoint
+from tests.architectures import (
+    ARCHITECTURES,
+    BY_NAME,
+    SIZES,
+    Architecture,
+    hf,
+    make_checkpoint,
+    make_model,
+)
+from tests.pruning.models import PROMPTS, load, logits
 
-# The classes of transformers are untyped to the type checker, or wrongly typed.
-hf: Any = transformers
-
-NUM_LAYERS = 4
-SIZES: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": NUM_LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-FEWER = {k: v for k, v in SIZES.items() if k not in ("num_key_value_heads", "head_dim")}
-MOE: dict[str, Any] = {"num_experts_per_tok": 2, "experts_implementation": "eager"}
-
-# The configuration; where the layers are; where the norm after the last of them is.
-FAMILIES: dict[str, tuple[Callable[[], Any], str, str]] = {
-    "llama": (lambda: hf.LlamaConfig(**SIZES), "model.layers", "model.norm"),
-    "mistral": (
-        lambda: hf.MistralConfig(**SIZES, sliding_window=5),
-        "model.layers",
-        "model.norm",
+NUM_CUSTOM_LAYERS = 4
+# Its library halves the stream every so many layers, between them.
+RESCALED = Architecture(
+    "RWKV, rescaled",
+    "RwkvForCausalLM",
+    lambda: hf.RwkvConfig(
+        vocab_size=96, hidden_size=64, num_hidden_layers=6, context_length=64, rescale_every=2
     ),
-    "qwen2": (
-        lambda: hf.Qwen2Config(
-            **SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=2
-        ),
-        "model.layers",
-        "model.norm",
-    ),
-    "qwen3": (lambda: hf.Qwen3Config(**SIZES), "model.layers", "model.norm"),
-    "gemma2": (lambda: hf.Gemma2Config(**SIZES, sliding_window=5), "model.layers", "model.norm"),
-    "gemma3": (
-        lambda: hf.Gemma3TextConfig(**SIZES, sliding_window=5),
-        "model.layers",
-        "model.norm",
-    ),
-    "phi": (lambda: hf.PhiConfig(**FEWER), "model.layers", "model.final_layernorm"),
-    "opt": (
-        lambda: hf.OPTConfig(
-            vocab_size=96,
-            hidden_size=32,
-            ffn_dim=48,
-            num_hidden_layers=NUM_LAYERS,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            word_embed_proj_dim=32,
-        ),
-        "model.decoder.layers",
-        "model.decoder.final_layer_norm",
-    ),
-    "gpt2": (
-        lambda: hf.GPT2Config(
-            n_layer=NUM_LAYERS, n_embd=32, n_head=4, n_positions=64, vocab_size=96
-        ),
-        "transformer.h",
-        "transformer.ln_f",
-    ),
-    "gpt-neox": (
-        lambda: hf.GPTNeoXConfig(**FEWER),
-        "gpt_neox.layers",
-        "gpt_neox.final_layer_norm",
-    ),
-    "mixtral": (
-        lambda: hf.MixtralConfig(**SIZES, **MOE, num_local_experts=4),
-        "model.layers",
-        "model.norm",
-    ),
-    "qwen3-moe": (
-        lambda: hf.Qwen3MoeConfig(
-            **SIZES, **MOE, moe_intermediate_size=16, num_experts=4, mlp_only_layers=[1]
-        ),
-        "model.layers",
-        "model.norm",
-    ),
-    "mamba": (
-        lambda: hf.MambaConfig(
-            vocab_size=96, hidden_size=32, state_size=8, num_hidden_layers=NUM_LAYERS
-        ),
-        "backbone.layers",
-        "backbone.norm_f",
-    ),
-    # Its library halves the stream every so many layers, between them.
-    "rwkv": (
-        lambda: hf.RwkvConfig(
-            vocab_size=96,
-            hidden_size=32,
-            num_hidden_layers=NUM_LAYERS,
-            context_length=64,
-            rescale_every=2,
-        ),
-        "rwkv.blocks",
-        "rwkv.ln_out",
-    ),
-}
+    "rwkv.blocks",
+    "rwkv.ln_out",
+)
 
 
 class AlibiAttention(nn.Module):
@@ -161,7 +87,7 @@ class CustomDecoder(nn.Module):
         super().__init__()
         self.by_keyword = style == "keyword"
         self.embed_tokens = nn.Embedding(96, 32)
-        self.layers = nn.ModuleList([CustomLayer(32, style) for _ in range(NUM_LAYERS)])
+        self.layers = nn.ModuleList([CustomLayer(32, style) for _ in range(NUM_CUSTOM_LAYERS)])
         self.norm = nn.RMSNorm(32)
 
     def forward(self, input_ids: torch.Tensor) -> Any:
@@ -194,9 +120,8 @@ def with_random_weights(model: Any) -> Any:
     return model
 
 
-def library_model(family: str) -> Any:
-    torch.manual_seed(0)
-    return with_random_weights(hf.AutoModelForCausalLM.from_config(FAMILIES[family][0]()))
+def library_model(name: str) -> Any:
+    return make_model(BY_NAME[name]).double()
 
 
 @pytest.fixture
@@ -216,34 +141,68 @@ def stream_after(model: Any, num_layers: int, paths: tuple[str, str], ids: torch
 
 
 def influence(before: torch.Tensor, after: torch.Tensor) -> float:
-    a, b = (states.detach().double().numpy().reshape(-1, 32) for states in (before, after))
+    a, b = (s.detach().double().flatten(0, -2).numpy() for s in (before, after))
     cosines = (a * b).sum(-1) / np.sqrt((a * a).sum(-1)) / np.sqrt((b * b).sum(-1))
     return float(1 - cosines.mean())
 
 
 def expected_scores(model: Any, paths: tuple[str, str], ids: torch.Tensor) -> list[float]:
-    streams = [stream_after(model, n, paths, ids) for n in range(NUM_LAYERS + 1)]
+    num_layers = len(model.get_submodule(paths[0]))
+    streams = [stream_after(model, n, paths, ids) for n in range(num_layers + 1)]
     return [influence(a, b) for a, b in pairwise(streams)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_library_models(family: str, input_ids: torch.Tensor) -> None:
-    model = library_model(family)
-    _, *paths = FAMILIES[family]
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, RESCALED], ids=str)
+def test_block_influence(architecture: Architecture, input_ids: torch.Tensor) -> None:
+    model = make_model(architecture).double()
+    paths = (architecture.layers, architecture.norm)
+    around = model.get_submodule(paths[0].rpartition(".")[0])
     decoder = find_decoder(model)
     assert list(decoder.layers) == list(model.get_submodule(paths[0]))
-    assert decoder.module is model.get_submodule(paths[0].rpartition(".")[0])
+    assert decoder.module is around
 
     measured = measure_block_influence(model, input_ids.chunk(3))
-    assert measured.scores == pytest.approx(
-        expected_scores(model, (paths[0], paths[1]), input_ids), rel=1e-10
-    )
+    assert measured.scores == pytest.approx(expected_scores(model, paths, input_ids), rel=1e-7)
     assert measured.num_tokens == input_ids.numel()
     assert min(measured.scores) > 1e-4
     # The norm after the last layer turns the state: measured after it, the score would differ.
-    normed = model.get_submodule(paths[0].rpartition(".")[0])(input_ids=input_ids)[0]
-    before = stream_after(model, NUM_LAYERS - 1, (paths[0], paths[1]), input_ids)
+    normed = around(input_ids=input_ids)[0]
+    before = stream_after(model, len(decoder.layers) - 1, paths, input_ids)
     assert abs(influence(before, normed) - measured.scores[-1]) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:Could not load the custom kernel")
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_plan_and_quality_are_those_of_the_exports(
+    architecture: Architecture, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(architecture, tmp_path / "model")
+    dense = load(checkpoint)
+    plan = Plan.from_importance(
+        measure_block_influence(dense, PROMPTS.chunk(5)),
+        model_fingerprint=model_fingerprint(checkpoint),
+        text_fingerprint="sha256:0",
+        versions={},
+    )
+    by_hand = replace(plan, removal_order=(0, 3, 1, 2, 4, 5))
+    cuts = [(plan, 4), (plan, 2), (by_hand, 4)]
+    skipped = [(), *(chosen.skipped(depth) for chosen, depth in cuts)]
+    same, *measured = measure_quality(dense, PROMPTS, skipped)
+    assert (same.agreement, same.kl_nats, same.num_tokens) == (1, 0, 5 * 17)
+    reference = logits(dense)
+    for number, ((chosen, depth), quality) in enumerate(zip(cuts, measured, strict=True)):
+        out = tmp_path / str(number)
+        export_checkpoint(checkpoint, out, chosen, depth, with_code=architecture.has_code)
+        windows = zip(logits(load(out)), reference, PROMPTS, strict=True)
+        expected = quality_of_windows(
+            [token_statistics(a[:-1], b[:-1], ids[1:]).tolist() for a, b, ids in windows]
+        )
+        assert quality.perplexity == pytest.approx(expected.perplexity, rel=1e-4)
+        assert quality.agreement == expected.agreement
+        assert quality.kl_nats == pytest.approx(expected.kl_nats, rel=1e-3)
+        assert quality.kl_nats > 1e-4
+        assert quality.agreement < 1
+    assert len({quality.perplexity for quality in measured}) == len(cuts)
 
 
 @pytest.mark.parametrize("style", ["tensor", "tuple", "keyword", "in place"])
@@ -255,9 +214,11 @@ def test_custom_code(style: str, input_ids: torch.Tensor) -> None:
     assert measured.scores == pytest.approx(expected, rel=1e-10)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "gemma3", "mixtral", "mamba", "rwkv"])
+@pytest.mark.parametrize("family", ["GPT-2", "OPT", "Gemma 3", "Mixtral", "Mamba", "RWKV"])
 def test_padding_on_the_right_is_not_counted(family: str, input_ids: torch.Tensor) -> None:
     model = library_model(family)
+    if family == "Gemma 3":  # eager attention makes NaN of padding that sees nothing
+        model.set_attn_implementation("sdpa")
     mask = torch.ones_like(input_ids)
     mask[0, 7:] = mask[2, 3:] = 0
     alone = measure_block_influence(model, [input_ids[:1, :7], input_ids[1:2], input_ids[2:, :3]])
@@ -321,7 +282,7 @@ def test_layers_that_return_something_else_are_refused(
 
 
 def test_a_layer_that_does_not_run_is_refused(input_ids: torch.Tensor) -> None:
-    model = library_model("llama")
-    model.config.num_hidden_layers = NUM_LAYERS - 1
-    with pytest.raises(ImportanceError, match="layer 3: measured on 0 tokens"):
+    model = library_model("Llama")
+    model.config.num_hidden_layers = 5
+    with pytest.raises(ImportanceError, match="layer 5: measured on 0 tokens"):
         measure_block_influence(model, [input_ids])

@@ -15,13 +15,10 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from pruning.importance import ImportanceError, measure_block_influence
 from pruning.sublayers import Part, measure_sublayer_influence, without_part
+from tests.architectures import BY_NAME, SHARED, UNGROUPED, hf
 from tests.conftest import data_path
 from tests.pruning.test_architectures import (
-    FAMILIES,
-    FEWER,
-    NUM_LAYERS,
     CustomModel,
-    hf,
     influence,
     input_ids,
     library_model,
@@ -33,20 +30,21 @@ __all__ = ["input_ids"]
 
 PARTS: tuple[Part, ...] = ("attention", "feed_forward")
 SEQUENTIAL = (
-    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "opt", "gpt2", "mixtral", "qwen3-moe"
+    "Llama", "Mistral", "Qwen2", "Qwen3", "Qwen3-MoE", "Mixtral", "Gemma", "Gemma 2", "Gemma 3",
+    "OPT", "GPT-2", "Baichuan2 with RoPE (7B)", "Baichuan2 with ALiBi (13B)",
 )  # fmt: skip
 
 
 def part_modules(family: str, layer: Any, part: Part) -> list[nn.Module]:
     """The modules of one part, by what is known of each family."""
     match family, part:
-        case "gpt2", "attention":
+        case "GPT-2", "attention":
             return [layer.attn]
-        case "gpt-neox", "attention":
+        case "GPT-NeoX", "attention":
             return [layer.attention]
         case _, "attention":
             return [layer.self_attn]
-        case "opt", "feed_forward":
+        case "OPT", "feed_forward":
             return [layer.fc1, layer.fc2]
         case _:
             return [layer.mlp]
@@ -55,7 +53,7 @@ def part_modules(family: str, layer: Any, part: Part) -> list[nn.Module]:
 def with_zero_weights(family: str, model: Any, layer: int, part: Part) -> Any:
     """Return the model with one part whose weights, biases included, are all zero."""
     zeroed = copy.deepcopy(model)
-    layers = zeroed.get_submodule(FAMILIES[family][1])
+    layers = zeroed.get_submodule(BY_NAME[family].layers)
     with torch.no_grad():
         for module in part_modules(family, layers[layer], part):
             for parameter in module.parameters():
@@ -66,10 +64,9 @@ def with_zero_weights(family: str, model: Any, layer: int, part: Part) -> Any:
 @pytest.mark.parametrize("family", SEQUENTIAL)
 def test_sequential_families(family: str, input_ids: torch.Tensor) -> None:
     model = library_model(family)
-    _, *found = FAMILIES[family]
-    paths = (found[0], found[1])
+    paths = (BY_NAME[family].layers, BY_NAME[family].norm)
     measured = measure_sublayer_influence(model, input_ids.chunk(3))
-    for layer in range(NUM_LAYERS):
+    for layer in range(6):
         x = stream_after(model, layer, paths, input_ids)
         no_feed_forward = with_zero_weights(family, model, layer, "feed_forward")
         y = stream_after(no_feed_forward, layer + 1, paths, input_ids)
@@ -80,7 +77,7 @@ def test_sequential_families(family: str, input_ids: torch.Tensor) -> None:
     assert measured.attention.num_tokens == measured.feed_forward.num_tokens == 36
 
 
-@pytest.mark.parametrize("family", [*SEQUENTIAL, "phi", "gpt-neox"])
+@pytest.mark.parametrize("family", [*SEQUENTIAL, "Phi", "GPT-NeoX"])
 @pytest.mark.parametrize("part", PARTS)
 def test_removal_equals_zero_weights(family: str, part: Part, input_ids: torch.Tensor) -> None:
     model = library_model(family)
@@ -106,7 +103,7 @@ def test_custom_code_in_place(input_ids: torch.Tensor) -> None:
 
 
 def test_padding_is_not_counted(input_ids: torch.Tensor) -> None:
-    model = library_model("opt")
+    model = library_model("OPT")
     mask = torch.ones_like(input_ids)
     mask[0, 7:] = mask[2, 3:] = 0
     rows = [input_ids[:1, :7], input_ids[1:2], input_ids[2:, :3]]
@@ -118,7 +115,7 @@ def test_padding_is_not_counted(input_ids: torch.Tensor) -> None:
 
 
 def sequential_gpt_neox() -> Any:
-    return hf.GPTNeoXConfig(**FEWER, use_parallel_residual=False)
+    return hf.GPTNeoXConfig(**UNGROUPED, use_parallel_residual=False)
 
 
 def test_a_parallel_family_made_sequential_is_measured(input_ids: torch.Tensor) -> None:
@@ -126,14 +123,14 @@ def test_a_parallel_family_made_sequential_is_measured(input_ids: torch.Tensor) 
     model = with_random_weights(hf.AutoModelForCausalLM.from_config(sequential_gpt_neox()))
     measured = measure_sublayer_influence(model, [input_ids])
     paths = ("gpt_neox.layers", "gpt_neox.final_layer_norm")
-    zeroed = with_zero_weights("gpt-neox", model, 1, "feed_forward")
+    zeroed = with_zero_weights("GPT-NeoX", model, 1, "feed_forward")
     x = stream_after(model, 1, paths, input_ids)
     y = stream_after(zeroed, 2, paths, input_ids)
     assert measured.attention.scores[1] == pytest.approx(influence(x, y), rel=1e-10)
 
 
 def post_norm_opt() -> Any:
-    config = FAMILIES["opt"][0]()
+    config = BY_NAME["OPT"].config()
     config.do_layer_norm_before = False
     return config
 
@@ -141,12 +138,15 @@ def post_norm_opt() -> Any:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (FAMILIES["phi"][0], "PhiDecoderLayer .* lacks a norm .* between the parts"),
-        (FAMILIES["gpt-neox"][0], r"GPTNeoXLayer .* feed-forward works on its input \(parallel\)"),
-        (post_norm_opt, "OPTDecoderLayer .* its first norm does not receive its input"),
-        (FAMILIES["mamba"][0], "layer 0: MambaBlock has no attention part that is known"),
+        (BY_NAME["Phi"].config, "PhiDecoderLayer .* lacks a norm .* between the parts"),
         (
-            lambda: hf.Olmo2Config(**FEWER),
+            BY_NAME["GPT-NeoX"].config,
+            r"GPTNeoXLayer .* works on its input \(parallel\)",
+        ),
+        (post_norm_opt, "OPTDecoderLayer .* its first norm does not receive its input"),
+        (BY_NAME["Mamba"].config, "layer 0: MambaBlock has no attention part that is known"),
+        (
+            lambda: hf.Olmo2Config(**SHARED),
             "Olmo2DecoderLayer .* lacks a norm before attention",
         ),
     ],
@@ -161,7 +161,7 @@ def test_other_layers_are_refused_with_the_reason(
 
 
 def test_a_removed_attention_has_no_influence(input_ids: torch.Tensor) -> None:
-    model = library_model("llama")
+    model = library_model("Llama")
     with without_part(model, 1, "attention"):
         measured = measure_sublayer_influence(model, [input_ids])
     assert measured.attention.scores[1] == pytest.approx(0, abs=1e-15)
@@ -169,8 +169,8 @@ def test_a_removed_attention_has_no_influence(input_ids: torch.Tensor) -> None:
 
 
 def test_removal_drops_a_damaged_part(input_ids: torch.Tensor) -> None:
-    model = library_model("llama")
-    sound = with_zero_weights("llama", model, 1, "feed_forward")
+    model = library_model("Llama")
+    sound = with_zero_weights("Llama", model, 1, "feed_forward")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] = math.nan
         with pytest.raises(ImportanceError, match="layer 1, feed_forward: the influence is not"):
@@ -181,8 +181,8 @@ def test_removal_drops_a_damaged_part(input_ids: torch.Tensor) -> None:
 
 def test_removal_holds_in_generation(input_ids: torch.Tensor) -> None:
     # Attention of layer 0 is where the library reads the length of the cache.
-    model = library_model("llama")
-    zeroed = with_zero_weights("llama", model, 0, "attention")
+    model = library_model("Llama")
+    zeroed = with_zero_weights("Llama", model, 0, "attention")
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     mask = torch.ones_like(input_ids)
     expected = zeroed.generate(input_ids, attention_mask=mask, **options)
@@ -192,10 +192,10 @@ def test_removal_holds_in_generation(input_ids: torch.Tensor) -> None:
 
 
 def test_parts_and_layers_that_do_not_exist_are_refused() -> None:
-    model = library_model("llama")
-    for layer in (-1, NUM_LAYERS):
+    model = library_model("Llama")
+    for layer in (-1, 6):
         with (
-            pytest.raises(ValueError, match=f"layer: got {layer}, allowed: 0 to 3"),
+            pytest.raises(ValueError, match=f"layer: got {layer}, allowed: 0 to 5"),
             without_part(model, layer, "attention"),
         ):
             pass
@@ -207,7 +207,7 @@ def test_parts_and_layers_that_do_not_exist_are_refused() -> None:
         pass
     with (
         pytest.raises(ValueError, match="layer 1: MambaBlock has no feed_forward part"),
-        without_part(library_model("mamba"), 1, "feed_forward"),
+        without_part(library_model("Mamba"), 1, "feed_forward"),
     ):
         pass
 

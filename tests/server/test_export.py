@@ -23,7 +23,8 @@ from server.offline_plan import kept_plan
 from server.policy_store import PlanFile
 from server.state import StateDirectory
 from tests.conftest import data_path
-from tests.pruning.test_surgery import large_model, one_thread, plan_of, siblings
+from tests.pruning.surgery.conftest import one_thread
+from tests.pruning.surgery.exporting import large_model, plan_of, siblings
 from tests.server.elastic import reference
 from tests.server.elastic.plain_vllm import generate_with_vllm
 from tests.server.elastic.running_engine import running_engine

@@ -35,7 +35,7 @@ from tests.pruning.quantization.small_model import (
     quantize,
     windows,
 )
-from tests.pruning.test_surgery import plan_of, siblings
+from tests.pruning.surgery.exporting import plan_of, siblings
 
 PATIENCE = 120.0
 

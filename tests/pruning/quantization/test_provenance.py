@@ -9,7 +9,7 @@ import pytest
 from pruning.fingerprint import model_fingerprint
 from pruning.plan import PlanError
 from pruning.quantization import QUANTIZATION_FILE, Provenance, QuantizationError, plan_of_base
-from tests.pruning.test_surgery import plan_of
+from tests.pruning.surgery.exporting import plan_of
 
 PROVENANCE = Provenance("sha256:base", 4, 64, False, "sha256:text", 7, {"package": "1.0"})
 
