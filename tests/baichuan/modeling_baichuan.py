@@ -30,7 +30,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        y: torch.Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
 
 
 def rotated(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -71,7 +72,10 @@ class Attention(nn.Module):
             scores = scores + (slopes[:, None, None] * positions).to(scores.dtype)
         scores = scores.masked_fill(~visible, -torch.inf)
         mixed = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
-        return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, hidden_size))
+        output: torch.Tensor = self.o_proj(
+            mixed.transpose(1, 2).reshape(batch, length, hidden_size)
+        )
+        return output
 
 
 class DecoderLayer(nn.Module):
@@ -104,7 +108,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
             DecoderLayer(config, index) for index in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(
         self,
@@ -143,10 +147,11 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = BaichuanModel(config)
         self.lm_head = NormHead(config.hidden_size, config.vocab_size)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
+    def get_input_embeddings(self) -> nn.Embedding:
+        embeddings: nn.Embedding = self.model.embed_tokens
+        return embeddings
 
     def forward(
         self,

@@ -200,6 +200,8 @@ def test_plan_and_quality_are_those_of_the_exports(
         assert quality.perplexity == pytest.approx(expected.perplexity, rel=1e-4)
         assert quality.agreement == expected.agreement
         assert quality.kl_nats == pytest.approx(expected.kl_nats, rel=1e-3)
+        assert quality.kl_nats is not None
+        assert quality.agreement is not None
         assert quality.kl_nats > 1e-4
         assert quality.agreement < 1
     assert len({quality.perplexity for quality in measured}) == len(cuts)

@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from server.engine.arguments import IN_PROCESS_EXECUTOR, prepare_environment
 
@@ -52,6 +51,7 @@ def generate_in_turn(
 
 def _generate(checkpoint: str, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
     from vllm import LLM, SamplingParams
+    from vllm.inputs import TokensPrompt
 
     _inspect_here(checkpoint)
     llm = LLM(
@@ -70,7 +70,7 @@ def _generate(checkpoint: str, prompts: list[list[int]], num_tokens: int) -> lis
     )
     try:
         outputs = llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts],
+            [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
             SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False),
             use_tqdm=False,
         )
@@ -88,7 +88,7 @@ def _inspect_here(checkpoint: str) -> None:
             ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
-def _do_nothing(*args: Any) -> int:
+def _collect_nothing(generation: int = 2) -> int:
     return 0
 
 
@@ -96,7 +96,7 @@ def main(task: Path, results: Path) -> None:
     prepare_environment()
     given = json.loads(task.read_bytes())
     # vLLM collects garbage seven times for each model, a second or two in all.
-    gc.collect = _do_nothing
+    gc.collect = _collect_nothing
     outcomes: dict[str, list[list[int]] | str] = {}
     for name, checkpoint in given["checkpoints"].items():
         try:

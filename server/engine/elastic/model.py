@@ -210,7 +210,7 @@ class ElasticGemma2ForCausalLM(ElasticCausalLM, Gemma2ForCausalLM):
     """Gemma 2."""
 
 
-class ElasticGemma3ForCausalLM(ElasticCausalLM, Gemma3ForCausalLM):
+class ElasticGemma3ForCausalLM(ElasticCausalLM, Gemma3ForCausalLM):  # type: ignore[misc]
     """Gemma 3 that reads text alone."""
 
 

@@ -59,7 +59,6 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=64),
     "qwen3-moe": lambda: Qwen3MoeConfig(
         **SHAPE,
-        head_dim=32,
         moe_intermediate_size=64,
         num_experts=4,
         num_experts_per_tok=2,
