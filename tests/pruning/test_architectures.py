@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from pruning.decoder import find_decoder
+from pruning.decoder import find_decoder, without_layers
 from pruning.fingerprint import model_fingerprint
 from pruning.importance import ImportanceError, measure_block_influence
 from pruning.plan import Plan
-from pruning.quality import measure_quality, quality_of_windows, token_statistics
+from pruning.quality import QualityError, measure_quality, quality_of_windows, token_statistics
 from pruning.surgery import export_checkpoint
 from tests.architectures import (
     ARCHITECTURES,
@@ -28,7 +28,8 @@ from tests.architectures import (
     make_checkpoint,
     make_model,
 )
-from tests.pruning.models import PROMPTS, load, logits
+from tests.pruning.models import PROMPTS, generate, load, logits
+from tests.pruning.models import without_layers as without_layers_by_hand
 
 NUM_CUSTOM_LAYERS = 4
 # Its library halves the stream every so many layers, between them.
@@ -205,6 +206,42 @@ def test_plan_and_quality_are_those_of_the_exports(
         assert quality.kl_nats > 1e-4
         assert quality.agreement < 1
     assert len({quality.perplexity for quality in measured}) == len(cuts)
+
+
+def test_generation_without_layers() -> None:
+    model = library_model("Llama")
+    before = generate(model)
+    with without_layers(find_decoder(model).layers, (1, 4)):
+        cut = generate(model)
+    assert cut == generate(without_layers_by_hand(library_model("Llama"), "model.layers", (1, 4)))
+    assert cut != before == generate(model)
+
+
+def test_what_has_no_quality_is_refused() -> None:
+    model = library_model("Llama")
+    for layer in (-1, 6):
+        with pytest.raises(ValueError, match=f"skipped: got layer {layer}, allowed: 0 to 5"):
+            measure_quality(model, PROMPTS, [(2, layer)])
+    with pytest.raises(ValueError, match=r"LlamaModel returned .* without logits"):
+        measure_quality(model.model, PROMPTS, [(1,)])
+    with pytest.raises(QualityError, match="window 0: got no tokens"):
+        measure_quality(model, PROMPTS[:, :1], [(1,)])
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.model.layers)
+    with pytest.raises(ValueError, match="training mode"):
+        measure_quality(model.train(), PROMPTS, [(1,)])
+
+
+@pytest.mark.parametrize("style", ["in place", "tuple"])
+def test_layers_that_add_in_place_are_left_out(style: str, input_ids: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    model = with_random_weights(CustomModel(style))
+    ids = input_ids[:1]
+    whole = model.model(ids)[0]
+    with without_layers(find_decoder(model).layers, (1, 2)):
+        cut = model.model(ids)[0]
+    model.model.layers = nn.ModuleList([model.model.layers[0], model.model.layers[3]])
+    assert torch.equal(cut, model.model(ids)[0])
+    assert not torch.allclose(cut, whole)
 
 
 @pytest.mark.parametrize("style", ["tensor", "tuple", "keyword", "in place"])
