@@ -19,7 +19,7 @@ from server.model_source import DEMO_MODEL
 from tests.pruning.quantization.conftest import small, small_quantized
 from tests.pruning.quantization.small_model import quantize
 from tests.pruning.quantization.test_checkpoint import worker_of
-from tests.pruning.test_surgery import plan_of, siblings
+from tests.pruning.surgery.exporting import plan_of, siblings
 from tests.server.elastic.plain_vllm import generate_with_vllm
 from tests.server.elastic.running_engine import running_engine
 from tests.server.test_cli import FATHOM, environment, fathom

@@ -20,7 +20,7 @@ from server.quantized import QuantizedModel, checked_quantization
 from server.state import StateError
 from tests.pruning.quantization.conftest import small, small_quantized
 from tests.pruning.quantization.test_checkpoint import worker_of
-from tests.pruning.test_surgery import plan_of
+from tests.pruning.surgery.exporting import plan_of
 
 __all__ = ["small", "small_quantized"]
 
