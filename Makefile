@@ -28,7 +28,7 @@ INSTALLED_DEV := $(VENV)/.installed-dev-$(KEY)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install -qq --progress-bar off
 
-.PHONY: help serve bench fuzz test test-gpu lint format proto setup clean
+.PHONY: help serve bench soak fuzz test test-gpu lint format proto setup clean
 
 help: ## Say what the targets do.
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
@@ -38,6 +38,9 @@ serve: $(INSTALLED) ## Serve the demo model, or with ARGS="--model ..." another 
 
 bench: $(INSTALLED_DEV) ## Measure speed, with ARGS="throughput ..." or another benchmark.
 	@$(VENV)/bin/fathom bench $(ARGS)
+
+soak: $(INSTALLED_DEV) ## Serve for minutes and see that nothing grows; ARGS="--minutes 120" for hours.
+	@$(VENV)/bin/python -m bench.soak $(ARGS)
 
 fuzz: $(INSTALLED_DEV) ## Throw 100,000 requests at what reads them; ARGS="--cases N" for more.
 	@$(VENV)/bin/python -c 'import atheris' 2>/dev/null || $(INSTALL) "$(ATHERIS)" || true

@@ -15,7 +15,9 @@ from server.policy import DepthPolicy
 logger = logging.getLogger(__name__)
 
 # Of what was measured, the last seconds count.
-_WINDOW_SECONDS = 3.0
+_WINDOW_SECONDS = 2.0
+# To tell how fast requests start.
+_NUM_STARTS_NEEDED = 8
 
 
 class AutoDepth:
@@ -25,6 +27,7 @@ class AutoDepth:
         self._clock = clock
         self._first_tokens = LatencyWindow(_WINDOW_SECONDS)
         self._gaps = LatencyWindow(_WINDOW_SECONDS)
+        self._arrivals = LatencyWindow(_WINDOW_SECONDS)
         self.set_rules(rules)
 
     @property
@@ -41,6 +44,10 @@ class AutoDepth:
         self._rules = rules
         self._controller = DepthController(rules.targets, rules.hold_seconds)
 
+    def observe_arrival(self) -> None:
+        """Count a request that came."""
+        self._arrivals.add(self._clock(), 0.0)
+
     def observe(self, seconds: float, num_tokens: int | None) -> None:
         """Count the time of a step since a request's step before, which brought so many tokens;
         or, without a number, that of its first since it came.
@@ -50,18 +57,29 @@ class AutoDepth:
         else:
             self._gaps.add(self._clock(), seconds, num_tokens)
 
-    def choose(self, policy: DepthPolicy, longest_wait: float, utilization: float) -> Level:
+    def choose(
+        self, policy: DepthPolicy, *, num_waiting: int, longest_wait: float, utilization: float
+    ) -> Level:
         """Return the level for now.
 
-        ``longest_wait`` is that of the requests that have not started, in seconds.
+        ``num_waiting`` requests have not started, of which one has waited ``longest_wait``
+        seconds.
         """
         now = self._clock()
         levels = ladder(policy, self._rules)
+        num_arrivals, num_starts = self._arrivals.count(now), self._first_tokens.count(now)
+        # Whoever still waits will wait longer than that, and whoever comes now as long as all
+        # that wait take to start.
+        first_token = max(self._first_tokens.mean(now), longest_wait)
+        overload = 1.0
+        if num_waiting and num_starts >= _NUM_STARTS_NEEDED:
+            first_token = max(first_token, num_waiting * _WINDOW_SECONDS / num_starts)
+            overload = max(1.0, num_arrivals / num_starts)
         load = Load(
-            # Whoever still waits will wait longer than that.
-            time_to_first_token=max(self._first_tokens.mean(now), longest_wait),
+            time_to_first_token=first_token,
             inter_token_latency=self._gaps.mean(now),
             utilization=utilization,
+            overload=overload,
         )
         before = self._controller.rung
         rung = self._controller.update(now, load, [speedup(policy, level) for level in levels])

@@ -1,7 +1,8 @@
 """Decides how far depth is turned down under load.
 
-A ladder of rungs, the first of which is the deepest. Depth goes down a rung a few seconds after
-latency has exceeded a target. It goes up again when load has been low for long, where low means
+A ladder of rungs, the first of which is the deepest. Depth goes down as soon as latency has
+exceeded a target: a rung, or as many as it takes to keep up with the requests that come. It goes
+up again, rung by rung, when load has been low for long, where low means
 that the rung above would meet the targets, too, judged by how much slower it is. When a rise turns
 out soon to have been a mistake, the next one has to wait twice as long, so that a load between
 two rungs does not make the depth swing.
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 # Between two steps down: what a step does shows after the requests that wait have started.
-_DESCENT_SECONDS = 3.0
+_DESCENT_SECONDS = 2.0
 # Of the targets, that the rung above is expected to use at most.
 _COMFORT = 0.8
 # Of the targets, at and below which what was learned of the load is forgotten.
@@ -36,12 +37,13 @@ class Load:
     """What requests see at one moment.
 
     Latencies are in seconds, 0.0 where there are no requests. ``utilization`` is the share of the
-    engine's places that are taken.
+    engine's places that are taken. ``overload`` is how many requests come for each that starts.
     """
 
     time_to_first_token: float
     inter_token_latency: float
     utilization: float
+    overload: float = 1.0
 
 
 class DepthController:
@@ -80,7 +82,10 @@ class DepthController:
             if self._rung < last and now - self._changed_at >= _DESCENT_SECONDS:
                 if now - self._risen_at < 2 * self._hold:
                     self._hold = min(2 * self._hold, _MAX_HOLD_SECONDS)
-                self._move(now, 1)
+                needed = speedups[self._rung] * load.overload
+                rungs = range(self._rung + 1, last)
+                enough = next((rung for rung in rungs if speedups[rung] >= needed), last)
+                self._move(now, enough - self._rung if load.overload > 1 else 1)
             return self._rung
         if self._rung == 0:
             return 0

@@ -30,6 +30,11 @@ class LatencyWindow:
         self._count += count
         self._forget(now)
 
+    def count(self, now: float) -> float:
+        """Return how many measurements there were."""
+        self._forget(now)
+        return self._count
+
     def mean(self, now: float) -> float:
         """Return the mean; 0.0 where nothing was measured."""
         self._forget(now)

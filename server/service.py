@@ -252,6 +252,7 @@ class Service:
             sampling = self._checked(request.sampling, len(prompt_ids))
             # What is wrong is told at once; what the server chooses, when the request starts.
             _, served = self.policy.resolve(request.depth, request.prefill_depth)
+            self._auto.observe_arrival()
             async with self._turn(admitted, served, deadline) as turn:
                 layers, served = self.policy.resolve(request.depth, request.prefill_depth)
                 yield PromptInfo(admitted.request_id, len(prompt_ids), served)
@@ -518,7 +519,12 @@ class Service:
         while True:
             await asyncio.sleep(_CHOICE_SECONDS)
             queue, rung = self._queue, self._auto.rung
-            level = self._auto.choose(self.policy, queue.longest_wait(), queue.utilization)
+            level = self._auto.choose(
+                self.policy,
+                num_waiting=queue.num_waiting,
+                longest_wait=queue.longest_wait(),
+                utilization=queue.utilization,
+            )
             if level.name != self.policy.present_level:
                 self._install(self.policy.with_present_level(level.name))
             if self._auto.rung != rung:

@@ -1,0 +1,48 @@
+"""A ``fathom serve`` process with the demo model, at its levels."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.subjects.base import free_port
+from bench.subjects.server_process import ServerProcess
+from server.rpc.client import CallError, Client
+
+
+@dataclass(frozen=True, slots=True)
+class DemoServer:
+    """Where it listens, and the process."""
+
+    address: str
+    metrics_url: str
+    process: ServerProcess
+
+
+@asynccontextmanager
+async def demo_server(**settings: object) -> AsyncIterator[DemoServer]:
+    """Yield a server that serves; raises :class:`ServerFailed` where none does."""
+    port, metrics_port = free_port(), free_port()
+    address = f"127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory(prefix="fathom-") as directory:
+        chosen = {"port": port, "metrics_port": metrics_port, "state_dir": directory} | settings
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
+        command = [Path(sys.executable).parent / "fathom", "serve", *flags]
+        process = ServerProcess(command, Path(directory) / "log")
+
+        async def serves() -> bool:
+            try:
+                with Client(address, timeout=5.0) as client:
+                    return client.health() == "SERVING"
+            except CallError:
+                return False
+
+        try:
+            await process.wait_until(serves)
+            yield DemoServer(address, f"http://127.0.0.1:{metrics_port}/metrics", process)
+        finally:
+            process.close()
