@@ -23,7 +23,9 @@ DEPTHS = (16, 11, 6, 1)
 def damaged_plan(demo_server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Half of a plan file, in a copy of another server's state directory."""
     state = tmp_path_factory.mktemp("damaged") / "state"
-    shutil.copytree(demo_server.state_directory, state, ignore=shutil.ignore_patterns("*.lock"))
+    shutil.copytree(
+        demo_server.state_directory, state, ignore=shutil.ignore_patterns("*.lock", "compiled")
+    )
     (path,) = state.glob("plan-*.json")
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])

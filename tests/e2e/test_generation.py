@@ -209,7 +209,11 @@ def test_ways_to_choose_a_depth(subject: Subject) -> None:
         model = client.get_model()
         perplexities = {row.decode_layers: row.quality.perplexity for row in model.depths}
         assert set(perplexities) == set(range(1, model.num_layers + 1))
-        worst = max(perplexities.values()) / perplexities[model.num_layers] - 1
+        deep = min(
+            depth
+            for depth, perplexity in perplexities.items()
+            if perplexity <= perplexities[model.num_layers]
+        )
         level, default = model.levels[1], model.levels[0]
         assert default.is_default
         auto = common_pb2.Served.REASON_AUTO
@@ -220,7 +224,7 @@ def test_ways_to_choose_a_depth(subject: Subject) -> None:
             (common_pb2.Depth(prune_ratio=0.0), model.num_layers, named),
             (common_pb2.Depth(prune_ratio=0.999), 1, named),
             (common_pb2.Depth(auto=common_pb2.Auto()), default.decode_layers, auto),
-            (common_pb2.Depth(auto=common_pb2.Auto(max_quality_loss=worst + 1)), 1, auto),
+            (common_pb2.Depth(auto=common_pb2.Auto(max_quality_loss=0.0)), deep, auto),
         ]:
             request = greedy_request(PROMPTS[0], 4)
             if depth is not None:
