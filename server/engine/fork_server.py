@@ -16,7 +16,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata, util
-from multiprocessing import forkserver, process
+from multiprocessing import forkserver, process, resource_tracker
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ def start_fork_server() -> None:
         return
     prepare_environment()
     multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
+    # Ctrl-C reaches every process of a terminal's group; when engines end is up to the server.
+    resource_tracker.ensure_running()  # when it is started, it resets the mask
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     preload = os.environ.get("LD_PRELOAD")
     os.environ["LD_PRELOAD"] = ":".join([*filter(None, [preload]), *_libraries()])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -97,6 +98,11 @@ class RunningServer:
     def children(self) -> list[psutil.Process]:
         """Return the processes that the server has started, and those that these have."""
         return psutil.Process(self.process.pid).children(recursive=True)
+
+    def copy_state(self, directory: Path) -> Path:
+        """Copy what is kept between starts, for a server that measures something else."""
+        ignored = shutil.ignore_patterns("*.lock", "compiled")
+        return Path(shutil.copytree(self.state_directory, directory / "state", ignore=ignored))
 
     def engine_processes(self) -> list[psutil.Process]:
         """Return the children that run the model."""

@@ -23,9 +23,10 @@ def server(
     demo_server: RunningServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningServer]:
     """It finds the plan of the elastic server: both leave out the same layers."""
+    directory = tmp_path_factory.mktemp("dedicated")
     with running_server(
-        tmp_path_factory.mktemp("dedicated"),
-        state_dir=demo_server.state_directory,
+        directory,
+        state_dir=demo_server.copy_state(directory),
         engine="dedicated",
         levels="full=16,half=8",
         engine_args=EAGER,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,10 +21,7 @@ DEPTHS = (16, 11, 6, 1)
 @pytest.fixture(scope="module")
 def damaged_plan(demo_server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Half of a plan file, in a copy of another server's state directory."""
-    state = tmp_path_factory.mktemp("damaged") / "state"
-    shutil.copytree(
-        demo_server.state_directory, state, ignore=shutil.ignore_patterns("*.lock", "compiled")
-    )
+    state = demo_server.copy_state(tmp_path_factory.mktemp("damaged"))
     (path,) = state.glob("plan-*.json")
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])

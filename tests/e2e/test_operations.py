@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,7 +64,7 @@ def server(
     (directory / "fathom.yaml").write_text("levels: {full: 16, half: 8}\n")
     GuardedServer.tls = ClientTls(ca=authority.pem)
     # A copy: what is measured for new levels is kept, which other tests would notice.
-    state = shutil.copytree(demo_server.state_directory, directory / "state")
+    state = demo_server.copy_state(directory)
     server = GuardedServer(
         directory,
         state_dir=state,

@@ -111,15 +111,17 @@ def test_weights_in_another_layout_are_left_out(
 
 
 MEASURED_EXPORT = """
-import resource, sys
+import re, sys
+from pathlib import Path
 from pruning.plan import Plan
 from pruning.surgery import export_checkpoint
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 small, large, out, small_plan, large_plan = sys.argv[1:]
 export_checkpoint(small, out + "-small", Plan.load(small_plan), 3)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 written = export_checkpoint(large, out, Plan.load(large_plan), 1)
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(written.num_bytes, 1024 * after, 1024 * (after - before))
+print(written.num_bytes, peak(), peak() - before)
 """
 
 

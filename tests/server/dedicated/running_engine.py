@@ -39,6 +39,7 @@ class RunningEngines:
             )
         )
         self.engine.on_restart = self.count
+        self._others = _engine_processes()
         self.run(self.engine.start())
 
     def count(self) -> None:
@@ -57,9 +58,10 @@ class RunningEngines:
 
     def close(self) -> None:
         self.run(self.engine.shutdown())
-        assert self.processes() == set()
+        left = self.processes()
         self.run(self.loop.shutdown_asyncgens())
         self.loop.close()
+        assert left == set()
 
     def generate(self, prompts: list[list[int]], layers: LayerSelection) -> list[list[int]]:
         async def everything() -> list[list[int]]:
@@ -71,9 +73,13 @@ class RunningEngines:
 
     def processes(self) -> set[int]:
         """Return the engines' processes, without those that have ended."""
-        found = set()
-        for child in psutil.Process().children(recursive=True):
-            with suppress(psutil.NoSuchProcess):  # also for a zombie
-                if "EngineCore" in " ".join(child.cmdline()):
-                    found.add(child.pid)
-        return found
+        return _engine_processes() - self._others
+
+
+def _engine_processes() -> set[int]:
+    found = set()
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # also for a zombie
+            if "EngineCore" in " ".join(child.cmdline()):
+                found.add(child.pid)
+    return found

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Gemma2Config, OPTConfig, PretrainedConfig
+from transformers import OPTConfig, PretrainedConfig, StableLmConfig
 
 from pruning.fingerprint import model_fingerprint
 from pruning.plan import Plan
@@ -30,7 +30,7 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
         max_position_embeddings=256,
         init_std=0.15,
     ),
-    "gemma2": lambda: Gemma2Config(**SHAPE, head_dim=32, sliding_window=16),
+    "stablelm": lambda: StableLmConfig(**SHAPE),
 }
 
 
