@@ -365,6 +365,7 @@ def _engine(settings: Settings, inputs: Inputs) -> Engine:
             memory_shares=settings.memory_shares,
             state_dir=settings.state_dir,
             timeout_seconds=settings.engine_timeout_seconds,
+            ranked_model=inputs.source.directory,
         )
     )
 

@@ -62,12 +62,14 @@ class DedicatedConfig(EngineConfig):
 
     ``memory_shares`` says by level which part of the memory its engine gets. Checkpoints are kept
     in ``state_dir``. An engine that does not answer for ``timeout_seconds`` is started again,
-    unless that is 0.
+    unless that is 0. ``ranked_model`` is the checkpoint whose layers are ranked, where that is
+    not ``model``: transformers does not load every quantized one.
     """
 
     memory_shares: Mapping[str, float] = field(default_factory=dict)
     state_dir: Path = Path()
     timeout_seconds: float = 0.0
+    ranked_model: Path | None = None
 
 
 class DedicatedEngine:
@@ -226,7 +228,7 @@ class DedicatedEngine:
         self, windows: Sequence[Sequence[int]], progress: ProgressCallback
     ) -> BlockInfluence:
         return await measure_in_process(
-            self._config.model,
+            self._config.ranked_model or self._config.model,
             windows,
             progress,
             dtype=self._dtype,

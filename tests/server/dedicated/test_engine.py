@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
 from pruning.importance import BlockInfluence
 from pruning.quality import Quality
@@ -221,3 +223,35 @@ def test_arguments_are_checked_first(
     )
     with pytest.raises(InvalidArgument, match=problem):
         asyncio.run(DedicatedEngine(config).start())
+
+
+def test_layers_of_the_model_that_is_named_for_it_are_ranked(
+    stories_model: Path, expected: Expected, tmp_path: Path
+) -> None:
+    """As for a quantized model, which transformers might not load."""
+    quantized = tmp_path / "quantized"
+    shutil.copytree(stories_model, quantized)
+    (weights,) = quantized.glob("*.safetensors")
+    tensors = {
+        name: tensor.round() if "layers" in name else tensor
+        for name, tensor in load_file(weights).items()
+    }
+    weights.unlink()
+    save_file(tensors, weights, metadata={"format": "pt"})
+    engine = DedicatedEngine(
+        DedicatedConfig(
+            model=quantized,
+            name="quantized",
+            dtype="float32",
+            kv_cache_gib=0.25,
+            ranked_model=stories_model,
+        )
+    )
+
+    async def scores() -> Sequence[float]:
+        await engine.start()
+        found = await engine.measure_importance(expected.windows, lambda *_: None)
+        await engine.shutdown()
+        return found.scores
+
+    assert asyncio.run(scores()) == pytest.approx(expected.importance.scores, abs=1e-5)
