@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GemmaConfig
+from transformers import AutoModelForCausalLM, StableLmConfig
 
 from pruning.plan import Plan
 from server.engine.elastic.architectures import ELASTIC_ARCHITECTURES
@@ -126,22 +126,21 @@ def address_that_others_can_reach(directory: Path) -> tuple[dict[str, object], l
 
 
 def architecture_that_is_not_supported(directory: Path) -> tuple[dict[str, object], list[str]]:
-    model = directory / "gemma"
+    model = directory / "stablelm"
     torch.manual_seed(0)
-    config = GemmaConfig(
+    config = StableLmConfig(
         vocab_size=2048,
         hidden_size=64,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=32,
     )
     auto: Any = AutoModelForCausalLM
     auto.from_config(config).save_pretrained(model)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO_MODEL / name, model)
-    return {"model": model}, ["model: ", "GemmaForCausalLM", *ELASTIC_ARCHITECTURES]
+    return {"model": model}, ["model: ", "StableLmForCausalLM", *ELASTIC_ARCHITECTURES]
 
 
 TROUBLES: list[Trouble] = [
