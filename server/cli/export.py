@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import signal
-import sys
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.filesize import decimal
 
-from server.cli.problems import report_problem
+from server.cli.offline import run_offline
 from server.config import Settings, load_settings
 from server.progress import ProgressReport
 
@@ -109,23 +105,7 @@ def export(
             "trust_remote_code": trust_remote_code,
         }
     )
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for package in ("server", "pruning"):
-        logging.getLogger(package).setLevel(settings.log_level.upper())
-    signal.signal(signal.SIGTERM, _exit)  # what is half written is removed on the way out
-
-    # Imported here to keep the other commands quick.
-    from pruning.quantization import QuantizationFailed
-    from server.inputs import StartError
-
-    try:
-        _export(settings, out, depth, prune_ratio, overwrite)
-    except StartError as error:
-        report_problem(str(error))
-        sys.exit(2)
-    except (QuantizationFailed, OSError) as error:
-        report_problem(str(error))
-        sys.exit(1)
+    run_offline(settings, lambda: _export(settings, out, depth, prune_ratio, overwrite))
 
 
 def _export(
@@ -188,7 +168,3 @@ def _export(
         f"Weights: {decimal(written.num_bytes)}, before: {decimal(written.num_source_bytes)}; "
         f"in {written.directory}"
     )
-
-
-def _exit(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)

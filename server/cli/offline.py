@@ -1,0 +1,37 @@
+"""What the commands that write a checkpoint without a server have in common."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+from server.cli.problems import report_problem
+from server.config import Settings
+
+
+def run_offline(settings: Settings, work: Callable[[], None]) -> None:
+    """Do the work; exit with 2 for what it was asked, and with 1 where it failed, saying why."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for package in ("server", "pruning"):
+        logging.getLogger(package).setLevel(settings.log_level.upper())
+    signal.signal(signal.SIGTERM, _exit)  # what is half written is removed on the way out
+
+    # Imported here to keep the other commands quick.
+    from pruning.quantization import QuantizationFailed
+    from server.inputs import StartError
+
+    try:
+        work()
+    except StartError as error:
+        report_problem(str(error))
+        sys.exit(2)
+    except (QuantizationFailed, OSError) as error:
+        report_problem(str(error))
+        sys.exit(1)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
