@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import logging
 import multiprocessing
 import os
 import signal
@@ -33,8 +32,6 @@ _LIBRARIES = (
     ("vllm", ("libs/libtcmalloc_minimal*.so*", "libs/libtcmalloc.so*")),
 )
 _PR_SET_PDEATHSIG = 1
-
-logger = logging.getLogger(__name__)
 
 
 def start_fork_server() -> None:

@@ -59,7 +59,7 @@ class CompiledLayers:
             torch._dynamo.mark_dynamic(residual, 0)
             return positions, hidden, residual
 
-        alike = [layers[0], *_alike(layers, example)]
+        alike = _alike(layers, example)
         one = _compiled(_run_one)
         one(alike[0], *example())
         four: Any = None
@@ -105,10 +105,11 @@ def _compiled(function: Any) -> Any:
     return torch.compile(function, fullgraph=True, dynamic=False, options=dict(_OPTIONS))
 
 
-def _alike(layers: Sequence[nn.Module], example: Any) -> Iterator[nn.Module]:
-    """Yield the layers after the first that satisfy every guard of the first."""
+def _alike(layers: Sequence[nn.Module], example: Any) -> list[nn.Module]:
+    """Return the first layer and those after it that satisfy every guard of its."""
     guarded: Any = torch.compile(_run_guarded, backend="eager", fullgraph=True, dynamic=False)
     guarded(layers[0], *example())
+    alike = [layers[0]]
     for layer in layers[1:]:
         # The error has no class of its own.
         with (
@@ -116,7 +117,8 @@ def _alike(layers: Sequence[nn.Module], example: Any) -> Iterator[nn.Module]:
             torch.compiler.set_stance("fail_on_recompile"),
         ):
             guarded(layer, *example())
-            yield layer
+            alike.append(layer)
+    return alike
 
 
 # Functions of their own each: compiled code is kept by function, and without guards nothing else
