@@ -2,7 +2,7 @@
 
     python -m server.config
 
-prints the table of settings that the README shows.
+prints the table of docs/settings.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The architectures that Fathom answers for, each with a small model of its kind.
 
-The table of architectures in README.md is made from them; that what they say holds is tested in
+The table in docs/architectures.md is made from them; that what they say holds is tested in
 ``tests/pruning/test_architectures.py``, ``tests/pruning/surgery/test_architectures.py``,
 ``tests/server/test_architectures.py`` and ``tests/server/elastic/test_families.py``.
 """
@@ -72,7 +72,7 @@ class Architecture:
 
 
 def architecture_table() -> str:
-    """Return the table of README.md and the notes below it."""
+    """Return the table of docs/architectures.md and the notes below it."""
     lines = ["| Architecture | Elastic | Dedicated | Export | BI |", "|---|---|---|---|---|"]
     refused: dict[str, list[str]] = {}
     for architecture in ARCHITECTURES:

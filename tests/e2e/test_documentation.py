@@ -1,4 +1,4 @@
-"""What README.md and CONTRIBUTING.md say is tried out.
+"""What the documents say is tried out.
 
 Commands are the lines of indented blocks and of fences marked ``sh``, and in fences marked
 ``console`` the lines that begin with ``$``. Those that talk to a server are run against a live
@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,9 @@ import typer.main
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from bench.cli import app as bench_app
 from server.cli import app
-from server.config import CLIENT_VARIABLES, ENV_PREFIX, Settings, load_settings, settings_table
+from server.config import CLIENT_VARIABLES, ENV_PREFIX, Settings, load_settings
 from tests.e2e.running_server import (
     FATHOM,
     PATIENCE,
@@ -32,15 +34,26 @@ from tests.e2e.running_server import (
 )
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md")
-FATHOM_COMMANDS = typer.main.get_group(app).commands
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "bench/README.md",
+    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+)
+# By the words that follow ``fathom``.
+FATHOM_COMMANDS = {
+    **typer.main.get_group(app).commands,
+    **{f"bench {name}": each for name, each in typer.main.get_group(bench_app).commands.items()},
+}
 # Commands of a client are run, those that begin something lasting are only checked.
 CLIENT_COMMANDS = {"generate", "model", "calibrate", "health"}
 OTHER_PROGRAMS = {"curl", "grpcurl"}
 SHELLS = {"sh", "bash", "shell"}
 SUFFIXES = {".py", ".md", ".toml", ".proto", ".yaml", ".yml", ".json", ".jinja", ".mjs"}
 # Stand for something of the reader's own.
-PLACEHOLDER = re.compile(r"path/to/|organization/|^[A-Z_/=]+$")
+PLACEHOLDER = re.compile(r"path/to/|organization/|^NAME\.|^[A-Z_/=]+$")
+# Made by what the documents tell of.
+PRODUCTS = (".venv", "bench-results/")
 
 
 def parsed(document: str) -> list[Token]:
@@ -133,6 +146,8 @@ def check_command(words: list[str], server: RunningServer, directory: Path) -> N
     match words:
         case ["fathom", name, *_] if name in CLIENT_COMMANDS:
             assert run([str(FATHOM), *words[1:]], server, directory).strip()
+        case ["fathom", "bench", name, *arguments]:
+            FATHOM_COMMANDS[f"bench {name}"].make_context(name, arguments)
         case ["fathom", name, *arguments]:
             context = FATHOM_COMMANDS[name].make_context(name, arguments)
             if name == "serve":
@@ -174,8 +189,8 @@ def test_the_readme_has_commands_of_every_kind() -> None:
     assert YAML
 
 
-def test_the_table_of_settings_is_current() -> None:
-    assert settings_table() in (ROOT / "README.md").read_text("utf-8")
+def test_every_document_is_linked_from_the_readme() -> None:
+    assert set(DOCUMENTS) - {"README.md"} <= set(links("README.md"))
 
 
 def make_targets() -> set[str]:
@@ -183,12 +198,29 @@ def make_targets() -> set[str]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
+def test_files_and_sections_that_are_linked_exist(document: str) -> None:
+    here = ROOT / document
+    missing = []
+    for link in links(document):
+        path, _, section = link.partition("#")
+        if re.match(r"[a-z]+:", link):
+            continue
+        target = (here.parent / path).resolve() if path else here
+        if not target.exists() or (section and section not in sections(target)):
+            missing.append(link)
+    assert not missing
+
+
+def sections(document: Path) -> set[str]:
+    """Return the names by which links know the headings of the document."""
+    tokens = parsed(document.relative_to(ROOT).as_posix())
+    headings = [after.content for token, after in pairwise(tokens) if token.type == "heading_open"]
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_files_that_are_mentioned_exist(document: str) -> None:
-    missing = [
-        link
-        for link in links(document)
-        if not re.match(r"[a-z]+:|#", link) and not (ROOT / link.partition("#")[0]).exists()
-    ]
+    missing = []
     for code in inline_codes(document):
         for word in code.split():
             is_path = "/" in word.strip("/") or word.endswith("/") or Path(word).suffix in SUFFIXES
@@ -196,7 +228,7 @@ def test_files_that_are_mentioned_exist(document: str) -> None:
                 is_path
                 and re.fullmatch(r"[\w.*-]+(/[\w.*-]+)*/?", word)
                 and not PLACEHOLDER.search(word)
-                and not word.startswith(".venv")
+                and not word.startswith(PRODUCTS)
                 and not any(ROOT.glob(word.rstrip("/")))
                 and not any(inside(place, word) for place in ("server", "pruning", "tests"))
             ):
@@ -218,11 +250,13 @@ def test_flags_targets_modules_and_variables_that_are_mentioned_exist(document: 
         match words:
             case ["make", target, *_] if target not in make_targets():
                 missing.append(code)
+            case ["make", ("serve" | "bench") as name, *_] if not is_known(
+                [name, *handed_on(code)]
+            ):
+                missing.append(code)
             case ["python", "-m", module, *_] if importlib.util.find_spec(module) is None:
                 missing.append(code)
-            case ["fathom", name, *_] if name not in FATHOM_COMMANDS:
-                missing.append(code)
-            case ["fathom", name, *_] if not given_flags(words) <= known_flags(name):
+            case ["fathom", *rest] if rest and not is_known(rest):
                 missing.append(code)
             case [first, *_] if first.startswith("--"):
                 if not any(given_flags(words) <= known_flags(name) for name in FATHOM_COMMANDS):
@@ -233,14 +267,47 @@ def test_flags_targets_modules_and_variables_that_are_mentioned_exist(document: 
     assert not missing
 
 
+def handed_on(code: str) -> list[str]:
+    """Return the arguments that make is told to hand on to the command."""
+    given = re.search(r'ARGS="(.*)"', code)
+    return given[1].split() if given else []
+
+
+def is_known(words: list[str]) -> bool:
+    """Whether ``fathom`` has that command, and the command those flags."""
+    match words:
+        case ["bench", benchmark, *_]:
+            name = f"bench {benchmark}"
+        case _:
+            name = words[0]
+    return name in FATHOM_COMMANDS and given_flags(words) <= known_flags(name)
+
+
 def given_flags(words: list[str]) -> set[str]:
     return {word.partition("=")[0] for word in words if word.startswith("--")}
 
 
 def known_flags(name: str) -> set[str]:
-    return {flag for parameter in FATHOM_COMMANDS[name].params for flag in parameter.opts} | {
-        "--help"
-    }
+    return {
+        flag
+        for parameter in FATHOM_COMMANDS[name].params
+        for flag in (*parameter.opts, *parameter.secondary_opts)
+    } | {"--help"}
+
+
+@pytest.mark.parametrize(
+    ("words", "known"),
+    [
+        ("bench peers --rounds 3 --no-compile-layers", True),
+        ("bench peers --level fast", False),
+        ("bench nothing", False),
+        ("generate --level fast", True),
+        ("generate --rounds 3", False),
+        ("bench", True),
+    ],
+)
+def test_flags_are_compared_with_those_of_their_command(words: str, known: bool) -> None:
+    assert is_known(words.split()) is known
 
 
 def test_metrics_that_are_mentioned_exist(demo_server: RunningServer) -> None:
