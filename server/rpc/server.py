@@ -125,6 +125,9 @@ class RpcServer:
 
 # For what has been answered already to get to the clients.
 _LAST_MESSAGES_SECONDS = 0.1
+# Calls that gRPC holds until the event loop takes them. It would cancel some beyond a thousand,
+# which a burst of streams reaches; what there is no room for, admission refuses properly.
+_MAX_PENDING_CALLS = 2**16
 
 
 def _options(
@@ -136,6 +139,8 @@ def _options(
         # Otherwise a second server on the port would go unnoticed, and get half of the calls.
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", 2 * _MAX_PENDING_CALLS),
         # Clients whose machine is gone are noticed, so that their requests end.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
@@ -146,6 +151,9 @@ def _options(
     ]
     if max_concurrent_streams is not None:
         options.append(("grpc.max_concurrent_streams", max_concurrent_streams))
+        # Or calls would count that the client knows to have ended, whose remains have not been
+        # cleared away yet, and its next one, which had waited for its turn, would be refused.
+        options.append(("grpc.http.overload_protection", 0))
     if max_connection_age_seconds is not None:
         # What runs then is finished on the old connection: there is no limit to its grace.
         options.append(("grpc.max_connection_age_ms", int(max_connection_age_seconds * 1000)))

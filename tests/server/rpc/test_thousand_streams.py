@@ -1,4 +1,4 @@
-"""A thousand streams at once, with the engine dying among them: each ends, and none is lost."""
+"""A thousand streams at once and more: each ends, and none is lost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 import pytest
 
 from server.rpc.client import AsyncClient
-from server.rpc.generated.fathom.v1 import inference_pb2
+from server.rpc.generated.fathom.v1 import control_pb2, inference_pb2
 from server.service import State
 from tests.faults.outcomes import Asked, Crowd, Outcome
 from tests.server.rpc.conftest import Deployment
@@ -67,3 +67,11 @@ async def test_all_end_and_none_is_lost(deployment: Deployment, dies: bool) -> N
     assert deployment.engine.max_running <= 72
     assert deployment.service.state is State.SERVING
     assert deployment.service.status().load.num_waiting == 0
+
+
+async def test_no_call_is_dropped_while_the_server_is_busy(deployment: Deployment) -> None:
+    """All are sent before the event loop, which is this one, takes the first."""
+    statuses = await asyncio.gather(
+        *[deployment.client.control.GetStatus(control_pb2.GetStatusRequest()) for _ in range(4000)]
+    )
+    assert all(status.state == control_pb2.GetStatusResponse.STATE_SERVING for status in statuses)
