@@ -172,8 +172,8 @@ def test_every_problem_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     config = yaml_file(tmp_path, "prot: 1\nport: 70000\ngrace_seconds: .nan\n")
     monkeypatch.setenv("FATHOM_DTYPE", "float64")
     assert problems(config=config) == [
-        "port: got 70000, allowed: 0 to 65535",
         "dtype: got 'float64', allowed: auto, float32, bfloat16, float16",
+        "port: got 70000, allowed: 0 to 65535",
         "grace_seconds: got nan, allowed: 0 or more",
         "unknown setting 'prot'; did you mean port?",
     ]

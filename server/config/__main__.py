@@ -1,0 +1,5 @@
+"""Print the tables of docs/settings.md."""
+
+from server.config.table import settings_table
+
+print(settings_table())

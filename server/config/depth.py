@@ -1,0 +1,151 @@
+"""Settings of what is left out at which depth, and of who gets which."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    FilePath,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import NoDecode
+
+from server.config.errors import conflict, not_allowed
+from server.config.values import names_from, pairs_from
+from server.levels import LevelSpec
+
+_LEVEL_ALLOWED = (
+    "a number of layers (1 or more), a prune ratio (0.0 to less than 1, with a decimal point), "
+    "or {depth: ..., prefill_depth: ...} of these"
+)
+_LEVELS_SYNTAX = (
+    "NAME=DEPTH or NAME=PREFILL/DECODE, separated by commas, or a JSON object; a depth is "
+    "a number of layers or, with a decimal point, a prune ratio"
+)
+
+
+def _depth_from(value: object) -> int | float:
+    if isinstance(value, str):
+        try:
+            value = int(value)
+        except ValueError:
+            try:
+                value = float(value)
+            except ValueError:
+                raise not_allowed(_LEVEL_ALLOWED) from None
+    is_depth = (isinstance(value, int) and not isinstance(value, bool) and value >= 1) or (
+        isinstance(value, float) and 0 <= value < 1
+    )
+    if not is_depth:
+        raise not_allowed(_LEVEL_ALLOWED)
+    return typing.cast("int | float", value)
+
+
+def _level_from(value: object) -> LevelSpec:
+    depth: object
+    prefill_depth: object
+    match value:
+        case LevelSpec(depth=depth, prefill_depth=prefill_depth):
+            pass
+        case {"depth": depth, "prefill_depth": prefill_depth, **others} if not others:
+            pass
+        case {"depth": depth, **others} if not others:
+            prefill_depth = None
+        case str() if "/" in value:
+            prefill_depth, depth = value.split("/", maxsplit=1)
+        case _:
+            depth, prefill_depth = value, None
+    return LevelSpec(
+        name="",  # the key of the mapping, which is not known here
+        depth=_depth_from(depth),
+        prefill_depth=None if prefill_depth is None else _depth_from(prefill_depth),
+    )
+
+
+def _levels_from(value: object) -> object:
+    return pairs_from(value, _LEVELS_SYNTAX)
+
+
+Level = Annotated[LevelSpec, BeforeValidator(_level_from)]
+
+
+class DepthSettings(BaseModel):
+    calibration: str | None = Field(
+        None,
+        description="Text to rank the layers on: a file, a directory, JSON lines or a Hugging "
+        "Face dataset; none: the documentation of Python's standard library.",
+    )
+    calibration_tokens: Annotated[int, Ge(64)] = Field(
+        32768, description="Tokens of it to rank the layers on."
+    )
+    plan: FilePath | None = Field(
+        None,
+        description="Plan file to use in place of a calibration; one that was made for another "
+        "model is refused.",
+    )
+    quality_text: str | None = Field(
+        None,
+        description="Text to measure quality on, as for `calibration`; none: a part of the "
+        "standard library's documentation that neither calibration nor the demo model has seen.",
+    )
+    quality_tokens: Annotated[int, Ge(64)] = Field(
+        8192, description="Tokens of it to measure quality on."
+    )
+    quality_depths: Literal["all", "levels"] | None = Field(
+        None,
+        description="Whether quality is measured at every depth or at the levels alone; none: "
+        "every depth of models of up to 16 layers.",
+    )
+    levels: Annotated[dict[str, Level], NoDecode, BeforeValidator(_levels_from)] = Field(
+        {},
+        description="Operating points by name: a number of layers (12), a prune ratio (0.25), or "
+        "`{depth: 16, prefill_depth: 12}`; as a flag or a variable also `NAME=DEPTH` or "
+        "`NAME=PREFILL/DECODE`, separated by commas. None: the default levels.",
+        json_schema_extra={"default_text": "default levels"},
+    )
+    default_level: str | None = Field(
+        None, description="Level of requests that name no depth; none: the first one."
+    )
+    auto_levels: Annotated[tuple[str, ...], NoDecode, BeforeValidator(names_from)] = Field(
+        (),
+        description="Levels of requests that leave the depth to the server: the first without "
+        "load, each further one under more. None: the default level and all shallower ones.",
+    )
+    auto_by_default: bool = Field(
+        False, description="Whether requests that name no depth leave it to the server."
+    )
+    auto_first_token_seconds: Annotated[float, Gt(0)] = Field(
+        1.0, description="Time to the first token above which such requests get a shallower level."
+    )
+    auto_inter_token_seconds: Annotated[float, Gt(0)] = Field(
+        0.1, description="Time between two tokens above which they do."
+    )
+    auto_hold_seconds: Annotated[float, Ge(0)] = Field(
+        30.0, description="Seconds of low load after which they get the next deeper level again."
+    )
+    auto_max_quality_loss: Annotated[float, Ge(0)] = Field(
+        0.25,
+        description="Largest perplexity ratio to dense, less 1, of a level that load may lead to.",
+    )
+    auto_min_agreement: Annotated[float, Ge(0), Le(1)] = Field(
+        0.0, description="Smallest share of next tokens it has in common with dense."
+    )
+
+    @field_validator("levels")
+    @classmethod
+    def _name_levels(cls, levels: dict[str, LevelSpec]) -> dict[str, LevelSpec]:
+        return {name: dataclasses.replace(spec, name=name) for name, spec in levels.items()}
+
+    @model_validator(mode="after")
+    def _check_default_level(self) -> DepthSettings:
+        if self.levels and self.default_level and self.default_level not in self.levels:
+            allowed = f"one of the levels: {', '.join(self.levels)}"
+            raise conflict("default_level", repr(self.default_level), allowed)
+        return self

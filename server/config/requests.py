@@ -1,0 +1,27 @@
+"""Settings of how much clients may ask for, and how long it is waited for."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from annotated_types import Ge
+from pydantic import BaseModel, Field
+
+
+class RequestSettings(BaseModel):
+    max_waiting: Annotated[int, Ge(1)] = Field(
+        1024, description="Requests that wait at most; more are refused with RESOURCE_EXHAUSTED."
+    )
+    max_waiting_tokens: Annotated[int, Ge(1)] = Field(
+        2**20,
+        description="Prompt tokens of the requests that wait at most; more are refused with "
+        "RESOURCE_EXHAUSTED.",
+    )
+    max_unread: Annotated[int, Ge(1)] = Field(
+        2**18,
+        description="Tokens and log-probabilities of a stream that its client may leave unread; "
+        "with more it ends with RESOURCE_EXHAUSTED.",
+    )
+    grace_seconds: Annotated[float, Ge(0)] = Field(
+        30.0, description="Seconds that running requests get to finish when the server is stopped."
+    )

@@ -1,0 +1,70 @@
+"""All settings together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+from server.config.depth import DepthSettings
+from server.config.engine import EngineSettings
+from server.config.files import FileSettings
+from server.config.listening import ListeningSettings
+from server.config.logs import LogSettings
+from server.config.model import ModelSettings
+from server.config.requests import RequestSettings
+
+ENV_PREFIX = "FATHOM_"
+
+# By the titles that the documentation gives them, in its order.
+AREAS: dict[str, type[BaseModel]] = {
+    "Files": FileSettings,
+    "Model": ModelSettings,
+    "Depths": DepthSettings,
+    "Engine": EngineSettings,
+    "Listening": ListeningSettings,
+    "Requests": RequestSettings,
+    "Logs and traces": LogSettings,
+}
+
+
+# Fields of the last base come first.
+class Settings(
+    LogSettings,
+    RequestSettings,
+    ListeningSettings,
+    EngineSettings,
+    DepthSettings,
+    ModelSettings,
+    FileSettings,
+    BaseSettings,
+):
+    """What ``fathom serve`` runs with; :func:`load_settings` reads it."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        config = init_settings().get("config") or env_settings().get("config")
+        if config is None or not Path(config).is_file():  # the field says what is wrong with it
+            return init_settings, env_settings
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, Path(config))
