@@ -39,11 +39,15 @@ class Asked:
 
 @dataclass
 class Crowd:
-    """Sends requests all at once, and counts how they end."""
+    """Sends requests all at once, and counts how they end.
+
+    Streams are counted once the engine has been given them, and once it has begun them.
+    """
 
     client: AsyncClient
     # Whether a proper status must say when to try again.
     expects_retry_info: bool = True
+    num_admitted: int = 0
     num_begun: int = 0
     problems: list[str] | None = None
 
@@ -51,7 +55,7 @@ class Crowd:
         self, crowd: Sequence[Asked], fault: Callable[[], None], *, after: int
     ) -> Counter[Outcome]:
         """Inject the fault as soon as so many streams have begun."""
-        self.num_begun, self.problems = 0, []
+        self.num_admitted, self.num_begun, self.problems = 0, 0, []
         tasks = [asyncio.create_task(self._one(asked)) for asked in crowd]
         while self.num_begun < after:
             await asyncio.sleep(0.005)
@@ -86,6 +90,8 @@ class Crowd:
     async def _stream(self, request: inference_pb2.GenerateRequest, received: list[int]) -> bool:
         is_complete = False
         async for message in self.client.inference.GenerateStream(request):
+            if message.HasField("prompt_info"):
+                self.num_admitted += 1
             if message.HasField("delta"):
                 if not received:
                     self.num_begun += 1

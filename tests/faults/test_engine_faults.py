@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import time
 from collections import Counter
@@ -94,7 +95,7 @@ def survive(server: RunningServer, crowd: list[Asked], fault: Callable[[], None]
 
 
 def test_a_killed_engine(server: RunningServer, crowd: list[Asked]) -> None:
-    """So ends also one that has run out of memory."""
+    """So ends also one that the kernel has chosen because memory has run out."""
     (engine,) = server.engine_processes()
     survive(server, crowd, engine.kill)
 
@@ -103,6 +104,17 @@ def test_an_engine_that_hangs(server: RunningServer, crowd: list[Asked]) -> None
     (engine,) = server.engine_processes()
     survive(server, crowd, engine.suspend)
     assert "the engine was stopped by a signal; it is killed" in server.log
+    assert not engine.is_running()
+
+
+def test_an_engine_that_runs_out_of_memory(server: RunningServer, crowd: list[Asked]) -> None:
+    (engine,) = server.engine_processes()
+
+    def allow_no_more() -> None:
+        limit = engine.memory_info().vms
+        resource.prlimit(engine.pid, resource.RLIMIT_AS, (limit, limit))
+
+    survive(server, crowd, allow_no_more)
     assert not engine.is_running()
 
 
