@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from server.engine.base import Engine
 from server.errors import InvalidArgument
-from server.generation import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from server.generation import ChatPrompt, Prompt, Scoring, TextPrompt, TokenPrompt
 
 T = TypeVar("T")
 
@@ -33,6 +33,39 @@ class PromptReader:
         for threads in (self._threads, self._threads_for_long):
             threads.shutdown(wait=False, cancel_futures=True)
 
+    async def read_to_generate(self, prompt: Prompt) -> list[int]:
+        """Return the ids of a prompt that something is to follow; see :meth:`read`."""
+        match prompt:
+            case TextPrompt(""):
+                raise InvalidArgument("prompt", "", "at least one token")
+            case ChatPrompt(()):
+                raise InvalidArgument("chat.messages", [], "at least one message")
+        fields = "prompt", "token_ids.ids"
+        ids = await self.read(prompt, *fields)
+        if not ids:
+            raise InvalidArgument(field_of(prompt, *fields), ids, "at least one token")
+        return ids
+
+    async def read_to_score(self, request: Scoring) -> tuple[list[int], list[int]]:
+        """Return the ids of the context, which may be none, and of its continuation.
+
+        Raises :class:`InvalidArgument`, as :meth:`read` does, and where there is nothing to score.
+        """
+        context_ids: list[int] = []
+        if request.context is not None:
+            fields = "context_text", "context_ids.ids"
+            context_ids = await self.read(request.context, *fields)
+            if not context_ids:
+                raise InvalidArgument(field_of(request.context, *fields), "", "at least one token")
+        fields = "text", "token_ids.ids"
+        field = field_of(request.continuation, *fields)
+        ids = await self.read(request.continuation, *fields, special_tokens=request.context is None)
+        if len(context_ids) + len(ids) < 2 or not ids:
+            allowed = "at least one token to score, after at least one token of context"
+            raise InvalidArgument(field, f"{len(ids)} tokens", allowed)
+        self.check_length(len(context_ids) + len(ids), field)
+        return context_ids, ids
+
     async def read(
         self, prompt: Prompt, text_field: str, ids_field: str, *, special_tokens: bool = True
     ) -> list[int]:
@@ -45,7 +78,7 @@ class PromptReader:
         self._check_characters(prompt, field)
         ids = await self.tokenize(prompt, special_tokens=special_tokens)
         self.check_length(len(ids), field)
-        self.check_ids(ids, field)
+        check_ids(ids, field, self._engine.model.vocab_size)
         return ids
 
     async def tokenize(self, prompt: Prompt, *, special_tokens: bool = True) -> list[int]:
@@ -70,12 +103,6 @@ class PromptReader:
         """Return the text of a prompt that has been read as ``ids``."""
         return prompt.text if isinstance(prompt, TextPrompt) else self._engine.detokenize(ids)
 
-    def check_ids(self, ids: Sequence[int], field: str) -> None:
-        vocab_size = self._engine.model.vocab_size
-        for i, token_id in enumerate(ids):
-            if not 0 <= token_id < vocab_size:
-                raise InvalidArgument(f"{field}[{i}]", token_id, f"0 to {vocab_size - 1}")
-
     def check_length(self, num_tokens: int, field: str) -> None:
         # One place is left for the token that is generated.
         longest = self._engine.model.max_context - 1
@@ -93,6 +120,12 @@ class PromptReader:
     async def _in_thread(self, function: Callable[[], T], size: int) -> T:
         threads = self._threads_for_long if size > _LONG_TEXT else self._threads
         return await asyncio.get_running_loop().run_in_executor(threads, function)
+
+
+def check_ids(ids: Sequence[int], field: str, vocab_size: int) -> None:
+    for i, token_id in enumerate(ids):
+        if not 0 <= token_id < vocab_size:
+            raise InvalidArgument(f"{field}[{i}]", token_id, f"0 to {vocab_size - 1}")
 
 
 def field_of(prompt: Prompt, text_field: str, ids_field: str) -> str:

@@ -36,6 +36,7 @@ from server.generation import (
     TokenPrompt,
 )
 from server.levels import DepthPair, Level, LevelSpec
+from server.life import State, Status
 from server.policy import (
     Auto,
     DepthChoice,
@@ -48,7 +49,6 @@ from server.policy import (
     Speed,
 )
 from server.rpc.generated.fathom.v1 import common_pb2, control_pb2, inference_pb2
-from server.service import State, Status
 
 _REASONS = {
     Reason.REQUESTED: common_pb2.Served.REASON_REQUESTED,

@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection
 
 from server.call_record import CallRecord
 from server.errors import InvalidArgument
+from server.life import State
 from server.listening import cannot_listen
 from server.rpc.authentication import Authenticator
 from server.rpc.control import ControlServicer
@@ -24,7 +25,7 @@ from server.rpc.generated.fathom.v1 import (
 from server.rpc.inference import InferenceServicer
 from server.rpc.interceptors import CallInterceptor, Observer
 from server.rpc.tls import ServerTls
-from server.service import Service, State
+from server.service import Service
 
 INFERENCE: str = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 CONTROL: str = control_pb2.DESCRIPTOR.services_by_name["Control"].full_name

@@ -111,14 +111,14 @@ async def test_running_requests_keep_their_layers(
 async def test_a_cancelled_calibration_changes_nothing(deployment: Deployment) -> None:
     deployment.engine.gate.clear()
     call = deployment.client.control.Calibrate(control_pb2.CalibrateRequest())
-    while not deployment.service._calibrating.locked():
+    while not deployment.service.is_measuring:
         await asyncio.sleep(0.01)
     other = deployment.client.control.Calibrate(control_pb2.CalibrateRequest())
     error = await failure(other.read())
     assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert message_of(error) == "another Calibrate or SetLevels is running"
     call.cancel()
-    while deployment.service._calibrating.locked():
+    while deployment.service.is_measuring:
         await asyncio.sleep(0.01)
     assert deployment.service.policy.plan.removal_order == REMOVAL_ORDER
     deployment.engine.gate.set()

@@ -7,9 +7,9 @@ import asyncio
 import grpc
 import pytest
 
+from server.life import State
 from server.rpc.client import retry_delay
 from server.rpc.generated.fathom.v1 import control_pb2, inference_pb2
-from server.service import State
 from tests.server.rpc.conftest import Deployment, collect, failure, message_of
 
 
@@ -206,7 +206,7 @@ async def test_an_idle_engine_is_watched(deployment: Deployment) -> None:
 async def test_a_death_during_calibration(deployment: Deployment) -> None:
     deployment.engine.gate.clear()
     call = deployment.client.control.Calibrate(control_pb2.CalibrateRequest())
-    while not deployment.service._calibrating.locked():
+    while not deployment.service.is_measuring:
         await asyncio.sleep(0.01)
     deployment.engine.die()
     error = await failure(call.read())
