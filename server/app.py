@@ -34,7 +34,8 @@ from server.hardware import describe_hardware
 from server.inputs import Inputs, StartError, auto_rules, read_inputs, refused_as
 from server.log_format import with_fields
 from server.logs import Logs
-from server.metrics import Metrics, MetricsServer
+from server.metrics import Metrics
+from server.metrics_port import MetricsPort
 from server.offline_plan import kept_plan, plan_key
 from server.policy import DepthPolicy
 from server.policy_store import PlanFile, PolicyStore
@@ -115,10 +116,8 @@ class Application:
             with refused_as("clients"):
                 access = Access(access_files(settings), metrics)
             with refused_as("metrics_port"):
-                metrics_server = MetricsServer(
-                    metrics, settings.metrics_host, settings.metrics_port
-                )
-            stack.callback(metrics_server.close)
+                metrics_port = MetricsPort(metrics, settings.metrics_host, settings.metrics_port)
+            stack.callback(metrics_port.close)
             engine = _engine(settings, inputs)
             service = Service(
                 engine,
@@ -156,13 +155,13 @@ class Application:
             stack.push_async_callback(engine.shutdown)
             stack.push_async_callback(service.close)
             stack.push_async_callback(rpc_server.stop)
-            following = asyncio.create_task(access.follow())
-            stack.callback(following.cancel)
+            for following in (access.follow(), metrics_port.follow()):
+                stack.callback(asyncio.create_task(following).cancel)
             metrics.set_startup("inputs", inputs_seconds)
             with self._progress:
                 await self._start(inputs, engine, service)
             self._serving = True
-            self._announce(service, rpc_server.port, metrics_server.port)
+            self._announce(service, rpc_server.port, metrics_port.url)
             reload = Reload(
                 settings,
                 self._read_again,
@@ -290,17 +289,17 @@ class Application:
     def _on_progress(self, progress: Progress) -> None:
         self._progress.advance(_WORK[progress.phase], progress.done, progress.total)
 
-    def _announce(self, service: Service, port: int, metrics_port: int) -> None:
+    def _announce(self, service: Service, port: int, metrics_url: str | None) -> None:
         settings, model, policy = self._settings, service.model, service.policy
         address = f"{settings.host}:{port}"
-        metrics_url = f"http://{settings.metrics_host}:{metrics_port}/metrics"
         if self._logs.is_json:
             fields = {"model": model.name, "address": address, "metrics": metrics_url}
             logger.info("serving", extra=with_fields(fields))
             return
+        metrics = f"metrics on {metrics_url}" if metrics_url else "no metrics, their port is taken"
         print(
             f"Serving {model.name} ({model.num_layers} layers, {model.dtype}) on {address}; "
-            f"metrics on {metrics_url}"
+            f"{metrics}"
         )
         flag = "" if port == _DEFAULT_PORT else f" --address {address}"
         depth = max(1, model.num_layers * 3 // 4)

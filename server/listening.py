@@ -8,11 +8,16 @@ import socket
 from server.errors import InvalidArgument
 
 
+class PortInUse(InvalidArgument):
+    """Another program listens there; it may end."""
+
+
 def cannot_listen(error: OSError, host: str, port: int, prefix: str = "") -> InvalidArgument:
     """Return the error that names the setting ``host`` or ``port``, with ``prefix`` before it."""
     if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
         return InvalidArgument(f"{prefix}host", host, f"an address of this machine ({_why(error)})")
-    return InvalidArgument(f"{prefix}port", port, f"a port that is free on {host} ({_why(error)})")
+    kind = PortInUse if error.errno == errno.EADDRINUSE else InvalidArgument
+    return kind(f"{prefix}port", port, f"a port that is free on {host} ({_why(error)})")
 
 
 def _why(error: OSError) -> str:

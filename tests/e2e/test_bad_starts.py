@@ -211,19 +211,23 @@ def taken_port() -> Iterator[int]:
         yield taken.getsockname()[1]
 
 
-@pytest.mark.parametrize("setting", ["port", "metrics_port"])
-def test_a_port_in_use(setting: str, taken_port: int, tmp_path: Path) -> None:
-    result = serve(tmp_path, **{setting: taken_port})
-    assert_refused(
-        result, f"{setting}: got {taken_port}, allowed: a port that is free on 127.0.0.1"
-    )
+def test_a_port_in_use(taken_port: int, tmp_path: Path) -> None:
+    result = serve(tmp_path, port=taken_port)
+    assert_refused(result, f"port: got {taken_port}, allowed: a port that is free on 127.0.0.1")
 
 
-def test_the_ports_of_another_server(demo_server: RunningServer, tmp_path: Path) -> None:
-    port, metrics_port = demo_server.port, demo_server.metrics_port
+def test_one_port_for_both(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    result = serve(tmp_path, port=port, metrics_port=port)
+    assert_refused(result, f"metrics_port: got {port}, allowed: another port than 'port' has")
+    # Another name of the same address.
+    result = serve(tmp_path, port=port, metrics_port=port, metrics_host="0.0.0.0")
+    assert_refused(result, f"port: got {port}, allowed: a port that is free on 127.0.0.1")
+
+
+def test_the_port_of_another_server(demo_server: RunningServer, tmp_path: Path) -> None:
+    port = demo_server.port
     assert_refused(serve(tmp_path, port=port), f"port: got {port}, allowed: ")
-    result = serve(tmp_path, metrics_port=metrics_port)
-    assert_refused(result, f"metrics_port: got {metrics_port}, allowed: ")
     with demo_server.client() as client:
         assert_generates(client)
 

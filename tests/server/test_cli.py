@@ -272,8 +272,6 @@ def test_port_in_use(stories_model: Path) -> None:
         assert refusals("--model", stories_model, "--port", str(port)) == [
             f"port: got {port}, allowed: a port that is free on 127.0.0.1 (Address already in use)"
         ]
-        (problem,) = refusals("--model", stories_model, "--metrics-port", str(port))
-        assert problem.startswith(f"metrics_port: got {port}, allowed: a port that is free")
 
 
 def test_engine_argument_that_vllm_does_not_know(stories_model: Path) -> None:
