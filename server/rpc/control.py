@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 
 from server.calibration import Progress
-from server.rpc import conversion
+from server.rpc import replies, requests
 from server.rpc.generated.fathom.v1 import control_pb2 as pb
 from server.rpc.generated.fathom.v1 import control_pb2_grpc
 from server.service import Service
@@ -23,7 +23,7 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
     async def GetPlan(
         self, request: pb.GetPlanRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.GetPlanResponse:
-        return pb.GetPlanResponse(plan=conversion.plan_message(self._service.policy.plan))
+        return pb.GetPlanResponse(plan=replies.plan_message(self._service.policy.plan))
 
     async def Calibrate(
         self, request: pb.CalibrateRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -33,38 +33,38 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
             async for event in events:
                 response = pb.CalibrateResponse()
                 if isinstance(event, Progress):
-                    response.progress.CopyFrom(conversion.progress_message(event))
+                    response.progress.CopyFrom(replies.progress_message(event))
                 else:
-                    response.plan.CopyFrom(conversion.plan_message(event))
+                    response.plan.CopyFrom(replies.plan_message(event))
                 await context.write(response)
 
     async def SetLevels(
         self, request: pb.SetLevelsRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.SetLevelsResponse:
-        specs = conversion.level_specs(request)
+        specs = requests.level_specs(request)
         default_level = request.default_level if request.HasField("default_level") else None
         policy = await self._service.set_levels(specs, default_level)
         return pb.SetLevelsResponse(
-            levels=[conversion.level_message(level, policy) for level in policy.levels]
+            levels=[replies.level_message(level, policy) for level in policy.levels]
         )
 
     async def SetPolicy(
         self, request: pb.SetPolicyRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.SetPolicyResponse:
         service = self._service
-        level, rules = conversion.auto_rules(request.policy, service.auto_rules)
+        level, rules = requests.auto_rules(request.policy, service.auto_rules)
         service.set_auto_rules(rules, level)
         return pb.SetPolicyResponse(
-            policy=conversion.policy_message(service.policy, service.auto_rules)
+            policy=replies.policy_message(service.policy, service.auto_rules)
         )
 
     async def GetStatus(
         self, request: pb.GetStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.GetStatusResponse:
-        return conversion.status_message(self._service.status())
+        return replies.status_message(self._service.status())
 
     async def Drain(
         self, request: pb.DrainRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.DrainResponse:
-        num_unfinished = await self._service.drain(conversion.grace_seconds(request))
+        num_unfinished = await self._service.drain(requests.grace_seconds(request))
         return pb.DrainResponse(num_unfinished=num_unfinished)

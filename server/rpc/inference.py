@@ -12,7 +12,7 @@ import grpc
 from server.call_record import current_call
 from server.engine.base import GenerationDelta
 from server.generation import FinishInfo, PromptInfo
-from server.rpc import conversion
+from server.rpc import replies, requests
 from server.rpc.generated.fathom.v1 import inference_pb2 as pb
 from server.rpc.generated.fathom.v1 import inference_pb2_grpc
 from server.service import Service
@@ -27,7 +27,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.GenerateResponse:
-        call, generation = current_call(), conversion.generation(request)
+        call, generation = current_call(), requests.generation(request)
         call.begin(generation)
         response = pb.GenerateResponse()
         texts: list[str] = []
@@ -37,22 +37,22 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 call.observe(event)
                 match event:
                     case PromptInfo():
-                        response.prompt_info.CopyFrom(conversion.prompt_info_message(event))
+                        response.prompt_info.CopyFrom(replies.prompt_info_message(event))
                     case GenerationDelta():
-                        delta = conversion.delta_message(event, token_ids=request.output.token_ids)
+                        delta = replies.delta_message(event, token_ids=request.output.token_ids)
                         texts.append(delta.text)
                         response.token_ids.extend(delta.token_ids)
                         response.logprobs.extend(delta.logprobs)
                     case FinishInfo():
-                        response.finish_info.CopyFrom(conversion.finish_info_message(event))
-                        response.served.CopyFrom(conversion.served_message(event.served))
+                        response.finish_info.CopyFrom(replies.finish_info_message(event))
+                        response.served.CopyFrom(replies.served_message(event.served))
         response.text = "".join(texts)
         return response
 
     async def GenerateStream(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
-        call, generation = current_call(), conversion.generation(request)
+        call, generation = current_call(), requests.generation(request)
         call.begin(generation)
         # Written rather than yielded: a generator that gRPC iterates over is not closed when a
         # call is cancelled while a message is on its way.
@@ -63,27 +63,27 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 response = pb.GenerateStreamResponse()
                 match event:
                     case PromptInfo():
-                        response.prompt_info.CopyFrom(conversion.prompt_info_message(event))
+                        response.prompt_info.CopyFrom(replies.prompt_info_message(event))
                     case GenerationDelta():
                         response.delta.CopyFrom(
-                            conversion.delta_message(event, token_ids=request.output.token_ids)
+                            replies.delta_message(event, token_ids=request.output.token_ids)
                         )
                     case FinishInfo():
-                        response.finish_info.CopyFrom(conversion.finish_info_message(event))
+                        response.finish_info.CopyFrom(replies.finish_info_message(event))
                 await context.write(response)
 
     async def Score(
         self, request: pb.ScoreRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.ScoreResponse:
-        result = await self._service.score(conversion.scoring(request), deadline=_deadline(context))
+        result = await self._service.score(requests.scoring(request), deadline=_deadline(context))
         current_call().served = result.served
-        return conversion.score_message(result)
+        return replies.score_message(result)
 
     async def Tokenize(
         self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.TokenizeResponse:
         ids, texts = await self._service.tokenize(
-            conversion.text_to_tokenize(request),
+            requests.text_to_tokenize(request),
             special_tokens=not request.without_special_tokens,
         )
         return pb.TokenizeResponse(ids=ids, tokens=texts)
@@ -93,7 +93,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> pb.GetModelResponse:
         service = self._service
         return pb.GetModelResponse(
-            model=conversion.model_message(service.model, service.engine_name, service.policy)
+            model=replies.model_message(service.model, service.engine_name, service.policy)
         )
 
 

@@ -9,7 +9,7 @@ from server.auto_rules import AutoRules, check_rules, ladder
 from server.errors import FathomError
 from server.levels import DepthPair, check_levels
 from server.policy import DepthPolicy
-from server.rpc import conversion
+from server.rpc import replies, requests
 from server.rpc.generated.fathom.v1 import control_pb2, inference_pb2
 from server.rpc.status import status_of
 from tests.fuzz.messages import REQUESTS, request_from
@@ -55,26 +55,26 @@ def _check(message: Message) -> bool:
 def _convert(message: Message) -> None:
     match message:
         case inference_pb2.GenerateRequest():
-            generation = conversion.generation(message)
+            generation = requests.generation(message)
             _, served = _POLICY.resolve(generation.depth, generation.prefill_depth)
             assert 1 <= served.decode_layers <= 8
             assert 1 <= served.prefill_layers <= 8
-            conversion.served_message(served)
+            replies.served_message(served)
         case inference_pb2.ScoreRequest():
-            scoring = conversion.scoring(message)
+            scoring = requests.scoring(message)
             _POLICY.resolve(scoring.depth, scoring.prefill_depth)
         case inference_pb2.TokenizeRequest():
-            conversion.text_to_tokenize(message)
+            requests.text_to_tokenize(message)
         case control_pb2.SetLevelsRequest():
-            specs = conversion.level_specs(message)
+            specs = requests.level_specs(message)
             levels = check_levels(spec.resolve(8, f"levels[{i}]") for i, spec in enumerate(specs))
             default = message.default_level if message.HasField("default_level") else None
             _POLICY.with_levels(levels, default)
         case control_pb2.SetPolicyRequest():
-            level, rules = conversion.auto_rules(message.policy, AutoRules())
+            level, rules = requests.auto_rules(message.policy, AutoRules())
             check_rules(_POLICY, rules, "policy.ladder")
             policy = _POLICY if level is None else _POLICY.with_auto_level(level)
             assert ladder(policy, rules)
-            conversion.policy_message(policy, rules)
+            replies.policy_message(policy, rules)
         case control_pb2.DrainRequest():
-            conversion.grace_seconds(message)
+            requests.grace_seconds(message)
