@@ -6,7 +6,8 @@ import subprocess
 from pathlib import Path
 
 from bench.report import Report
-from tests.e2e.running_server import FATHOM, PATIENCE, environment
+from tests.e2e.running_server import PATIENCE
+from tests.fathom_command import FATHOM, environment
 
 
 def bench(directory: Path, *arguments: str) -> tuple[Report, str]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -20,8 +17,8 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.rpc.client import CallError, Client
+from tests.fathom_command import FATHOM, environment, free_ports
 
-FATHOM = Path(sys.executable).parent / "fathom"
 # How long anything may take before a test gives up; nothing is meant to take that long.
 PATIENCE = 240.0
 # Little of everything, so that a start is quick and several servers fit beside each other.
@@ -177,26 +174,6 @@ def flags(settings: Mapping[str, object]) -> list[str]:
         for name, value in settings.items()
         for argument in (f"--{name.replace('_', '-')}", str(value))
     ]
-
-
-def environment(**variables: str) -> dict[str, str]:
-    """Return this process's environment, without settings of Fathom and without the Hub."""
-    inherited = {
-        name: value for name, value in os.environ.items() if not name.startswith("FATHOM_")
-    }
-    return inherited | {"HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "COLUMNS": "120"} | variables
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports that nothing listens on at this moment."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 def until(found: Callable[[], T | None], problem: Callable[[], str]) -> T:

@@ -26,12 +26,8 @@ from markdown_it.token import Token
 from bench.cli import app as bench_app
 from server.cli import app
 from server.config import CLIENT_VARIABLES, ENV_PREFIX, Settings, load_settings
-from tests.e2e.running_server import (
-    FATHOM,
-    PATIENCE,
-    RunningServer,
-    environment,
-)
+from tests.e2e.running_server import PATIENCE, RunningServer
+from tests.fathom_command import FATHOM, environment
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = (

@@ -15,16 +15,9 @@ import pytest
 from server.rpc.client import CallError
 from server.rpc.generated.fathom.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from tests.e2e.calls import LONG, Streamed, failure, greedy_request
-from tests.e2e.running_server import (
-    FATHOM,
-    PATIENCE,
-    RunningServer,
-    Scrape,
-    environment,
-    measurements_in,
-    until,
-)
+from tests.e2e.running_server import PATIENCE, RunningServer, Scrape, measurements_in, until
 from tests.e2e.watcher import Watcher
+from tests.fathom_command import FATHOM, environment
 
 HEALTH = ("", "fathom.v1.Inference")
 NOT_SERVING, SERVING = "NOT_SERVING", "SERVING"

@@ -15,7 +15,8 @@ import pytest
 
 from server.rpc.client import Client
 from tests.e2e.calls import at_once, greedy_request
-from tests.e2e.running_server import RunningServer, free_ports, until
+from tests.e2e.running_server import RunningServer, until
+from tests.fathom_command import free_ports
 
 DEPTHS = (16, 12, 8, 3)
 

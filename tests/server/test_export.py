@@ -23,12 +23,13 @@ from server.offline_plan import kept_plan
 from server.policy_store import PlanFile
 from server.state import StateDirectory
 from tests.conftest import data_path
+from tests.fathom_command import FATHOM, environment, fathom
 from tests.pruning.surgery.conftest import one_thread
 from tests.pruning.surgery.exporting import large_model, plan_of, siblings
+from tests.server.checkpoint_copy import copy_of
 from tests.server.elastic import reference
 from tests.server.elastic.plain_vllm import generate_with_vllm
 from tests.server.elastic.running_engine import running_engine
-from tests.server.test_cli import FATHOM, copy_of, environment, fathom
 
 __all__ = ["one_thread"]
 

@@ -16,13 +16,13 @@ from pruning.quantization import QUANTIZATION_FILE
 from pruning.surgery import PLAN_FILE, count_layers, export_checkpoint
 from server.engine.base import LayerSelection
 from server.model_source import DEMO_MODEL
+from tests.fathom_command import FATHOM, environment, fathom
 from tests.pruning.quantization.conftest import small, small_quantized
 from tests.pruning.quantization.small_model import quantize
 from tests.pruning.quantization.test_checkpoint import worker_of
 from tests.pruning.surgery.exporting import plan_of, siblings
 from tests.server.elastic.plain_vllm import generate_with_vllm
 from tests.server.elastic.running_engine import running_engine
-from tests.server.test_cli import FATHOM, environment, fathom
 
 __all__ = ["small", "small_quantized"]
 

@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import grpc
 import pytest
@@ -22,6 +23,7 @@ from server.rpc.client import AsyncClient
 from server.rpc.generated.fathom.v1 import inference_pb2, inference_pb2_grpc
 from server.rpc.server import RpcServer
 from server.service import Service
+from tests.server.rpc.credentials import CLIENTS, Deployed, written
 from tests.server.rpc.toy_engine import NUM_LAYERS, ToyEngine
 
 REMOVAL_ORDER = (5, 4, 3, 6, 2, 1, 7, 0)
@@ -140,6 +142,16 @@ async def narrow_stub(deployment: Deployment) -> AsyncIterator[inference_pb2_grp
     options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]
     async with grpc.aio.insecure_channel(deployment.address, options=options) as channel:
         yield inference_pb2_grpc.InferenceStub(channel)
+
+
+@pytest.fixture
+def clients_file(tmp_path: Path) -> Path:
+    return written(tmp_path / "clients", CLIENTS)
+
+
+@pytest.fixture
+def deployed(tmp_path: Path) -> Deployed:
+    return Deployed(tmp_path)
 
 
 async def failure(call: Awaitable[object]) -> grpc.aio.AioRpcError:

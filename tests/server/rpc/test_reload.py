@@ -16,8 +16,8 @@ from server.reload import Reload, access_files
 from server.rpc.client_tls import ClientTls
 from server.rpc.generated.fathom.v1 import control_pb2
 from tests.server.authority import Authority
+from tests.server.rpc.credentials import ALICE, CLIENTS, NOBODY, code_of, generate, written
 from tests.server.rpc.secured import Secured, secured
-from tests.server.rpc.test_access import ALICE, CLIENTS, NOBODY, code_of, generate, written
 
 LEVELS = "levels: {dense: 8, fast: 4, generative: {depth: 8, prefill_depth: 4}}\n"
 
