@@ -214,6 +214,12 @@ class Application:
                     lambda missing: calibrator.measure_speed(policy, missing, self._on_progress),
                 )
         service.open(policy.with_measurements(qualities, speeds), calibrator)
+        # Whoever had set others over Control may look for them here.
+        logger.info(
+            "levels, as the settings have them: %s; the default is %s",
+            ", ".join(map(str, policy.levels)),
+            policy.default_level,
+        )
         for phase, seconds in service.status().startup_seconds.items():
             logger.info("start: %s took %.1f s", phase, seconds)
 

@@ -36,6 +36,12 @@ class Level:
     prefill_layers: int
     decode_layers: int
 
+    def __str__(self) -> str:
+        """Return it as it is written in a flag."""
+        if self.prefill_layers == self.decode_layers:
+            return f"{self.name}={self.decode_layers}"
+        return f"{self.name}={self.prefill_layers}/{self.decode_layers}"
+
     @property
     def depths(self) -> DepthPair:
         return DepthPair(self.prefill_layers, self.decode_layers)

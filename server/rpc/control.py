@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import aclosing
 from typing import Any
 
 import grpc
 
 from server.calibration import Progress
+from server.caller import current_caller
 from server.rpc import replies, requests
 from server.rpc.generated.fathom.v1 import control_pb2 as pb
 from server.rpc.generated.fathom.v1 import control_pb2_grpc
 from server.service import Service
+
+logger = logging.getLogger(__name__)
 
 
 class ControlServicer(control_pb2_grpc.ControlServicer):
@@ -44,6 +48,8 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
         specs = requests.level_specs(request)
         default_level = request.default_level if request.HasField("default_level") else None
         policy = await self._service.set_levels(specs, default_level)
+        levels = ", ".join(map(str, policy.levels))
+        _log_until_the_end(f"levels: {levels}; the default is {policy.default_level}")
         return pb.SetLevelsResponse(
             levels=[replies.level_message(level, policy) for level in policy.levels]
         )
@@ -54,6 +60,7 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
         service = self._service
         level, rules = requests.auto_rules(request.policy, service.auto_rules)
         service.set_auto_rules(rules, level)
+        _log_until_the_end(f"depth by itself: {service.policy.auto_level} without load, {rules}")
         return pb.SetPolicyResponse(
             policy=replies.policy_message(service.policy, service.auto_rules)
         )
@@ -68,3 +75,9 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
     ) -> pb.DrainResponse:
         num_unfinished = await self._service.drain(requests.grace_seconds(request))
         return pb.DrainResponse(num_unfinished=num_unfinished)
+
+
+def _log_until_the_end(what: str) -> None:
+    """Log what is not in the settings, so that it is known why the next start undoes it."""
+    client = current_caller().client
+    logger.info("%s; set by %s, until this server ends", what, client or "a client")

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from server.rpc.client import AsyncClient
-from server.rpc.generated.fathom.v1 import inference_pb2_grpc
+from server.rpc.generated.fathom.v1 import control_pb2, inference_pb2_grpc
 from tests.e2e.calls import LONG, at_once, failure, greedy_request
 from tests.e2e.running_server import PATIENCE, RunningServer, measurements_in
 from tests.e2e.test_life import SMALL_WINDOW
@@ -119,7 +119,13 @@ def test_an_engine_that_runs_out_of_memory(server: RunningServer, crowd: list[As
 
 
 def test_a_killed_server(server: RunningServer, crowd: list[Asked], tmp_path: Path) -> None:
-    """The next one begins where it was, and measures nothing again."""
+    """The next one begins with its settings, and measures nothing again."""
+    with server.client() as client:
+        request = control_pb2.SetLevelsRequest()
+        request.levels.add(name="third").depth.layers = 5
+        client.set_levels(request)
+        assert [level.name for level in client.get_model().levels] == ["third"]
+    assert "levels: third=5; the default is third; set by 127.0.0.1, until this" in server.log
 
     async def run() -> tuple[Counter[Outcome], list[str]]:
         async with AsyncClient(server.address) as client:
@@ -137,7 +143,10 @@ def test_a_killed_server(server: RunningServer, crowd: list[Asked], tmp_path: Pa
     try:
         again.wait_until_serving()
         assert measurements_in(again.log) == []
+        assert "levels, as the settings have them: dense=16, balanced=12, fast=8" in again.log
         with again.client() as client:
+            levels = client.get_model().levels
+            assert [level.name for level in levels] == ["dense", "balanced", "fast", "turbo"]
             asked = crowd[0]
             assert tuple(client.generate(asked.request).token_ids) == asked.expected
         end_twice(again)

@@ -86,13 +86,15 @@ class ControlServicer:
 
     def SetLevels(self, request, context):
         """Measures the levels whose quality or speed is not known yet, then replaces all levels at once.
+        Until the server ends: the next start takes the levels of its settings, and what has been
+        measured.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetPolicy(self, request, context):
-        """Chooses what requests with depth.auto get, with and without load.
+        """Chooses what requests with depth.auto get, with and without load. Until the server ends, too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
