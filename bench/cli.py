@@ -11,6 +11,7 @@ from bench import calibration, mixed, peers, profile, startup, throughput
 from bench.options import command
 from bench.plots import MatplotlibMissing
 from bench.subjects.server_process import ServerFailed
+from server.cli.connection import with_connection
 from server.cli.problems import report_problem
 from server.rpc.client import CallError
 
@@ -21,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("throughput")(command(throughput.ThroughputOptions, throughput.run))
+app.command("throughput")(with_connection(command(throughput.ThroughputOptions, throughput.run)))
 app.command("peers")(command(peers.PeersOptions, peers.run))
 app.command("mixed")(command(mixed.MixedOptions, mixed.run))
 app.command("calibration")(command(calibration.CalibrationOptions, calibration.run))

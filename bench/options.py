@@ -106,11 +106,16 @@ def depths_of(text: str, num_layers: int) -> tuple[int, ...]:
     return tuple(sorted(given | {num_layers}, reverse=True))
 
 
-def command(kind: type[Chosen], run: Callable[[Chosen], None]) -> Callable[..., None]:
-    """Return a typer command with one flag for each field of ``kind``, which calls ``run``."""
+def command(kind: type[Chosen], run: Callable[..., None]) -> Callable[..., None]:
+    """Return a typer command with one flag for each field of ``kind``, which calls ``run``.
+
+    What else the command is called with, ``run`` gets beside an object of that kind.
+    """
+    names = {each.name for each in fields(kind)}
 
     def call(**values: Any) -> None:
-        run(kind(**values))
+        others = {name: values.pop(name) for name in values.keys() - names}
+        run(kind(**values), **others)
 
     hints = typing.get_type_hints(kind)
     parameters = [

@@ -27,6 +27,7 @@ from bench.statistics import Spread, paired_ratio
 from bench.subjects.base import EngineSettings, prepare
 from bench.subjects.fathom_server import FathomServer
 from bench.workload import Workload, poisson_arrivals
+from server.cli.connection import Connection
 
 LIMIT_TARGET = 0.95
 _WARM_UP_TOKENS = 8
@@ -48,15 +49,18 @@ class ThroughputOptions(Options):
     output_tokens: str = option("64", "Lengths of outputs, likewise.")
 
 
-def run(options: ThroughputOptions) -> None:
-    asyncio.run(measure(options))
+def run(options: ThroughputOptions, connection: Connection) -> None:
+    asyncio.run(measure(options, connection))
 
 
-async def measure(options: ThroughputOptions) -> Session:
+async def measure(options: ThroughputOptions, connection: Connection) -> Session:
+    """Measure the server that ``connection`` leads to, if its address is not empty."""
     prompt, output = lengths(options.prompt_tokens), lengths(options.output_tokens)
     rates = _rates(options.rates)
     streams = () if rates else numbers(options.streams)
-    server, description, num_layers, vocab_size = _server(options, streams, prompt, output)
+    server, description, num_layers, vocab_size = _server(
+        options, connection, streams, prompt, output
+    )
     session = Session("throughput", options, description)
     depths = depths_of(options.depths, num_layers)
     workload = Workload(prompt, output, vocab_size, options.seed)
@@ -191,11 +195,15 @@ def _rates(text: str) -> tuple[float, ...]:
 
 
 def _server(
-    options: ThroughputOptions, streams: tuple[int, ...], prompt: Lengths, output: Lengths
+    options: ThroughputOptions,
+    connection: Connection,
+    streams: tuple[int, ...],
+    prompt: Lengths,
+    output: Lengths,
 ) -> tuple[FathomServer, dict[str, Any], int, int]:
     """Return the server with what it serves: a description, layers and vocabulary."""
-    if options.address:
-        server = FathomServer(None, options.address)
+    if connection.address:
+        server = FathomServer(None, connection)
         model = server.model()
         description = {"name": model.name, "num_layers": model.num_layers, "dtype": model.dtype}
         return server, description, model.num_layers, model.vocab_size

@@ -12,7 +12,8 @@ import psutil
 from bench.subjects.base import EngineSettings, free_port
 from bench.subjects.server_process import ServerProcess
 from bench.workload import Request
-from server.rpc.client import AsyncClient, CallError, Client
+from server.cli.connection import Connection, connected
+from server.rpc.client import AsyncClient, CallError, Client, token_metadata
 from server.rpc.generated.fathom.v1 import common_pb2, inference_pb2
 
 # Two windows of text: a standard error needs no fewer.
@@ -20,28 +21,34 @@ _QUALITY_TOKENS = 1024
 
 
 class FathomServer:
-    """A ``fathom serve`` process, or one that runs already at ``address``."""
+    """A ``fathom serve`` process, or one that runs already."""
 
     name = "Fathom, gRPC"
 
-    def __init__(self, settings: EngineSettings | None, address: str | None = None) -> None:
-        """``settings`` are those of a server to start; None where there is an ``address``."""
+    def __init__(
+        self, settings: EngineSettings | None, connection: Connection | None = None
+    ) -> None:
+        """``settings`` are those of a server to start; None where there is a ``connection``."""
         self._settings = settings
         self._process: ServerProcess | None = None
         self._client: AsyncClient | None = None
-        self._given_address = address
-        self.address = address or ""
+        self._connection = connection or Connection("")
+        self._metadata = token_metadata(self._connection.token)
+
+    @property
+    def address(self) -> str:
+        return self._connection.address
 
     async def start(self) -> None:
         if self._settings is not None:
             port = free_port()
-            self.address = f"127.0.0.1:{port}"
+            self._connection = Connection(f"127.0.0.1:{port}")
             log = self._settings.model.work_dir / "logs" / f"fathom-{port}.log"
             self._process = ServerProcess(
                 serve_command(self._settings, port, self._settings.model.work_dir / "state"), log
             )
             await self._process.wait_until(self._serves)
-        self._client = AsyncClient(self.address)
+        self._client = AsyncClient(self.address, tls=self._connection.tls)
 
     async def _serves(self) -> bool:
         try:
@@ -51,7 +58,8 @@ class FathomServer:
             return False
 
     def model(self) -> inference_pb2.Model:
-        with Client(self.address) as client:
+        """Raises :class:`CallError`."""
+        with connected(self._connection) as client:
             return client.get_model()
 
     async def generate(self, request: Request) -> AsyncIterator[int]:
@@ -63,7 +71,8 @@ class FathomServer:
             stop=inference_pb2.StopConditions(max_tokens=request.num_tokens, ignore_eos=True),
             output=inference_pb2.OutputOptions(token_ids=True),
         )
-        async for response in self._client.inference.GenerateStream(message):
+        stream = self._client.inference.GenerateStream(message, metadata=self._metadata)
+        async for response in stream:
             if response.WhichOneof("event") == "delta":
                 yield len(response.delta.token_ids)
 

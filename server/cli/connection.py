@@ -26,8 +26,8 @@ class Connection:
     """How to reach a server, as the flags and variables say."""
 
     address: str
-    tls: ClientTls | None
-    token: str | None
+    tls: ClientTls | None = None
+    token: str | None = None
 
 
 def _connection(
@@ -87,18 +87,22 @@ def _connection(
 
 
 def with_connection(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the flags of a connection in place of its parameter ``connection``."""
-    own = inspect.signature(command, eval_str=True).parameters.values()
+    """Give a command the flags of a connection in place of its parameter ``connection``.
+
+    A flag that the command has itself is the connection's, too.
+    """
+    own = inspect.signature(command, eval_str=True).parameters
     shared = inspect.signature(_connection, eval_str=True).parameters.values()
 
     @functools.wraps(command)
     def connecting(**given: Any) -> None:
-        flags = {parameter.name: given.pop(parameter.name) for parameter in shared}
+        flags = {parameter.name: given[parameter.name] for parameter in shared}
+        given = {name: value for name, value in given.items() if name in own}
         command(**given, connection=_connection(**flags))
 
     parameters = [
         parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for parameter in [*own, *shared]
+        for parameter in [*own.values(), *(each for each in shared if each.name not in own)]
         if parameter.name != "connection"
     ]
     connecting.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -64,7 +64,7 @@ class Client:
             self._channel = grpc.secure_channel(
                 address, tls.credentials, options=[*_OPTIONS, *tls.options]
             )
-        self._metadata = _metadata(token)
+        self._metadata = token_metadata(token)
         self._timeout = timeout
         self._inference: Any = inference_pb2_grpc.InferenceStub(self._channel)
         self._control: Any = control_pb2_grpc.ControlStub(self._channel)
@@ -156,7 +156,7 @@ class Client:
 class AsyncClient:
     """The stubs of a server, for use with asyncio; close it when done.
 
-    A token goes into the metadata of each call: ``authorization``, ``Bearer TOKEN``.
+    A token goes into the metadata of each call, see :func:`token_metadata`.
     """
 
     def __init__(self, address: str, *, tls: ClientTls | None = None) -> None:
@@ -197,7 +197,8 @@ def retry_delay(call: grpc.Call | grpc.aio.AioRpcError) -> float | None:
     return None
 
 
-def _metadata(token: str | None) -> list[tuple[str, str]]:
+def token_metadata(token: str | None) -> list[tuple[str, str]]:
+    """Return the metadata that a token travels as."""
     return [] if token is None else [("authorization", f"Bearer {token}")]
 
 

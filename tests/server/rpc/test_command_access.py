@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.report import Report
 from server.rpc.access import AccessFiles
 from tests.fathom_command import fathom
 from tests.server.authority import Authority
@@ -60,6 +61,26 @@ async def test_the_command(deployed: Deployed, tmp_path: Path) -> None:
             "UNAUTHENTICATED",
             "UNAVAILABLE",
         ]
+
+
+async def test_a_benchmark(deployed: Deployed, tmp_path: Path) -> None:
+    files = AccessFiles(deployed.tls.certificates, written(tmp_path / "clients", CLIENTS))
+    ca = tmp_path / "ca.crt"
+    ca.write_bytes(deployed.authority.pem)
+    async with secured(files) as server:
+        asked = (
+            *("bench", "throughput", "--address", server.address, "--tls-ca", ca),
+            *("--streams", "2", "--rounds", "1", "--depths", "4", "--output-tokens", "4"),
+            *("--output", tmp_path / "out"),
+        )
+        refused = await run(*asked)
+        assert (refused.returncode, "UNAUTHENTICATED" in refused.stderr) == (1, True)
+        result = await run(*asked, FATHOM_TOKEN=ALICE)
+        assert result.returncode == 0, result.stderr
+    report = Report.model_validate_json((tmp_path / "out" / "throughput.json").read_text())
+    assert [row["depth"] for row in report.summary] == [8, 4]
+    assert {row["num_tokens"] for row in report.rounds} == {8}
+    assert ALICE not in report.model_dump_json()
 
 
 @pytest.mark.parametrize(
