@@ -81,6 +81,10 @@ class ElasticStep:
         self._subsets: dict[bytes, TokenSubset] = {}
         self._run_by_all: Bools = np.asarray(self.spans.runs.all(axis=0))
         self._run_by_any: Bools = np.asarray(self.spans.runs.any(axis=0))
+        # Each layer is run by all tokens or by none, and leaves nothing where it is not run.
+        self.is_uniform = self.spans.leaves_keys is None and bool(
+            (self._run_by_all == self._run_by_any).all()
+        )
 
     def runners(self, layer: int) -> Runners | TokenSubset:
         """Return the tokens that run ``layer``."""

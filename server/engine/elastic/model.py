@@ -61,30 +61,23 @@ class ElasticCausalLM:
     ) -> torch.Tensor | IntermediateTensors:
         stream = self._entering_stream(input_ids, positions, intermediate_tensors, inputs_embeds)
         context = get_forward_context()
-        marked: torch.Tensor | slice | None = None
-        before: torch.Tensor | None = None
-        step: ElasticStep | None = None
-        for index, layer in self._layers:
-            step = _step_of(context, layer)
-            if step is None:  # vLLM is profiling memory or warming up
+        step = _step_of(context, self._layers[0][1])
+        probed = step is not None and bool(self.rows.probed)
+        if step is None:  # vLLM is profiling memory or warming up
+            for _, layer in self._layers:
                 stream.run(Runners.EVERY, layer)
-                continue
-            if self.rows.probed and marked is None:
-                marked = self.importance.marked_tokens(step, self.rows)
-            if marked is not None and before is None:
-                before = stream.total(marked)
-            self._walk_layer(index, layer, stream, positions, step, context)
-            if marked is not None and before is not None:
-                after = stream.total(marked)
-                self.importance.update(index, before, after)
-                before = after
+        elif step.is_uniform and not probed:
+            for index, layer in self._layers:
+                stream.run(step.runners(index), layer)
+        else:
+            self._walk(stream, positions, context)
 
         hidden: torch.Tensor
         hidden, residual = stream.parts()
         if not get_pp_group().is_last_rank:
             return IntermediateTensors({"hidden_states": hidden, "residual": residual})
-        hidden, _ = self.model.norm(hidden, residual)
-        if self.rows.probed and step is not None:
+        hidden = self._compiled.normalize(self.model.norm, hidden, residual)
+        if step is not None and probed:
             self.quality.observe(step, self.rows, hidden)
         return hidden
 
@@ -100,6 +93,7 @@ class ElasticCausalLM:
         ):
             return self._compiled.compile(
                 [layer for _, layer in self._layers],
+                self.model.norm,
                 config.get_hidden_size(),
                 cast(torch.dtype, config.dtype),
             )
@@ -122,22 +116,30 @@ class ElasticCausalLM:
         # Zero and the embeddings: so the first layer is called as the others are.
         return ResidualStream(run_layers, positions, torch.zeros_like(inputs_embeds), inputs_embeds)
 
-    def _walk_layer(
-        self,
-        index: int,
-        layer: Any,
-        stream: ResidualStream,
-        positions: torch.Tensor,
-        step: ElasticStep,
-        context: ForwardContext,
+    def _walk(
+        self, stream: ResidualStream, positions: torch.Tensor, context: ForwardContext
     ) -> None:
-        leavers = step.key_leavers(index)
-        if leavers is not None:
-            _leave_keys_and_values(layer, stream.total(leavers), positions[leavers], leavers)
-        runners = step.runners(index)
-        if isinstance(runners, TokenSubset):
-            runners.install(context, layer.self_attn.attn.layer_name)
-        stream.run(runners, layer)
+        """Run every layer on the tokens that run it, and measure where that is asked for."""
+        marked: torch.Tensor | slice | None = None
+        before: torch.Tensor | None = None
+        for index, layer in self._layers:
+            step = _step_of(context, layer)
+            assert step is not None
+            if self.rows.probed and marked is None:
+                marked = self.importance.marked_tokens(step, self.rows)
+            if marked is not None and before is None:
+                before = stream.total(marked)
+            leavers = step.key_leavers(index)
+            if leavers is not None:
+                _leave_keys_and_values(layer, stream.total(leavers), positions[leavers], leavers)
+            runners = step.runners(index)
+            if isinstance(runners, TokenSubset):
+                runners.install(context, layer.self_attn.attn.layer_name)
+            stream.run(runners, layer)
+            if marked is not None and before is not None:
+                after = stream.total(marked)
+                self.importance.update(index, before, after)
+                before = after
 
 
 def _step_of(context: ForwardContext, layer: Any) -> ElasticStep | None:
