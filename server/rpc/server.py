@@ -126,9 +126,9 @@ class RpcServer:
 
 # For what has been answered already to get to the clients.
 _LAST_MESSAGES_SECONDS = 0.1
-# Calls that gRPC holds until the event loop takes them. It would cancel some beyond a thousand,
-# which a burst of streams reaches; what there is no room for, admission refuses properly.
-_MAX_PENDING_CALLS = 2**16
+# Calls that gRPC holds until the event loop takes them, at some 16 KiB each. By default it cancels
+# some beyond a thousand, which a burst of streams reaches; admission refuses them properly.
+_MAX_PENDING_CALLS = 2**13
 
 
 def _options(
