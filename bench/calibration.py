@@ -28,10 +28,10 @@ from bench.options import Options, option
 from bench.plots import save_bars
 from bench.report import Target
 from bench.session import Session
+from bench.setup import engine_settings
 from bench.statistics import Spread, paired_ratio
 from bench.subjects.base import prepare
 from bench.subjects.elastic import ElasticInProcess
-from bench.throughput import engine_settings
 from bench.workload import Request
 from server.calibration import WINDOW
 

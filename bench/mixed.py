@@ -17,27 +17,24 @@ import psutil
 import typer
 
 from bench.load import Generate, Load, steady_loop
-from bench.models import prepare_model
-from bench.options import Options, option
+from bench.options import option
 from bench.plots import save_bars
 from bench.report import Target
 from bench.session import Session
+from bench.setup import LoadOptions, set_up
 from bench.statistics import paired_ratio
-from bench.subjects.base import Subject, prepare
+from bench.subjects.base import Subject
 from bench.subjects.elastic import ElasticInProcess
 from bench.subjects.plain_vllm import PlainVllm
-from bench.throughput import engine_settings, lengths
-from bench.workload import Request, Workload
+from bench.workload import Request
 
 
 @dataclass(frozen=True)
-class MixedOptions(Options):
+class MixedOptions(LoadOptions):
     depth: int | None = option(None, "Depth of the second half; none: half of the layers.")
     streams: int = option(32, "Streams in all, an even number.")
     seconds: float = option(15.0, "How long each measurement counts tokens.")
     eager: bool = option(False, "Whether the dedicated engines run uncompiled.")
-    prompt_tokens: str = option("16", "Lengths of prompts; see bench/README.md for distributions.")
-    output_tokens: str = option("64", "Lengths of outputs, likewise.")
 
 
 def run(options: MixedOptions) -> None:
@@ -47,16 +44,13 @@ def run(options: MixedOptions) -> None:
 async def measure(options: MixedOptions) -> Session:
     if options.streams < 2 or options.streams % 2:
         raise typer.BadParameter(f"--streams: got {options.streams}, allowed: an even number")
-    prompt, output = lengths(options.prompt_tokens), lengths(options.output_tokens)
-    model = prepare_model(options)
-    prepare(model, options.threads)
+    setup = set_up(options, options.streams)
+    model, settings = setup.model, setup.settings
     full = model.num_layers
     depth = options.depth if options.depth is not None else max(1, full // 2)
     if not 1 <= depth < full:
         raise typer.BadParameter(f"--depth: got {depth}, allowed: 1 to {full - 1}")
-    settings = engine_settings(options, model, options.streams, prompt.longest + output.longest)
     session = Session("mixed", options, model.describe(options.dtype))
-    workload = Workload(prompt, output, model.vocab_size, options.seed)
     elastic = ElasticInProcess(settings)
     dedicated = [PlainVllm(settings, each, eager=options.eager) for each in (full, depth)]
     half = options.streams // 2
@@ -67,13 +61,13 @@ async def measure(options: MixedOptions) -> Session:
             [elastic.generate] * options.streams,
             [
                 [Request(r.prompt_ids, r.num_tokens, full if i < half else depth) for r in stream]
-                for i, stream in enumerate(workload.streams(options.streams, 4))
+                for i, stream in enumerate(setup.workload.streams(options.streams, 4))
             ],
         ),
         "two dedicated engines": (
             list(dedicated),
             [dedicated[int(i >= half)].generate for i in range(options.streams)],
-            workload.streams(options.streams, 4),
+            setup.workload.streams(options.streams, 4),
         ),
     }
     async with AsyncExitStack() as stack:

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -89,6 +89,14 @@ def numbers(text: str) -> tuple[int, ...]:
         result = ()
     if not result or min(result) < 1:
         raise typer.BadParameter(f"got {text!r}, allowed: numbers of 1 or more, as in 1,8,32")
+    return result
+
+
+def names(text: str, flag: str, allowed: Sequence[str]) -> tuple[str, ...]:
+    """Read names, separated by commas; raises typer.BadParameter for one that is not allowed."""
+    result = tuple(text.split(","))
+    if unknown := sorted(set(result) - set(allowed)):
+        raise typer.BadParameter(f"{flag}: got {unknown[0]!r}, allowed: {', '.join(allowed)}")
     return result
 
 

@@ -13,24 +13,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from bench.lengths import Lengths
 from bench.limit import StepTime, best_speedup
-from bench.models import BenchModel, prepare_model
-from bench.options import Options, depths_of, numbers, option
+from bench.models import BenchModel
+from bench.options import depths_of, names, numbers, option
 from bench.plots import save_bars
 from bench.report import Target
 from bench.session import Session
+from bench.setup import LoadOptions, set_up
 from bench.statistics import Spread, paired_difference, paired_ratio
-from bench.subjects.base import EngineSettings, Subject, prepare
+from bench.subjects.base import EngineSettings, Subject
 from bench.subjects.elastic import ElasticInProcess
 from bench.subjects.fathom_server import FathomServer
 from bench.subjects.openai_server import OpenAiServer
 from bench.subjects.plain_vllm import PlainVllm
 from bench.subjects.transformers_generate import TransformersGenerate
-from bench.throughput import engine_settings, lengths, streams_name
-from bench.workload import Workload
+from bench.throughput import streams_name
 
 KINDS = ("grpc", "elastic", "uncompiled", "vllm", "eager", "openai", "transformers")
 DENSE_TARGET = 0.98
@@ -41,7 +39,7 @@ GRPC_LATENCY_TARGET_MS = 1.0
 
 
 @dataclass(frozen=True)
-class PeersOptions(Options):
+class PeersOptions(LoadOptions):
     peers: str = option(
         "grpc,elastic,vllm,eager,openai,transformers",
         "What to measure; uncompiled is elastic without compiled layers. vllm and eager mean one "
@@ -49,8 +47,6 @@ class PeersOptions(Options):
     )
     depths: str = option("", "Depths beside the full one; none: half of the layers.")
     streams: str = option("1,32", "Numbers of streams.")
-    prompt_tokens: str = option("16", "Lengths of prompts; see bench/README.md for distributions.")
-    output_tokens: str = option("64", "Lengths of outputs, likewise.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,22 +69,17 @@ def run(options: PeersOptions) -> None:
 
 
 async def measure(options: PeersOptions) -> Session:
-    kinds = options.peers.split(",")
-    if unknown := sorted(set(kinds) - set(KINDS)):
-        raise typer.BadParameter(f"--peers: got {unknown[0]!r}, allowed: {', '.join(KINDS)}")
-    prompt, output = lengths(options.prompt_tokens), lengths(options.output_tokens)
+    kinds = names(options.peers, "--peers", KINDS)
     streams = numbers(options.streams)
-    model = prepare_model(options)
-    prepare(model, options.threads)
+    setup = set_up(options, max(streams))
+    model, workload = setup.model, setup.workload
     depths = depths_of(options.depths or str(max(1, model.num_layers // 2)), model.num_layers)
-    settings = engine_settings(options, model, max(streams), prompt.longest + output.longest)
     session = Session("peers", options, model.describe(options.dtype))
-    workload = Workload(prompt, output, model.vocab_size, options.seed)
-    warm_up = Workload(prompt, Lengths.parse("8"), model.vocab_size, options.seed)
+    warm_up = replace(workload, output=Lengths.parse("8"))
     async with AsyncExitStack() as stack:
         progress = stack.enter_context(session.progress)
         contenders: list[Contender] = []
-        for contender in _contenders(kinds, depths, settings, model):
+        for contender in _contenders(kinds, depths, setup.settings, model):
             if all(contender.subject is not other.subject for other in contenders):
                 with progress.working(f"Starting {contender.subject.name}"):
                     await contender.subject.start()

@@ -18,16 +18,15 @@ import typer
 
 from bench.load import Load, closed_loop
 from bench.machine import cpu_seconds
-from bench.models import prepare_model
-from bench.options import Options, depths_of, option
+from bench.options import depths_of, names, option
 from bench.plots import save_bars
 from bench.session import Session
+from bench.setup import LoadOptions, set_up
 from bench.stopwatch import Stopwatch
-from bench.subjects.base import EngineSettings, prepare
+from bench.subjects.base import EngineSettings
 from bench.subjects.fathom_server import FathomServer
 from bench.subjects.plain_vllm import PlainVllm
-from bench.throughput import engine_settings, lengths
-from bench.workload import Request, Workload
+from bench.workload import Request
 from server.engine.elastic.engine_arguments import (
     compiles_layers,
     prepare_elastic_environment,
@@ -44,15 +43,13 @@ _COMPILE_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
-class ProfileOptions(Options):
+class ProfileOptions(LoadOptions):
     engines: str = option(
         "elastic,vllm,eager,grpc",
         "elastic, vllm (compiled), eager; grpc: CPU time of the server's processes.",
     )
     depths: str = option("", "Depths beside the full one; none: half of the layers.")
     streams: int = option(32, "Streams at a time.")
-    prompt_tokens: str = option("16", "Lengths of prompts; see bench/README.md for distributions.")
-    output_tokens: str = option("64", "Lengths of outputs, likewise.")
     rounds: int = option(1, "How often each load is run; the profile is of all of them.")
 
 
@@ -103,17 +100,12 @@ def run(options: ProfileOptions) -> None:
 
 
 async def measure(options: ProfileOptions) -> Session:
-    engines = options.engines.split(",")
-    if unknown := sorted(set(engines) - set(ENGINES)):
-        raise typer.BadParameter(f"--engines: got {unknown[0]!r}, allowed: {', '.join(ENGINES)}")
-    prompt, output = lengths(options.prompt_tokens), lengths(options.output_tokens)
-    model = prepare_model(options)
-    prepare(model, options.threads)
+    engines = names(options.engines, "--engines", ENGINES)
+    setup = set_up(options, options.streams)
+    model, workload, settings = setup.model, setup.workload, setup.settings
     full = model.num_layers
     depths = depths_of(options.depths or str(max(1, full // 2)), full)
-    settings = engine_settings(options, model, options.streams, prompt.longest + output.longest)
     session = Session("profile", options, model.describe(options.dtype))
-    workload = Workload(prompt, output, model.vocab_size, options.seed)
 
     def requests(depth: int | None, other: int | None = None) -> list[list[Request]]:
         """Return the streams; every second one at the ``other`` depth, if there is one."""

@@ -18,13 +18,12 @@ from bench.lengths import Lengths
 from bench.limit import StepTime, limits
 from bench.load import Load, closed_loop, open_loop
 from bench.memory import unique_mib
-from bench.models import prepare_model
-from bench.options import Options, depths_of, numbers, option
+from bench.options import depths_of, numbers, option
 from bench.plots import save_lines
 from bench.report import Target
 from bench.session import Session
+from bench.setup import LoadOptions, set_up
 from bench.statistics import Spread, paired_ratio
-from bench.subjects.base import EngineSettings, prepare
 from bench.subjects.fathom_server import FathomServer
 from bench.workload import Workload, poisson_arrivals
 from server.cli.connection import Connection
@@ -34,7 +33,7 @@ _WARM_UP_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class ThroughputOptions(Options):
+class ThroughputOptions(LoadOptions):
     address: str = option(
         "", "HOST:PORT of a server that runs already; none: one is started for the measurement."
     )
@@ -45,8 +44,6 @@ class ThroughputOptions(Options):
     rates: str = option("", "Requests per second, as in 0.5,2, that arrive at random instead.")
     requests: int = option(1, "Requests of each stream; of a rate, as many as --arrivals.")
     arrivals: int = option(64, "Requests in all at each of --rates.")
-    prompt_tokens: str = option("16", "Lengths of prompts; see bench/README.md for distributions.")
-    output_tokens: str = option("64", "Lengths of outputs, likewise.")
 
 
 def run(options: ThroughputOptions, connection: Connection) -> None:
@@ -55,12 +52,10 @@ def run(options: ThroughputOptions, connection: Connection) -> None:
 
 async def measure(options: ThroughputOptions, connection: Connection) -> Session:
     """Measure the server that ``connection`` leads to, if its address is not empty."""
-    prompt, output = lengths(options.prompt_tokens), lengths(options.output_tokens)
+    prompt, output = options.prompt_lengths, options.output_lengths
     rates = _rates(options.rates)
     streams = () if rates else numbers(options.streams)
-    server, description, num_layers, vocab_size = _server(
-        options, connection, streams, prompt, output
-    )
+    server, description, num_layers, vocab_size = _server(options, connection, streams)
     session = Session("throughput", options, description)
     depths = depths_of(options.depths, num_layers)
     workload = Workload(prompt, output, vocab_size, options.seed)
@@ -177,13 +172,6 @@ def streams_name(num_streams: float) -> str:
     return "1 stream" if num_streams == 1 else f"{num_streams:g} streams"
 
 
-def lengths(text: str) -> Lengths:
-    try:
-        return Lengths.parse(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
 def _rates(text: str) -> tuple[float, ...]:
     try:
         result = tuple(float(part) for part in text.split(",") if part)
@@ -195,11 +183,7 @@ def _rates(text: str) -> tuple[float, ...]:
 
 
 def _server(
-    options: ThroughputOptions,
-    connection: Connection,
-    streams: tuple[int, ...],
-    prompt: Lengths,
-    output: Lengths,
+    options: ThroughputOptions, connection: Connection, streams: tuple[int, ...]
 ) -> tuple[FathomServer, dict[str, Any], int, int]:
     """Return the server with what it serves: a description, layers and vocabulary."""
     if connection.address:
@@ -207,35 +191,9 @@ def _server(
         model = server.model()
         description = {"name": model.name, "num_layers": model.num_layers, "dtype": model.dtype}
         return server, description, model.num_layers, model.vocab_size
-    bench_model = prepare_model(options)
-    prepare(bench_model, options.threads)
-    settings = engine_settings(
-        options, bench_model, max([*streams, 64]), prompt.longest + output.longest
-    )
-    description = bench_model.describe(options.dtype)
-    return FathomServer(settings), description, bench_model.num_layers, bench_model.vocab_size
-
-
-def engine_settings(
-    options: Options, model: Any, num_streams: int, tokens_per_stream: int
-) -> EngineSettings:
-    """Return settings under which that many streams run in one batch, none preempted."""
-    if tokens_per_stream > options.max_context:
-        raise typer.BadParameter(
-            f"prompt and output take up to {tokens_per_stream} tokens, allowed: "
-            f"{options.max_context} by --max-context"
-        )
-    # Blocks of the cache that are begun and not full, and one request of the whole context.
-    num_tokens = max(num_streams * (tokens_per_stream + 128), options.max_context + 256)
-    return EngineSettings(
-        model=model,
-        dtype=options.dtype,
-        max_context=options.max_context,
-        max_num_seqs=max(num_streams, 8),
-        kv_cache_bytes=model.kv_cache_bytes(num_tokens, options.dtype),
-        compile_layers=options.compile_layers,
-        engine_args=options.fathom_engine_args(),
-    )
+    setup = set_up(options, max([*streams, 64]))
+    description = setup.model.describe(options.dtype)
+    return FathomServer(setup.settings), description, setup.model.num_layers, setup.model.vocab_size
 
 
 def _plot(
