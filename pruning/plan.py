@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import reprlib
 import time
-import uuid
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pruning.depths import check_removal_order, removal_order, skipped_layers
+from pruning.durable import replace_file
 from pruning.importance import BlockInfluence
 
 FORMAT_VERSION = 1
@@ -107,22 +106,8 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; a reader sees the old file or the new one, never a part."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            with temporary.open("x", encoding="utf-8") as file:
-                json.dump(asdict(self), file, indent=2, allow_nan=False)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)  # makes the rename itself durable
-        finally:
-            os.close(directory)
+        document = json.dumps(asdict(self), indent=2, allow_nan=False)
+        replace_file(Path(path), f"{document}\n".encode())
 
     @property
     def num_layers(self) -> int:

@@ -8,15 +8,15 @@ import hashlib
 import json
 import logging
 import math
-import os
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
+
+from pruning.durable import replace_file
 
 FORMAT_VERSION = 1
 LOCK_POLL_SECONDS = 0.2
@@ -79,16 +79,7 @@ class JsonEntry(EntryFormat[T]):
             "sha256": _digest(content),
             "content": content,
         }
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            with temporary.open("x", encoding="utf-8") as file:
-                json.dump(document, file, indent=2)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_file(path, f"{json.dumps(document, indent=2)}\n".encode())
 
 
 class StateDirectory:

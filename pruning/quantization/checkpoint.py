@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pruning.checkpoint import check_checkpoint, read_config, weight_files
+from pruning.durable import write_file
 from pruning.fingerprint import model_fingerprint
 from pruning.quantization import model_card
 from pruning.quantization.errors import QuantizationError, QuantizationFailed
@@ -19,7 +20,7 @@ from pruning.quantization.linear_layers import fitting_settings, num_bytes_quant
 from pruning.quantization.provenance import QUANTIZATION_FILE, Provenance
 from pruning.quantization.settings import QuantizationSettings, check_not_quantized
 from pruning.quantization.worker_process import Request, Stop, gptqmodel_version, run_worker
-from pruning.surgery.companions import companion_files, write_file
+from pruning.surgery.companions import companion_files
 from pruning.surgery.output_directory import check_replaceable, check_space, output_directory
 
 # Tells (layers done, layers in all).

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -36,11 +35,3 @@ def companion_files(source: Path, *, written: Collection[str], with_code: bool) 
             logger.warning("%s: left out, too large for a part of a model", path.name)
         else:
             yield path
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a new file and wait until it is on the disk."""
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

@@ -11,10 +11,11 @@ from typing import Any
 
 from pruning.checkpoint import CheckpointError, check_checkpoint, read_config, weight_files
 from pruning.depths import check_depth
+from pruning.durable import write_file
 from pruning.fingerprint import model_fingerprint
 from pruning.plan import Plan
 from pruning.surgery import model_card
-from pruning.surgery.companions import companion_files, write_file
+from pruning.surgery.companions import companion_files
 from pruning.surgery.errors import SurgeryError
 from pruning.surgery.layer_map import LayerMap
 from pruning.surgery.model_config import cut_config, embeddings_are_tied, num_layers_of

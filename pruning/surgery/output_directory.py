@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pruning.durable import sync_directory
 from pruning.surgery.errors import SurgeryError
 
 _GIB = 1 << 30
@@ -38,13 +39,13 @@ def output_directory(path: Path, *, replaceable_with: str | None = None) -> Iter
             if is_locked is False:
                 raise SurgeryError(f"{path}: another process writes it, too")
             yield partial
-            _sync(partial)
+            sync_directory(partial)
             # Again: writing took its time.
             check_replaceable(path, replaceable_with)
             if path.exists():
                 path.rename(aside)
             partial.rename(path)
-            _sync(path.parent)
+            sync_directory(path.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         if aside.exists() and not path.exists():
@@ -113,14 +114,6 @@ def _locked(directory: Path) -> Iterator[bool | None]:
         except OSError:
             is_locked = None
         yield is_locked
-    finally:
-        os.close(descriptor)
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
