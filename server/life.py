@@ -64,6 +64,7 @@ class Life:
         return time.monotonic() - self._created
 
     def turn_to(self, state: State) -> None:
+        """Enter a state, if it is another one, and tell who waits for a change."""
         if state is not self._state:
             logger.info("%s", state.value)
             self._state = state
@@ -90,6 +91,7 @@ class Life:
         return Unavailable(f"the server is starting: {self.startup_phase}")
 
     def require_serving(self) -> None:
+        """Raise :class:`Unavailable`, with the reason, in every state but SERVING."""
         match self._state:
             case State.STARTING:
                 raise self.starting()

@@ -104,6 +104,7 @@ class PromptReader:
         return prompt.text if isinstance(prompt, TextPrompt) else self._engine.detokenize(ids)
 
     def check_length(self, num_tokens: int, field: str) -> None:
+        """Raise :class:`InvalidArgument` for more tokens than the context has room for."""
         # One place is left for the token that is generated.
         longest = self._engine.model.max_context - 1
         if num_tokens > longest:
@@ -123,6 +124,7 @@ class PromptReader:
 
 
 def check_ids(ids: Sequence[int], field: str, vocab_size: int) -> None:
+    """Raise :class:`InvalidArgument`, naming the entry of ``field``, for an id that is no token."""
     for i, token_id in enumerate(ids):
         if not 0 <= token_id < vocab_size:
             raise InvalidArgument(f"{field}[{i}]", token_id, f"0 to {vocab_size - 1}")

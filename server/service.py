@@ -1,4 +1,4 @@
-"""The service: admits requests, decides their depth, runs them, and keeps the engine alive."""
+"""The service: admits requests, decides their depth and runs them."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from server.config.errors import not_allowed
 
 
 def object_from(value: object) -> object:
+    """Read a JSON object; what is no text is left for the field to check, as in all of these."""
     if not isinstance(value, str):
         return value
     try:
@@ -30,12 +31,14 @@ def pairs_from(value: object, allowed: str) -> object:
 
 
 def names_from(value: object) -> object:
+    """Read names, separated by commas."""
     if not isinstance(value, str):
         return value
     return tuple(name.strip() for name in value.split(",") if name.strip())
 
 
 def number_from(value: object) -> object:
+    """Read a whole number, which Literal would not take from a text."""
     try:
         return int(value) if isinstance(value, str) else value
     except ValueError:
