@@ -73,8 +73,7 @@ class Load:
             async def work() -> None:
                 while time.monotonic() < end:
                     try:
-                        await self._one(client)
-                        self.codes["OK"] += 1
+                        self.codes[await self._one(client)] += 1
                     except grpc.aio.AioRpcError as error:
                         self.codes[error.code().name] += 1
                     except asyncio.CancelledError:
@@ -84,7 +83,8 @@ class Load:
 
             await asyncio.gather(*[work() for _ in range(self._num_workers)])
 
-    async def _one(self, client: AsyncClient) -> None:
+    async def _one(self, client: AsyncClient) -> str:
+        """Return the code that the call ended with, where it is not raised."""
         rng, inference = self._rng, client.inference
         request = inference_pb2.GenerateRequest(
             prompt=rng.choice(PROMPTS),
@@ -107,7 +107,7 @@ class Load:
                 await call.read()
                 await asyncio.sleep(rng.random() / 10)
                 call.cancel()
-                await call.code()
+                return str((await call.code()).name)
             case 6:
                 await inference.Generate(request, timeout=rng.random() / 10)
             case 7:
@@ -117,15 +117,21 @@ class Load:
                 await asyncio.sleep(rng.random() * 2)
                 while await call.read() is not grpc.aio.EOF:
                     pass
+        return "OK"
 
 
 async def soak(arguments: argparse.Namespace) -> bool:
     """Return whether all is well."""
+    console = Console()
+    console.print("Starting a server")
     async with demo_server(max_num_seqs=32, kv_cache_gib=0.5) as server:
         load = Load(server.address, arguments.workers, arguments.seed)
+        console.print(f"Warming it up for {WARM_UP_SECONDS:g} s")
         await load.run(WARM_UP_SECONDS)
         await asyncio.sleep(PAUSE_SECONDS)
         start = holding(server)
+        load.codes.clear()
+        console.print(f"Putting load on it for {arguments.minutes:g} min")
         await load.run(60 * arguments.minutes)
         await asyncio.sleep(PAUSE_SECONDS)
         end = holding(server)
@@ -135,18 +141,16 @@ async def soak(arguments: argparse.Namespace) -> bool:
         if getattr(end, field.name)
         > getattr(start, field.name) * (1 + arguments.max_growth) + SLACK[field.name]
     ]
-    table = Table(title=f"{arguments.minutes:g} minutes, {load.codes.total()} calls")
+    table = Table(title=f"{load.codes.total()} calls in {arguments.minutes:g} min")
     for column in ("", "start", "end"):
         table.add_column(column, justify="right" if column else "left")
     for field in fields(Holding):
         values = (getattr(holding, field.name) for holding in (start, end))
-        table.add_row(field.name.replace("_", " "), *(f"{value:.0f}" for value in values))
-    console = Console()
+        table.add_row(field.name.replace("_mib", ", MiB"), *(f"{value:.0f}" for value in values))
     console.print(table)
     console.print(", ".join(f"{code} {count}" for code, count in load.codes.most_common()))
     failed = load.codes["INTERNAL"] + load.codes["UNKNOWN"]
-    if grown:
-        console.print(f"Grown: {', '.join(grown)}")
+    console.print(f"Grown: {', '.join(grown) or 'nothing'}")
     if failed:
         console.print(f"{failed} calls failed by the server's own fault")
     return not grown and not failed
