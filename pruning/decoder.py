@@ -150,11 +150,10 @@ def observed(
     ``before`` and ``after`` are the residual stream as the layer receives and returns it. While
     a layer runs, ``received`` holds ``before`` under its number.
     """
-    # Copied, because a layer may add to the stream in place.
     received = {} if received is None else received
 
     def on_input(layer: int, states: torch.Tensor) -> None:
-        received[layer] = states.clone()
+        received[layer] = states.clone()  # a layer may add to the stream in place
 
     with ExitStack() as hooks:
         for layer, module in enumerate(layers):
