@@ -31,9 +31,6 @@ _LIBRARIES = (
     ("torch", ("lib/libgomp*.so*",)),
     ("vllm", ("libs/libtcmalloc_minimal*.so*", "libs/libtcmalloc.so*")),
 )
-# Weights are read from end to end in every step. In pages of 4 KiB that costs several percent,
-# more or less by how the memory happens to lie; so glibc is to ask the kernel for huge ones.
-_TUNABLES = "glibc.malloc.hugetlb=1"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -49,12 +46,15 @@ def start_fork_server() -> None:
     # Ctrl-C reaches every process of a terminal's group; when engines end is up to the server.
     resource_tracker.ensure_running()  # when it is started, it resets the mask
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    preload = ":".join([*filter(None, [os.environ.get("LD_PRELOAD")]), *_libraries()])
-    tunables = os.environ.get("GLIBC_TUNABLES", _TUNABLES)
+    preload = os.environ.get("LD_PRELOAD")
+    os.environ["LD_PRELOAD"] = ":".join([*filter(None, [preload]), *_libraries()])
     try:
-        with _environment(LD_PRELOAD=preload, GLIBC_TUNABLES=tunables):
-            forkserver.ensure_running()
+        forkserver.ensure_running()
     finally:
+        if preload is None:
+            del os.environ["LD_PRELOAD"]
+        else:
+            os.environ["LD_PRELOAD"] = preload
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
@@ -110,20 +110,6 @@ def _can_fork() -> bool:
     except metadata.PackageNotFoundError:
         return False
     return True
-
-
-@contextlib.contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _libraries() -> Iterator[str]:
