@@ -354,6 +354,7 @@ def _engine(settings: Settings, inputs: Inputs) -> Engine:
         "max_num_seqs": settings.max_num_seqs,
         "kv_cache_gib": settings.kv_cache_gib,
         "trust_remote_code": settings.trust_remote_code,
+        "huge_pages": settings.huge_pages,
         "engine_args": settings.engine_args,
     }
     if settings.engine == "elastic":

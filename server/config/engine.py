@@ -36,6 +36,11 @@ class EngineSettings(BaseModel):
         description="Whether the elastic engine compiles its layers, once for all of them; none: "
         "on CPU, where there is a C++ compiler.",
     )
+    huge_pages: bool = Field(
+        True,
+        description="Whether engines on CPU move weights of 64 MiB and more into huge pages after "
+        "they have loaded them, which takes Linux 6.1.",
+    )
     max_num_seqs: Annotated[int, Ge(1), Le(65536)] = Field(
         256, description="Requests that run in one batch at most."
     )

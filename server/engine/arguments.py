@@ -34,6 +34,7 @@ RESERVED: Mapping[str, str | None] = {
     "max_model_len": "max_context",
     "max_num_seqs": "max_num_seqs",
     "runner": None,
+    "worker_extension_cls": None,
 }
 # The path in full: on CPU, vLLM turns the short name into an executor with one process more.
 IN_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
@@ -52,6 +53,8 @@ class EngineConfig:
     # CPU only; None takes a quarter of the free memory, 4 GiB at most.
     kv_cache_gib: float | None = None
     trust_remote_code: bool = False
+    # CPU only, and not for small models.
+    huge_pages: bool = True
     engine_args: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -67,6 +70,7 @@ def base_arguments(config: EngineConfig) -> dict[str, Any]:
         "load_format": "safetensors",
         "enable_prefix_caching": True,
         "use_tqdm_on_load": False,
+        "worker_extension_cls": "server.engine.worker_extension.WorkerExtension",
     }
 
 
@@ -180,6 +184,17 @@ def prepare_environment() -> None:
 def prepare_cpu_environment(model: Path) -> None:
     """Let the engine's process have every core; left alone, vLLM takes one."""
     os.environ.setdefault("OMP_NUM_THREADS", str(num_cpu_threads(model)))
+
+
+def wants_huge_pages(config: EngineConfig) -> bool:
+    """Return whether the engine's memory is to be moved into huge pages.
+
+    A small model's weights stay in the processor's caches, where that gains nothing.
+    """
+    from vllm.platforms import current_platform
+
+    is_small = weight_bytes(config.model) < _SMALL_MODEL_BYTES
+    return config.huge_pages and current_platform.is_cpu() and not is_small
 
 
 def num_cpu_threads(model: Path, num_cores: int | None = None) -> int:

@@ -210,6 +210,10 @@ class Llm:
         except EngineDeadError as error:
             raise EngineDead("the engine's process has ended") from error
 
+    async def use_huge_pages(self) -> None:
+        """Let the engine's processes move what they have loaded into huge pages."""
+        await self.call_workers("fathom_use_huge_pages")
+
     def _require_llm(self) -> AsyncLLM:
         if self._llm is None:
             raise EngineDead("the engine is not running")

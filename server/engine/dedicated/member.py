@@ -21,6 +21,7 @@ from server.engine.arguments import (
     check_kv_cache,
     cpu_arguments,
     refusal,
+    wants_huge_pages,
 )
 from server.engine.base import EngineDead
 from server.engine.dedicated.resources import Resources
@@ -80,6 +81,8 @@ class Member:
             registry, stat_logger = registry_and_logger()
             with _threads(self._resources.num_threads):
                 await self.llm.start(self._configure, [stat_logger])
+            if wants_huge_pages(self._config):
+                await self.llm.use_huge_pages()
             self.registry = registry
             logger.info(
                 "the engine of depth %d is up after %.1f s", self.depth, time.monotonic() - started

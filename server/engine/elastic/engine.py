@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pruning.importance import BlockInfluence, block_influence, merge_sums
 from pruning.plan import Plan
 from pruning.quality import Quality, quality_of_windows
-from server.engine.arguments import check_kv_cache, refusal
+from server.engine.arguments import check_kv_cache, refusal, wants_huge_pages
 from server.engine.base import (
     GenerationDelta,
     GenerationRequest,
@@ -82,6 +82,8 @@ class ElasticEngine:
         """
         await self._llm.start(self._configure)
         await self._compile_layers()
+        if wants_huge_pages(self._config):
+            await self._llm.use_huge_pages()
         config = self._llm.model_config
         self._model = model_info(
             self._config.name,

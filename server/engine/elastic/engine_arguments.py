@@ -27,7 +27,6 @@ _RESERVED = {
     **RESERVED,
     "enforce_eager": None,
     "logits_processors": None,
-    "worker_extension_cls": None,
     "speculative_config": None,
 }
 # About what the compiled layers of one model take.

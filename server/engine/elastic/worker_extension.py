@@ -11,9 +11,10 @@ from typing import Any
 from vllm.distributed import get_tensor_model_parallel_rank
 
 from server.engine.elastic.model import ElasticCausalLM
+from server.engine.worker_extension import WorkerExtension
 
 
-class ElasticWorkerExtension:
+class ElasticWorkerExtension(WorkerExtension):
     """Mixed into vLLM's worker."""
 
     model_runner: Any
