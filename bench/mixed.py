@@ -1,17 +1,19 @@
 """Measure a half-and-half mix of depths in one elastic engine against two dedicated engines.
 
 All streams are busy all the time that counts. The dedicated engines share the machine, and each
-takes the streams of its depth.
+takes the streams of its depth; on a CPU, half of the threads, too.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import statistics
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import typer
@@ -27,6 +29,8 @@ from bench.subjects.base import Subject
 from bench.subjects.elastic import ElasticInProcess
 from bench.subjects.plain_vllm import PlainVllm
 from bench.workload import Request
+
+_THREADS = "OMP_NUM_THREADS"
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,14 @@ async def measure(options: MixedOptions) -> Session:
     }
     async with AsyncExitStack() as stack:
         progress = stack.enter_context(session.progress)
-        subjects_to_start: list[Subject] = [elastic, *dedicated]
-        for subject in subjects_to_start:
-            with progress.working(f"Starting {subject.name}"):
+        threads = int(os.environ.get(_THREADS, "1"))
+        starts: list[tuple[Subject, int]] = [(elastic, threads)]
+        starts += [(each, max(1, threads // 2)) for each in dedicated]
+        for subject, num_threads in starts:
+            with (
+                progress.working(f"Starting {subject.name}"),
+                mock.patch.dict(os.environ, {_THREADS: str(num_threads)}),
+            ):
                 await subject.start()
             stack.push_async_callback(subject.close)
         for _, generates, streams in contenders.values():
