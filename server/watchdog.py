@@ -66,13 +66,17 @@ class Watchdog:
                     await asyncio.sleep(self._poll_seconds)
 
     async def _problem(self) -> str:
-        """Return what is wrong, or an empty string once the engine has answered."""
+        """Return what is wrong, or an empty string once the engine has answered or ended."""
         ping = asyncio.create_task(self._ping())
-        processes = _processes(self._engine.process_ids)
+        process_ids = list(self._engine.process_ids)
+        processes = _processes(process_ids)
         used = _cpu_seconds(processes)
         silent = still = stopped = 0.0
         try:
             while not (await asyncio.wait([ping], timeout=self._poll_seconds))[0]:
+                # An engine that has died may never answer, and is not to be mistaken for the next.
+                if not self._engine.is_alive or list(self._engine.process_ids) != process_ids:
+                    return ""
                 silent += self._poll_seconds
                 still += self._poll_seconds
                 stopped += self._poll_seconds

@@ -114,3 +114,29 @@ async def test_one_that_was_stopped(
     engine.process.send_signal(signal.SIGSTOP)
     assert await killed(engine, num_looks=1000, timeout=1000, still=1000, stopped=0.2)
     assert "was stopped by a signal" in caplog.text
+
+
+async def test_one_that_has_taken_the_place_of_a_dead_one_is_not_held_for_it(
+    engines: list[EngineOfProcess],
+) -> None:
+    """Whatever the dead one was asked, it never answers."""
+    engine, successor = EngineOfProcess(IDLE), EngineOfProcess(IDLE)
+    engines += [engine, successor]
+    unanswered = asyncio.Event()
+
+    async def ping() -> None:
+        engine.num_pings += 1
+        if engine.num_pings == 1:
+            await unanswered.wait()
+
+    engine.ping = ping  # type: ignore[method-assign]
+    watching = asyncio.create_task(
+        killed(engine, num_looks=40, timeout=1000, still=0.5, stopped=1000)
+    )
+    while engine.num_pings == 0:
+        await asyncio.sleep(0.01)
+    dead, engine.process = engine.process, successor.process
+    dead.kill()
+    dead.wait()
+    assert not await watching
+    assert engine.num_pings > 1
