@@ -56,6 +56,7 @@ lint: $(INSTALLED_DEV) ## Check style and types.
 	@$(VENV)/bin/ruff check
 	@$(VENV)/bin/ruff format --check
 	@$(VENV)/bin/mypy
+	@$(VENV)/bin/lint-imports
 
 format: $(INSTALLED_DEV) ## Put the code into its standard format.
 	@$(VENV)/bin/ruff check --fix

@@ -33,7 +33,7 @@ from bench.statistics import Spread, paired_ratio
 from bench.subjects.base import prepare
 from bench.subjects.elastic import ElasticInProcess
 from bench.workload import Request
-from server.calibration import WINDOW
+from server.calibration.calibrator import WINDOW
 
 TIME_TARGET = 1.1
 MEMORY_TARGET_MIB = 16.0

@@ -33,7 +33,7 @@ app.command("profile")(command(profile.ProfileOptions, profile.run))
 def run(arguments: list[str]) -> None:
     """Run one benchmark; exit code 0 whatever it finds, 1 where it could not measure."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    logging.getLogger("server.progress").setLevel(logging.INFO)
+    logging.getLogger("server.telemetry.progress").setLevel(logging.INFO)
     try:
         app(args=arguments, prog_name="fathom bench")
     except (MatplotlibMissing, ServerFailed, CallError) as error:

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 
 import psutil
 
-from server.hardware import describe_hardware
-from server.version import measuring_versions
+from server.calibration.hardware import describe_hardware
+from server.calibration.versions import measuring_versions
 
 
 def describe_machine() -> dict[str, object]:

@@ -17,7 +17,7 @@ from pruning.fingerprint import model_fingerprint
 from pruning.plan import Plan
 from pruning.surgery import export_checkpoint
 from server.engine.base import LayerSelection
-from server.model_source import DEMO_MODEL
+from server.model.source import DEMO_MODEL
 
 _MIB = 1 << 20
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

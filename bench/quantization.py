@@ -26,13 +26,13 @@ from rich.table import Table
 
 from pruning.plan import Plan
 from pruning.surgery import count_layers
-from server.calibration import text_windows
+from server.calibration.calibrator import text_windows
 from server.config import Settings
-from server.demo_model.corpus import Part, documents
 from server.engine.base import LayerSelection
 from server.engine.elastic.engine import ElasticEngine
 from server.engine.elastic.engine_arguments import ElasticConfig
-from server.model_source import DEMO_MODEL
+from server.model.demo.corpus import Part, documents
+from server.model.source import DEMO_MODEL
 
 _FATHOM = Path(sys.executable).parent / "fathom"
 _POLL_SECONDS = 0.05

@@ -20,7 +20,7 @@ from bench.statistics import Percentiles
 from bench.subjects.base import Subject
 from bench.subjects.transformers_generate import TransformersGenerate
 from bench.workload import Request
-from server.progress import ProgressReport
+from server.telemetry.progress import ProgressReport
 
 T = TypeVar("T")
 

@@ -15,12 +15,12 @@ import statistics
 import time
 from pathlib import Path
 
+from server.calibration.hardware import describe_hardware
+from server.calibration.versions import measuring_versions
 from server.engine.base import GenerationRequest, LayerSelection, SamplingOptions
 from server.engine.elastic.engine import ElasticEngine
 from server.engine.elastic.engine_arguments import ElasticConfig
-from server.hardware import describe_hardware
-from server.model_source import DEMO_MODEL
-from server.version import measuring_versions
+from server.model.source import DEMO_MODEL
 
 BATCHES = (1, 4, 16, 64)
 PROMPT_TOKENS = 256

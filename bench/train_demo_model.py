@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from server.demo_model.corpus import Part, documents
+from server.model.demo.corpus import Part, documents
 
 END_OF_TEXT = "<|endoftext|>"
 CHAT_TEMPLATE = (

@@ -21,35 +21,36 @@ from pruning.plan import Plan
 from pruning.quantization import QuantizationError, plan_of_base
 from pruning.surgery import SurgeryError
 from pruning.text import TextError
-from server.calibration import Calibrator, Progress
+from server.access.exposure import check_exposure
+from server.calibration.calibrator import Calibrator, Progress
+from server.calibration.hardware import describe_hardware
+from server.calibration.offline_plan import kept_plan, plan_key
+from server.calibration.policy_store import PlanFile, PolicyStore
+from server.calibration.versions import measuring_versions
 from server.config import Settings
+from server.depth.policy import DepthPolicy
 from server.engine.base import Engine, ModelInfo
 from server.engine.dedicated.engine import DedicatedConfig, DedicatedEngine
 from server.engine.elastic.engine import ElasticEngine
 from server.engine.elastic.engine_arguments import ElasticConfig
 from server.engine.fork_server import start_fork_server
-from server.exposure import check_exposure
-from server.fair_queue import places_for
-from server.hardware import describe_hardware
-from server.inputs import Inputs, StartError, auto_rules, read_inputs, refused_as
-from server.log_format import with_fields
-from server.logs import Logs
-from server.metrics import Metrics
-from server.metrics_port import MetricsPort
-from server.offline_plan import kept_plan, plan_key
-from server.policy import DepthPolicy
-from server.policy_store import PlanFile, PolicyStore
-from server.progress import ProgressReport
-from server.quantized import QuantizedModel
+from server.model.inputs import Inputs, StartError, auto_rules, read_inputs, refused_as
+from server.model.quantized import QuantizedModel
 from server.reload import Reload, access_files
 from server.rpc.access import Access
 from server.rpc.interceptors import Observer
-from server.rpc.request_log import log_request
 from server.rpc.server import RpcServer
-from server.service import Service
+from server.serving.fair_queue import slots_for
+from server.serving.service import Service
 from server.state import StateDirectory
-from server.tracing import open_tracing
-from server.version import VERSION, measuring_versions
+from server.telemetry.log_format import with_fields
+from server.telemetry.logs import Logs
+from server.telemetry.metrics import Metrics
+from server.telemetry.metrics_port import MetricsPort
+from server.telemetry.progress import ProgressReport
+from server.telemetry.request_log import log_request
+from server.telemetry.tracing import open_tracing
+from server.version import VERSION
 
 # Of models with more layers, quality is measured at the levels alone.
 _LAYERS_FOR_EVERY_DEPTH = 16
@@ -122,7 +123,7 @@ class Application:
             service = Service(
                 engine,
                 metrics,
-                max_running=places_for(settings.max_num_seqs * _num_engines(settings, inputs)),
+                max_running=slots_for(settings.max_num_seqs * _num_engines(settings, inputs)),
                 max_waiting=settings.max_waiting,
                 max_waiting_tokens=settings.max_waiting_tokens,
                 max_unread=settings.max_unread,

@@ -6,13 +6,13 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from server.certificates import CertificateFiles
+from server.access.certificates import CertificateFiles
 from server.config import ConfigError, Settings
+from server.depth.levels import LevelSpec
 from server.errors import FathomError
-from server.inputs import auto_rules, chosen_levels
-from server.levels import LevelSpec
+from server.model.inputs import auto_rules, chosen_levels
 from server.rpc.access import Access, AccessFiles
-from server.service import Service
+from server.serving.service import Service
 
 _ACCESS = {"tls_certificate", "tls_key", "tls_client_ca", "clients"}
 _LEVELS = {"levels", "default_level"}

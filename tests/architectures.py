@@ -2,7 +2,7 @@
 
 The table in docs/architectures.md is made from them; that what they say holds is tested in
 ``tests/pruning/test_architectures.py``, ``tests/pruning/surgery/test_architectures.py``,
-``tests/server/test_architectures.py`` and ``tests/server/elastic/test_families.py``.
+``tests/server/engine/test_architectures.py`` and ``tests/server/engine/elastic/test_families.py``.
 """
 
 from __future__ import annotations

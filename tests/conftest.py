@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from server.model_source import DEMO_MODEL
+from server.model.source import DEMO_MODEL
 
 # Engines and references of these sizes are fastest on one thread, and a busy machine does not
 # make them crawl: OpenMP's threads wait for each other after every operation.

@@ -13,6 +13,7 @@ import psutil
 
 from bench.models import BenchModel
 from bench.workload import Request
+from server.calibration.hardware import describe_hardware
 from server.engine.arguments import (
     IN_PROCESS_EXECUTOR,
     DtypeName,
@@ -20,7 +21,6 @@ from server.engine.arguments import (
     prepare_environment,
 )
 from server.engine.elastic.engine_arguments import ElasticConfig
-from server.hardware import describe_hardware
 
 # Which of its two model runners vLLM uses on a GPU; the elastic engine sets it for itself.
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"

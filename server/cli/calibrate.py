@@ -13,8 +13,8 @@ from rich.table import Table
 from pruning.text import TextError, load_texts
 from server.cli.connection import Connection, connected, with_connection
 from server.cli.problems import report_problem
-from server.progress import ProgressReport
 from server.rpc.generated.fathom.v1 import common_pb2, control_pb2
+from server.telemetry.progress import ProgressReport
 
 
 @with_connection

@@ -11,7 +11,7 @@ from rich.filesize import decimal
 
 from server.cli.offline import run_offline
 from server.config import Settings, load_settings
-from server.progress import ProgressReport
+from server.telemetry.progress import ProgressReport
 
 
 def export(
@@ -118,10 +118,10 @@ def _export(
     from pruning.quantization import QuantizationError, QuantizationFailed, plan_of_base
     from pruning.surgery import SurgeryError, check_output, count_layers
     from pruning.text import TextError
-    from server.exporter import Exporter
-    from server.inputs import StartError, calibration_texts, refused_as
-    from server.model_source import find_model
-    from server.offline_plan import kept_plan, measured_plan
+    from server.calibration.offline_plan import kept_plan, measured_plan
+    from server.model.exporter import Exporter
+    from server.model.inputs import StartError, calibration_texts, refused_as
+    from server.model.source import find_model
 
     with refused_as("model", CheckpointError):
         source = find_model(settings.model, settings.revision)

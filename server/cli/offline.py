@@ -21,7 +21,7 @@ def run_offline(settings: Settings, work: Callable[[], None]) -> None:
 
     # Imported here to keep the other commands quick.
     from pruning.quantization import QuantizationFailed
-    from server.inputs import StartError
+    from server.model.inputs import StartError
 
     try:
         work()

@@ -11,7 +11,7 @@ from rich.filesize import decimal
 
 from server.cli.offline import run_offline
 from server.config import Settings, load_settings
-from server.progress import ProgressReport
+from server.telemetry.progress import ProgressReport
 
 
 def quantize(
@@ -78,9 +78,9 @@ def _quantize(settings: Settings, out: Path, overwrite: bool) -> None:
     from pruning.quantization import QuantizationError, QuantizationFailed, quantize_checkpoint
     from pruning.surgery import SurgeryError
     from pruning.text import TextError
-    from server.inputs import StartError, calibration_texts, refused_as
-    from server.model_source import find_model
-    from server.quantized import calibration_windows, checked_quantization
+    from server.model.inputs import StartError, calibration_texts, refused_as
+    from server.model.quantized import calibration_windows, checked_quantization
+    from server.model.source import find_model
 
     with refused_as("model", CheckpointError, QuantizationError, SurgeryError):
         source = find_model(settings.model, settings.revision)

@@ -21,7 +21,7 @@ def serve(**flags: Any) -> None:
 
     # Imported here to keep the other commands quick.
     from server import app
-    from server.inputs import StartError
+    from server.model.inputs import StartError
 
     try:
         app.serve(settings, lambda: load_settings(flags))

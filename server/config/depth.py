@@ -19,7 +19,7 @@ from pydantic_settings import NoDecode
 
 from server.config.errors import conflict, not_allowed
 from server.config.values import names_from, pairs_from
-from server.levels import LevelSpec
+from server.depth.levels import LevelSpec
 
 _LEVEL_ALLOWED = (
     "a number of layers (1 or more), a prune ratio (0.0 to less than 1, with a decimal point), "

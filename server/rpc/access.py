@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.certificates import CertificateFiles, Certificates
-from server.clients import ClientList, load_clients
+from server.access.certificates import CertificateFiles, Certificates
+from server.access.clients import ClientList, load_clients
+from server.access.file_watch import FileWatch
 from server.errors import FathomError, InvalidArgument
-from server.file_watch import FileWatch
-from server.metrics import Metrics
 from server.rpc.authentication import Authenticator
 from server.rpc.tls import ServerTls
+from server.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import grpc
 
-from server.caller import Caller
-from server.clients import Client, ClientList, Permission
+from server.access.clients import Client, ClientList, Permission
+from server.calls.caller import Caller
 from server.errors import PermissionDenied, Unauthenticated
 from server.rpc.peer import host_of, peer_address
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import grpc
 
-from server.calibration import Progress
-from server.caller import current_caller
+from server.calibration.calibrator import Progress
+from server.calls.caller import current_caller
 from server.rpc import replies, requests
 from server.rpc.generated.fathom.v1 import control_pb2 as pb
 from server.rpc.generated.fathom.v1 import control_pb2_grpc
-from server.service import Service
+from server.serving.service import Service
 
 logger = logging.getLogger(__name__)
 

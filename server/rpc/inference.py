@@ -9,13 +9,13 @@ from typing import Any
 
 import grpc
 
-from server.call_record import current_call
+from server.calls.call_record import current_call
+from server.calls.generation import FinishInfo, PromptInfo
 from server.engine.base import GenerationDelta
-from server.generation import FinishInfo, PromptInfo
 from server.rpc import replies, requests
 from server.rpc.generated.fathom.v1 import inference_pb2 as pb
 from server.rpc.generated.fathom.v1 import inference_pb2_grpc
-from server.service import Service
+from server.serving.service import Service
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):

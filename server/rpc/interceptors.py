@@ -12,9 +12,9 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 
-from server.call_record import CallRecord, set_current_call
-from server.caller import set_caller
-from server.clients import Permission
+from server.access.clients import Permission
+from server.calls.call_record import CallRecord, set_current_call
+from server.calls.caller import set_caller
 from server.errors import InvalidArgument
 from server.rpc.authentication import Authenticator, caller_of, require
 from server.rpc.status import code_of, status_of

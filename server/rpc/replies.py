@@ -7,14 +7,14 @@ from collections.abc import Iterable
 
 from pruning.plan import Plan
 from pruning.quality import Quality
-from server.auto_rules import AutoRules, ladder
-from server.calibration import Progress
+from server.calibration.calibrator import Progress
+from server.calls.generation import FinishInfo, PromptInfo, ScoringResult
+from server.depth.auto_rules import AutoRules, ladder
+from server.depth.levels import DepthPair, Level
+from server.depth.policy import DepthPolicy, Reason, ServedDepth, Speed
 from server.engine.base import FinishReason, GenerationDelta, ModelInfo, TokenScore
-from server.generation import FinishInfo, PromptInfo, ScoringResult
-from server.levels import DepthPair, Level
-from server.life import State, Status
-from server.policy import DepthPolicy, Reason, ServedDepth, Speed
 from server.rpc.generated.fathom.v1 import common_pb2, control_pb2, inference_pb2
+from server.serving.service_state import State, Status
 
 _REASONS = {
     Reason.REQUESTED: common_pb2.Served.REASON_REQUESTED,

@@ -12,12 +12,19 @@ from collections.abc import Sized
 
 from google.protobuf.message import Message
 
-from server.auto_rules import AutoRules
+from server.calls.generation import (
+    ChatPrompt,
+    Generation,
+    Prompt,
+    Scoring,
+    TextPrompt,
+    TokenPrompt,
+)
+from server.depth.auto_rules import AutoRules
+from server.depth.levels import LevelSpec
+from server.depth.policy import Auto, DepthChoice, Layers, NamedLevel, PruneRatio
 from server.engine.base import SamplingOptions
 from server.errors import InvalidArgument
-from server.generation import ChatPrompt, Generation, Prompt, Scoring, TextPrompt, TokenPrompt
-from server.levels import LevelSpec
-from server.policy import Auto, DepthChoice, Layers, NamedLevel, PruneRatio
 from server.rpc.generated.fathom.v1 import common_pb2, control_pb2, inference_pb2
 
 # Every token of a request is compared with all of its stop strings, on the engine's thread.

@@ -10,10 +10,9 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from server.call_record import CallRecord
+from server.access.listening import cannot_listen
+from server.calls.call_record import CallRecord
 from server.errors import InvalidArgument
-from server.life import State
-from server.listening import cannot_listen
 from server.rpc.authentication import Authenticator
 from server.rpc.control import ControlServicer
 from server.rpc.generated.fathom.v1 import (
@@ -25,7 +24,8 @@ from server.rpc.generated.fathom.v1 import (
 from server.rpc.inference import InferenceServicer
 from server.rpc.interceptors import CallInterceptor, Observer
 from server.rpc.tls import ServerTls
-from server.service import Service
+from server.serving.service import Service
+from server.serving.service_state import State
 
 INFERENCE: str = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 CONTROL: str = control_pb2.DESCRIPTOR.services_by_name["Control"].full_name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-from server.certificates import Certificates
+from server.access.certificates import Certificates
 
 
 class ServerTls:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, StableLmConfig
 
 from pruning.plan import Plan
 from server.engine.elastic.architectures import ELASTIC_ARCHITECTURES
-from server.model_source import DEMO_MODEL
+from server.model.source import DEMO_MODEL
 from tests.e2e.calls import assert_generates
 from tests.e2e.running_server import SMALL, RunningServer, flags
 from tests.fathom_command import FATHOM, environment, free_ports

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 
-from server.model_source import DEMO_MODEL
+from server.model.source import DEMO_MODEL
 from server.rpc.client import Client
 from server.rpc.generated.fathom.v1 import common_pb2, control_pb2, inference_pb2
 from tests.e2e.calls import LONG, Streamed, greedy_request
 from tests.e2e.running_server import RunningServer
-from tests.server.elastic import reference
+from tests.server.engine.elastic import reference
 
 # Nothing like documentation, so that the layers rank in another order.
 OTHER_TEXTS = [" ".join(str(n * n % 9973) for n in range(start, start + 900)) for start in (1, 7)]

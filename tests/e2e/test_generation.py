@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from server.engine.base import LayerSelection
-from server.model_source import DEMO_MODEL
+from server.model.source import DEMO_MODEL
 from server.rpc.client import Client
 from server.rpc.generated.fathom.v1 import common_pb2, inference_pb2
 from tests.e2e.calls import Streamed, at_once, failure, greedy_request, requested
 from tests.e2e.running_server import RunningServer
-from tests.server.elastic import reference
+from tests.server.engine.elastic import reference
 
 NUM_TOKENS = 24
 PROMPTS = [

@@ -14,8 +14,8 @@ from server.rpc.client import CallError, Client
 from server.rpc.client_tls import ClientTls
 from tests.e2e.calls import greedy_request
 from tests.e2e.running_server import PATIENCE, RunningServer, until
-from tests.server.authority import Authority
-from tests.server.collector import Collector, collecting, plain
+from tests.server.access.authority import Authority
+from tests.server.telemetry.collector import Collector, collecting, plain
 
 ALICE, OPS, BOB = "token-of-alice-000", "token-of-ops-000000", "token-of-bob-000000"
 SECRET = "The secret of a client"

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 
-from server.fair_queue import places_for
 from server.rpc.client import AsyncClient
 from server.rpc.generated.fathom.v1 import control_pb2
+from server.serving.fair_queue import slots_for
 from tests.e2e.calls import at_once, greedy_request
 from tests.e2e.running_server import RunningServer
 from tests.e2e.watcher import Watcher
@@ -95,7 +95,7 @@ def test_none_is_lost_when_the_engine_is_killed(
         outcomes = asyncio.run(send_all(server, engine, streams, engine.kill))
         watcher.wait_for("SERVING", "NOT_SERVING", "SERVING")
     # What the engine was at ends; what waited is answered by the next one.
-    assert 0 < outcomes[Outcome.REFUSED] <= places_for(NUM_RUNNING)
+    assert 0 < outcomes[Outcome.REFUSED] <= slots_for(NUM_RUNNING)
     assert outcomes[Outcome.ANSWERED] + outcomes[Outcome.REFUSED] == NUM_STREAMS
     (again,) = server.engine_processes()
     again_outcomes = asyncio.run(send_all(server, again, streams[:40], lambda: None))

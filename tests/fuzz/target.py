@@ -5,10 +5,10 @@ from __future__ import annotations
 from google.protobuf.message import DecodeError, Message
 
 from pruning.quality import Quality
-from server.auto_rules import AutoRules, check_rules, ladder
+from server.depth.auto_rules import AutoRules, check_rules, ladder
+from server.depth.levels import DepthPair, check_levels
+from server.depth.policy import DepthPolicy
 from server.errors import FathomError
-from server.levels import DepthPair, check_levels
-from server.policy import DepthPolicy
 from server.rpc import replies, requests
 from server.rpc.generated.fathom.v1 import control_pb2, inference_pb2
 from server.rpc.status import status_of

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from server.engine.base import LayerSelection
-from tests.server.elastic import reference
-from tests.server.elastic.plain_vllm import generate_with_vllm
-from tests.server.elastic.running_engine import running_engine
+from tests.server.engine.elastic import reference
+from tests.server.engine.elastic.plain_vllm import generate_with_vllm
+from tests.server.engine.elastic.running_engine import running_engine
 
 pytestmark = [
     pytest.mark.gpu,

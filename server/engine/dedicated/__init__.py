@@ -5,9 +5,9 @@ that vLLM serves. It costs one copy of the weights, one KV cache and one process
 and a depth that is no level's cannot be asked for.
 
 The layers that a request leaves out name the engine that runs it (`engine.py`). Each engine is a
-`Member`, which is started again by itself when its process has ended (`member.py`), on a
+`LevelEngine`, which is started again by itself when its process has ended (`level_engine.py`), on a
 checkpoint from the state directory (`checkpoints.py`) and with its part of the machine
 (`resources.py`). An unmodified vLLM has no place to measure a layer at, so layers are ranked with
 transformers, in a process that ends with the measurement (`importance.py`). Quality comes from
-the members' own log-probabilities (`quality.py`).
+the level engines' own log-probabilities (`quality.py`).
 """

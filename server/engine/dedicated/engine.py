@@ -39,17 +39,18 @@ from server.engine.base import (
 )
 from server.engine.dedicated.checkpoints import CheckpointStore
 from server.engine.dedicated.importance import measure_in_process
-from server.engine.dedicated.member import Member
+from server.engine.dedicated.level_engine import LevelEngine
 from server.engine.dedicated.quality import WindowStatistics, window_statistics
 from server.engine.dedicated.resources import Resources, cpu_resources, divide_memory
-from server.engine.llm import model_info
 from server.engine.model_tokenizer import ModelTokenizer
 from server.engine.token_progress import TokenProgress
+from server.engine.vllm_client import model_info
 from server.errors import FailedPrecondition, FathomError, Unavailable
 
 if TYPE_CHECKING:
-    from prometheus_client import CollectorRegistry
     from vllm.config import ModelConfig
+
+    from server.engine.dedicated.vllm_metrics import Registry
 
 logger = logging.getLogger(__name__)
 
@@ -87,13 +88,13 @@ class DedicatedEngine:
     def __init__(self, config: DedicatedConfig) -> None:
         self._config = config
         self.on_restart: Callable[[], None] = lambda: None
-        self._members: dict[LayerSelection, Member] = {}
+        self._engines: dict[LayerSelection, LevelEngine] = {}
         self._retirements: set[asyncio.Task[None]] = set()
         self._model: ModelInfo | None = None
         self._tokenizer: ModelTokenizer | None = None
         self._dtype = ""
         self._total_kv_cache_bytes: int | None = None
-        # Held while members are added, and while one of them starts.
+        # Held while level engines are added, and while one of them starts.
         self._preparing, self._starting = asyncio.Lock(), asyncio.Lock()
         self._checkpoints: CheckpointStore | None = None
         self._metrics: Any = None
@@ -131,46 +132,44 @@ class DedicatedEngine:
         self, plan: Plan, levels: Mapping[str, LayerSelection], progress: ProgressCallback
     ) -> None:
         async with self._preparing:
-            started: dict[LayerSelection, Member] = {}
+            started: dict[LayerSelection, LevelEngine] = {}
             new = [
-                layers for layers in dict.fromkeys(levels.values()) if layers not in self._members
+                layers for layers in dict.fromkeys(levels.values()) if layers not in self._engines
             ]
             shares = self._shares(levels)
             try:
                 for layers in new:
                     progress(len(started), len(new))
                     resources = shares[layers], len(shares)
-                    started[layers] = await self._start_member(plan, layers, *resources)
+                    started[layers] = await self._start_engine(plan, layers, *resources)
             except BaseException:
-                await asyncio.gather(*[member.shutdown() for member in started.values()])
+                await asyncio.gather(*[engine.shutdown() for engine in started.values()])
                 raise
-            self._members = {**self._members, **started}
+            self._engines = {**self._engines, **started}
             progress(len(new), len(new))
 
     def release_others(self, selections: Iterable[LayerSelection]) -> None:
         kept = set(selections)
-        released = [member for layers, member in self._members.items() if layers not in kept]
-        self._members = {k: member for k, member in self._members.items() if k in kept}
-        for member in released:
-            task = asyncio.create_task(self._retire(member))
+        released = [engine for layers, engine in self._engines.items() if layers not in kept]
+        self._engines = {k: engine for k, engine in self._engines.items() if k in kept}
+        for engine in released:
+            task = asyncio.create_task(self._retire(engine))
             self._retirements.add(task)
             task.add_done_callback(self._retirements.discard)
 
     def can_run(self, layers: LayerSelection) -> bool:
-        member = self._members.get(layers)
-        return member is not None and member.is_alive
+        engine = self._engines.get(layers)
+        return engine is not None and engine.is_alive
 
     async def shutdown(self) -> None:
         async with self._preparing:  # what is being started is ended by whoever started it
             for task in self._retirements:
                 task.cancel()
             await asyncio.gather(*self._retirements, return_exceptions=True)
-            members, self._members = self._members, {}
-            await asyncio.gather(*[member.shutdown() for member in members.values()])
+            engines, self._engines = self._engines, {}
+            await asyncio.gather(*[engine.shutdown() for engine in engines.values()])
         if self._metrics is not None:
-            from prometheus_client import REGISTRY
-
-            REGISTRY.unregister(self._metrics)
+            self._metrics.withdraw()
             self._metrics = None
 
     @property
@@ -180,18 +179,18 @@ class DedicatedEngine:
 
     @property
     def is_alive(self) -> bool:
-        return any(member.is_alive for member in self._members.values())
+        return any(engine.is_alive for engine in self._engines.values())
 
     @property
     def process_ids(self) -> Sequence[int]:
-        members = self._members.values()
-        return [process_id for member in members for process_id in member.llm.process_ids]
+        engines = self._engines.values()
+        return [process_id for engine in engines for process_id in engine.llm.process_ids]
 
     async def ping(self) -> None:
-        await asyncio.gather(*[m.llm.ping() for m in self._members.values() if m.is_alive])
+        await asyncio.gather(*[m.llm.ping() for m in self._engines.values() if m.is_alive])
 
     def load(self) -> LoadInfo:
-        loads = [member.llm.load for member in self._members.values()]
+        loads = [engine.llm.load for engine in self._engines.values()]
         return LoadInfo(
             sum(load.num_running for load in loads), sum(load.num_waiting for load in loads)
         )
@@ -209,7 +208,7 @@ class DedicatedEngine:
         return self._require_tokenizer().token_texts(token_ids)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
-        with self._member(request.layers).in_use() as llm:
+        with self._engine_for(request.layers).in_use() as llm:
             params = llm.sampling_params(request.sampling)
             deltas = llm.generate(request.request_id, request.prompt_ids, params)
             async with aclosing(deltas):
@@ -219,7 +218,7 @@ class DedicatedEngine:
     async def score(
         self, request_id: str, token_ids: Sequence[int], num_context: int, layers: LayerSelection
     ) -> list[TokenScore]:
-        with self._member(layers).in_use() as llm:
+        with self._engine_for(layers).in_use() as llm:
             params = llm.sampling_params(SamplingOptions(max_tokens=1, temperature=0.0))
             scores = await llm.prompt_scores(request_id, token_ids, params)
         return scores[num_context - 1 :]
@@ -244,12 +243,12 @@ class DedicatedEngine:
         """Measure as the protocol says; there is no divergence, and where no level is dense, no
         agreement.
         """
-        has_dense = _DENSE in self._members
+        has_dense = _DENSE in self._engines
         order = list(dict.fromkeys([_DENSE, *selections] if has_dense else selections))
         reporter = TokenProgress(progress, windows, num_passes=len(order))
         found: dict[LayerSelection, list[WindowStatistics]] = {}
         for layers in order:
-            with self._member(layers).in_use() as llm:
+            with self._engine_for(layers).in_use() as llm:
                 found[layers] = await window_statistics(llm, windows, reporter)
         references = found[_DENSE] if has_dense else [None] * len(windows)
         return [
@@ -289,9 +288,9 @@ class DedicatedEngine:
             shares[levels[name]] = shares.get(levels[name], 0.0) + share
         return shares
 
-    async def _start_member(
+    async def _start_engine(
         self, plan: Plan, layers: LayerSelection, share: float, num_levels: int
-    ) -> Member:
+    ) -> LevelEngine:
         depth = plan.num_layers - len(layers.decode_skips)
         assert self._checkpoints is not None, "the engine has not been started"
         checkpoint = await self._checkpoints.checkpoint(plan, layers.decode_skips)
@@ -301,7 +300,7 @@ class DedicatedEngine:
             resources = cpu_resources(
                 checkpoint, share, self._total_kv_cache_bytes, num_cores, num_levels
             )
-        member = Member(
+        engine = LevelEngine(
             self._config,
             checkpoint,
             depth,
@@ -310,13 +309,13 @@ class DedicatedEngine:
             lambda: self.on_restart(),
             self._config.timeout_seconds,
         )
-        start = asyncio.create_task(member.start())
+        start = asyncio.create_task(engine.start())
         try:
             await asyncio.shield(start)
         except BaseException as error:
             with suppress(Exception):
                 await start  # vLLM's start cannot be ended half-way
-            await member.shutdown()
+            await engine.shutdown()
             if isinstance(error, FathomError):
                 raise FailedPrecondition(f"depth {depth}: {error}") from error
             if isinstance(error, Exception):
@@ -325,38 +324,36 @@ class DedicatedEngine:
                     "has what vLLM says of it)"
                 ) from error
             raise
-        return member
+        return engine
 
-    async def _retire(self, member: Member) -> None:
+    async def _retire(self, engine: LevelEngine) -> None:
         """End an engine as soon as its last request has ended."""
         try:
-            await member.idle()
+            await engine.idle()
         finally:
-            await member.shutdown()
-        logger.info("the engine of depth %d is not needed any more and has ended", member.depth)
+            await engine.shutdown()
+        logger.info("the engine of depth %d is not needed any more and has ended", engine.depth)
 
-    def _member(self, layers: LayerSelection) -> Member:
-        member = self._members.get(layers)
-        if member is None:
+    def _engine_for(self, layers: LayerSelection) -> LevelEngine:
+        engine = self._engines.get(layers)
+        if engine is None:
             raise Unavailable("the level of this depth has just been removed")
-        return member
+        return engine
 
     def _require_tokenizer(self) -> ModelTokenizer:
         assert self._tokenizer is not None, "the engine has not been started"
         return self._tokenizer
 
     def _publish_metrics(self) -> None:
-        from prometheus_client import REGISTRY
-
         from server.engine.dedicated.vllm_metrics import MergedMetrics
 
         self._metrics = MergedMetrics(self._registries)
-        REGISTRY.register(self._metrics)
+        self._metrics.publish()
 
-    def _registries(self) -> list[tuple[str, CollectorRegistry]]:
-        members = self._members  # it is replaced, not changed: a scrape comes from any thread
+    def _registries(self) -> list[tuple[str, Registry]]:
+        engines = self._engines  # it is replaced, not changed: a scrape comes from any thread
         return [
-            (str(member.depth), member.registry)
-            for member in members.values()
-            if member.registry is not None
+            (str(engine.depth), engine.registry)
+            for engine in engines.values()
+            if engine.registry is not None
         ]

@@ -96,7 +96,7 @@ def main() -> None:
         out.flush()
 
     from pruning.importance import measure_block_influence
-    from server.transformers_model import batches, load_model
+    from pruning.transformers_model import batches, load_model
 
     try:
         model = load_model(Path(job["model"]), job["dtype"], trust=job["trust_remote_code"])

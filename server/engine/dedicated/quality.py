@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from server.engine.base import SamplingOptions
-from server.engine.llm import Llm
 from server.engine.token_progress import TokenProgress, first_failure
+from server.engine.vllm_client import VllmClient
 
 # Measurements leave the rest of the batch to clients.
 _MEASURING_REQUESTS = 16
@@ -41,7 +41,7 @@ class WindowStatistics:
 
 
 async def window_statistics(
-    llm: Llm, windows: Sequence[Sequence[int]], progress: TokenProgress
+    llm: VllmClient, windows: Sequence[Sequence[int]], progress: TokenProgress
 ) -> list[WindowStatistics]:
     """Run the windows through the engine; return the statistics of each."""
     slots = asyncio.Semaphore(_MEASURING_REQUESTS)

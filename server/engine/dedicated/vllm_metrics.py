@@ -2,7 +2,8 @@
 
 vLLM puts the metrics of its one engine into the process's registry and throws out what another
 has put there. So each engine gets a registry of its own, and what is scraped is merged from them
-with a label that tells the engines apart.
+with a label that tells the engines apart. vLLM writes through prometheus_client, so this file
+imports it, too.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 LABEL = "depth"
+Registry = CollectorRegistry
 
 _METRICS = {"_gauge_cls": Gauge, "_counter_cls": Counter, "_histogram_cls": Histogram}
 _GROUPS = ("_spec_decoding_cls", "_kv_connector_cls", "_ec_connector_cls", "_perf_metrics_cls")
@@ -36,7 +38,7 @@ def registry_and_logger() -> tuple[CollectorRegistry, type[PrometheusStatLogger]
         return type(group.__name__, (group,), made)
 
     groups = {name: own(getattr(PrometheusStatLogger, name)) for name in _GROUPS}
-    return registry, type("MemberStatLogger", (PrometheusStatLogger,), {**metrics, **groups})
+    return registry, type("LevelEngineStatLogger", (PrometheusStatLogger,), {**metrics, **groups})
 
 
 class MergedMetrics(Collector):
@@ -45,6 +47,14 @@ class MergedMetrics(Collector):
     def __init__(self, registries: Callable[[], Iterable[tuple[str, CollectorRegistry]]]) -> None:
         """``registries`` returns labels, all different, and registries; from any thread."""
         self._registries = registries
+
+    def publish(self) -> None:
+        """Let what scrapes this process find them."""
+        REGISTRY.register(self)
+
+    def withdraw(self) -> None:
+        """Undo :meth:`publish`."""
+        REGISTRY.unregister(self)
 
     def collect(self) -> Iterator[Metric]:
         merged: dict[str, Metric] = {}

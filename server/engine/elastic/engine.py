@@ -39,9 +39,9 @@ from server.engine.elastic.payload import (
     QualityProbe,
     cache_salt,
 )
-from server.engine.llm import Llm, model_info
 from server.engine.model_tokenizer import ModelTokenizer
 from server.engine.token_progress import TokenProgress, first_failure
+from server.engine.vllm_client import VllmClient, model_info
 from server.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class ElasticEngine:
     def __init__(self, config: ElasticConfig) -> None:
         self.on_restart: Callable[[], None] = lambda: None
         self._config = config
-        self._llm = Llm()
+        self._llm = VllmClient()
         self._model: ModelInfo | None = None
         self._numbers = itertools.count()
         self._measuring = asyncio.Lock()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pruning.quantization import QuantizationSettings, Quantized, quantize_checkpoint
 from pruning.surgery import export_checkpoint
-from server.model_source import DEMO_MODEL
+from server.model.source import DEMO_MODEL
 from tests.pruning.surgery.exporting import plan_of
 
 NUM_LAYERS = 3

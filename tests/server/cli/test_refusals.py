@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tests.conftest import data_path
 from tests.fathom_command import fathom
-from tests.server.checkpoint_copy import copy_of
 from tests.server.cli.served import Server
+from tests.server.model.checkpoint_copy import copy_of
 
 
 def refusals(*arguments: str | Path, **variables: str) -> list[str]:

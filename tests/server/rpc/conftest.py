@@ -15,14 +15,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from pruning.plan import Plan
-from server.calibration import Calibrator
-from server.levels import Level
-from server.metrics import Metrics, MetricsServer
-from server.policy import DepthPolicy
+from server.calibration.calibrator import Calibrator
+from server.depth.levels import Level
+from server.depth.policy import DepthPolicy
 from server.rpc.client import AsyncClient
 from server.rpc.generated.fathom.v1 import inference_pb2, inference_pb2_grpc
 from server.rpc.server import RpcServer
-from server.service import Service
+from server.serving.service import Service
+from server.telemetry.metrics import Metrics, MetricsServer
 from tests.server.rpc.credentials import CLIENTS, Deployed, written
 from tests.server.rpc.toy_engine import NUM_LAYERS, ToyEngine
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from server.certificates import CertificateFiles
+from server.access.certificates import CertificateFiles
 from server.rpc.access import AccessFiles
 from server.rpc.client import CallError, Client
 from server.rpc.client_tls import ClientTls
 from server.rpc.generated.fathom.v1 import inference_pb2
-from tests.server.authority import Authority
+from tests.server.access.authority import Authority
 
 ALICE, OPS, NOBODY = "token-of-alice-000", "token-of-ops-000000", "token-of-nobody-00"
 CLIENTS = f"alice inference {ALICE}\nops control {OPS}\n"

@@ -8,13 +8,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from server.metrics import Metrics
 from server.rpc.access import Access, AccessFiles
 from server.rpc.client import Client
 from server.rpc.client_tls import ClientTls
 from server.rpc.interceptors import Observer
 from server.rpc.server import RpcServer
-from server.service import Service
+from server.serving.service import Service
+from server.telemetry.metrics import Metrics
 from tests.server.rpc.conftest import Deployment
 from tests.server.rpc.toy_engine import ToyEngine
 

@@ -11,7 +11,7 @@ import pytest
 from bench.report import Report
 from server.rpc.access import AccessFiles
 from tests.fathom_command import fathom
-from tests.server.authority import Authority
+from tests.server.access.authority import Authority
 from tests.server.rpc.credentials import (
     ALICE,
     CLIENTS,

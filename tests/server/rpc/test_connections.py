@@ -6,7 +6,7 @@ import asyncio
 
 import grpc
 
-from server.call_record import CallRecord
+from server.calls.call_record import CallRecord
 from server.rpc.access import AccessFiles
 from server.rpc.generated.fathom.v1 import control_pb2, inference_pb2
 from tests.server.rpc.conftest import collect, failure

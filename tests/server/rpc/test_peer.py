@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from server.caller import Caller, current_caller
-from server.generation import Generation
+from server.calls.caller import Caller, current_caller
+from server.calls.generation import Generation
 from server.rpc.generated.fathom.v1 import inference_pb2
 from server.rpc.peer import host_of, peer_address
 from tests.server.rpc.conftest import Deployment

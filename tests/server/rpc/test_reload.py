@@ -15,7 +15,7 @@ from server.config import load_settings
 from server.reload import Reload, access_files
 from server.rpc.client_tls import ClientTls
 from server.rpc.generated.fathom.v1 import control_pb2
-from tests.server.authority import Authority
+from tests.server.access.authority import Authority
 from tests.server.rpc.credentials import ALICE, CLIENTS, NOBODY, code_of, generate, written
 from tests.server.rpc.secured import Secured, secured
 

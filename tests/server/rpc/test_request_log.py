@@ -10,10 +10,10 @@ from typing import Any
 import grpc
 import pytest
 
-from server.log_format import FIELDS, JsonLines, TextLines
 from server.rpc.access import AccessFiles
 from server.rpc.generated.fathom.v1 import control_pb2, inference_pb2
-from server.rpc.request_log import log_request
+from server.telemetry.log_format import FIELDS, JsonLines, TextLines
+from server.telemetry.request_log import log_request
 from tests.server.rpc.conftest import collect, failure
 from tests.server.rpc.secured import Secured, secured
 

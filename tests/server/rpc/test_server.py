@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from server.errors import InvalidArgument
-from server.metrics import Metrics
 from server.rpc.server import RpcServer
-from server.service import Service
+from server.serving.service import Service
+from server.telemetry.metrics import Metrics
 from tests.server.rpc.conftest import Deployment
 from tests.server.rpc.toy_engine import ToyEngine
 

@@ -7,9 +7,9 @@ import asyncio
 import grpc
 import pytest
 
-from server.life import State
 from server.rpc.client import retry_delay
 from server.rpc.generated.fathom.v1 import control_pb2, inference_pb2
+from server.serving.service_state import State
 from tests.server.rpc.conftest import Deployment, collect, failure, message_of
 
 

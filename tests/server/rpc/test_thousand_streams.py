@@ -7,9 +7,9 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from server.life import State
 from server.rpc.client import AsyncClient
 from server.rpc.generated.fathom.v1 import control_pb2, inference_pb2
+from server.serving.service_state import State
 from tests.faults.outcomes import Asked, Crowd, Outcome
 from tests.server.rpc.conftest import Deployment
 from tests.server.rpc.toy_engine import BOS, expected_tokens

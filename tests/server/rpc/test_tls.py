@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from server.call_record import CallRecord
+from server.calls.call_record import CallRecord
 from server.errors import InvalidArgument
 from server.rpc.access import AccessFiles
 from server.rpc.client import AsyncClient
 from server.rpc.client_tls import ClientTls
-from tests.server.authority import Authority
+from tests.server.access.authority import Authority
 from tests.server.rpc.conftest import collect
 from tests.server.rpc.credentials import (
     ALICE,

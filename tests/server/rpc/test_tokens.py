@@ -11,7 +11,7 @@ import grpc
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2
 
-from server.call_record import CallRecord
+from server.calls.call_record import CallRecord
 from server.rpc.access import AccessFiles
 from server.rpc.generated.fathom.v1 import control_pb2, inference_pb2
 from tests.server.rpc.conftest import collect, failure

@@ -12,10 +12,10 @@ import pytest
 from server.errors import InvalidArgument
 from server.rpc.access import AccessFiles
 from server.rpc.generated.fathom.v1 import inference_pb2
-from server.tracing import Tracing, open_tracing
-from tests.server.collector import Collector, collecting, plain
+from server.telemetry.tracing import Tracing, open_tracing
 from tests.server.rpc.conftest import collect, failure
 from tests.server.rpc.secured import Secured, secured
+from tests.server.telemetry.collector import Collector, collecting, plain
 
 SECRET = "the-secret-of-a-client"
 TRACE_ID, PARENT_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -169,7 +169,7 @@ def test_without_the_extra(
 def test_it_costs_no_import_while_it_is_off() -> None:
     script = """
 import sys
-from server.tracing import open_tracing
+from server.telemetry.tracing import open_tracing
 assert open_tracing(None, "1", {}) is None
 assert not [name for name in sys.modules if name.startswith("opentelemetry")]
 """

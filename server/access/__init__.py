@@ -1,0 +1,1 @@
+"""Who may connect: listening addresses, certificates and clients."""

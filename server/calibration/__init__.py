@@ -1,0 +1,1 @@
+"""Measures layers and depths, and keeps and replaces what was measured."""

@@ -1,0 +1,138 @@
+"""Plan and measurements of one model, kept between starts."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from pruning.plan import Plan
+from pruning.quality import Quality
+from server.depth.levels import DepthPair
+from server.depth.policy import DepthPolicy, Speed
+from server.engine.base import LayerSelection
+from server.state import JsonEntry, StateDirectory
+
+M = TypeVar("M")
+
+Key = Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured(Generic[M]):
+    """What was measured with these layers left out, whatever plan and depth led to them."""
+
+    layers: LayerSelection
+    measurement: M
+
+
+@dataclass(frozen=True, slots=True)
+class PlanFile:
+    """A plan in its own format: what is kept can also be given to ``--plan``."""
+
+    model_fingerprint: str
+    num_layers: int
+
+    def load(self, path: Path) -> Plan:
+        plan = Plan.load(path)
+        plan.check_model(self.model_fingerprint, self.num_layers)
+        return plan
+
+    def save(self, value: Plan, path: Path) -> None:
+        value.save(path)
+
+
+class PolicyStore:
+    """Keeps plan, qualities and speeds, each under the key of what it depends on."""
+
+    def __init__(
+        self,
+        state: StateDirectory,
+        plan_file: PlanFile,
+        *,
+        plan_key: Key,
+        quality_key: Key,
+        speed_key: Key,
+    ) -> None:
+        self._state = state
+        self._plan_file = plan_file
+        self._plan_key = plan_key
+        self._qualities: _Table[Quality] = _Table(
+            state, "quality", quality_key, JsonEntry(list[Measured[Quality]], quality_key)
+        )
+        self._speeds: _Table[Speed] = _Table(
+            state, "speed", speed_key, JsonEntry(list[Measured[Speed]], speed_key)
+        )
+
+    async def plan(self, make: Callable[[], Awaitable[Plan]]) -> Plan:
+        """Return the plan that is kept, or else the one that is made."""
+        return await self._state.load_or_make("plan", self._plan_key, self._plan_file, make)
+
+    async def qualities(
+        self,
+        policy: DepthPolicy,
+        depths: Sequence[DepthPair],
+        make: Callable[[Sequence[DepthPair]], Awaitable[Mapping[DepthPair, Quality]]],
+    ) -> dict[DepthPair, Quality]:
+        """Return the qualities of ``depths``; those that are not kept are made."""
+        return await self._qualities.complete(policy, depths, make)
+
+    async def speeds(
+        self,
+        policy: DepthPolicy,
+        depths: Sequence[DepthPair],
+        make: Callable[[Sequence[DepthPair]], Awaitable[Mapping[DepthPair, Speed]]],
+    ) -> dict[DepthPair, Speed]:
+        """Return the speeds of ``depths``; those that are not kept are made."""
+        return await self._speeds.complete(policy, depths, make)
+
+    def save(self, policy: DepthPolicy) -> None:
+        """Keep a policy that was measured while serving: the next start begins with it."""
+        self._state.save("plan", self._plan_key, self._plan_file, policy.plan)
+        self._qualities.add(policy, policy.qualities)
+        self._speeds.add(policy, policy.speeds)
+
+
+class _Table(Generic[M]):
+    """Measurements of one kind by the layers that are left out."""
+
+    def __init__(
+        self, state: StateDirectory, kind: str, key: Key, entry: JsonEntry[list[Measured[M]]]
+    ) -> None:
+        self._state = state
+        self._kind = kind
+        self._key = key
+        self._entry = entry
+
+    async def complete(
+        self,
+        policy: DepthPolicy,
+        depths: Sequence[DepthPair],
+        make: Callable[[Sequence[DepthPair]], Awaitable[Mapping[DepthPair, M]]],
+    ) -> dict[DepthPair, M]:
+        found = self._found(policy, depths)
+        if len(found) == len(depths):
+            return found
+        async with self._state.locked(self._kind, self._key):
+            found = self._found(policy, depths)
+            missing = [pair for pair in depths if pair not in found]
+            if missing:
+                found |= await make(missing)
+                self.add(policy, found)
+        return found
+
+    def add(self, policy: DepthPolicy, measurements: Mapping[DepthPair, M]) -> None:
+        table = self._load()
+        table |= {policy.selection(pair): value for pair, value in measurements.items()}
+        rows = [Measured(layers, measurement) for layers, measurement in table.items()]
+        self._state.save(self._kind, self._key, self._entry, rows)
+
+    def _found(self, policy: DepthPolicy, depths: Sequence[DepthPair]) -> dict[DepthPair, M]:
+        table = self._load()
+        selections = {pair: policy.selection(pair) for pair in depths}
+        return {pair: table[layers] for pair, layers in selections.items() if layers in table}
+
+    def _load(self) -> dict[LayerSelection, M]:
+        rows = self._state.load(self._kind, self._key, self._entry) or []
+        return {row.layers: row.measurement for row in rows}

@@ -1,0 +1,1 @@
+"""Which depth a request gets."""

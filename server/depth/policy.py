@@ -1,0 +1,289 @@
+"""Which depth a request gets."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from pruning.plan import Plan
+from pruning.quality import Quality
+from server.depth.levels import DepthPair, Level, check_levels, layers_of
+from server.engine.base import LayerSelection
+from server.errors import FailedPrecondition, InvalidArgument, UnknownLevel
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """A depth as a number of layers."""
+
+    num_layers: int
+
+
+@dataclass(frozen=True, slots=True)
+class PruneRatio:
+    """A depth as the share of layers that is left out."""
+
+    ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class NamedLevel:
+    """The depths of an operating point."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Auto:
+    """The server chooses, within ``max_quality_loss``: the perplexity ratio to dense, less 1."""
+
+    max_quality_loss: float | None = None
+
+
+_ONE_DEPTH = "dedicated engines run the same layers for the prompt and for what is generated"
+
+# None is a request that names no depth.
+DepthChoice = Layers | PruneRatio | NamedLevel | Auto | None
+
+
+class Reason(enum.Enum):
+    """Why a request is served at its depth."""
+
+    REQUESTED = "requested"
+    DEFAULT = "default"
+    AUTO = "auto"
+    DEGRADED = "degraded"
+
+
+@dataclass(frozen=True, slots=True)
+class ServedDepth:
+    """The depth that a request is served at, in layers, and why."""
+
+    prefill_layers: int
+    decode_layers: int
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Decode throughput of ``num_streams`` concurrent requests.
+
+    ``speedup`` is over dense, None where dense could not be run.
+    """
+
+    tokens_per_second: float
+    speedup: float | None
+    num_streams: int
+
+
+@dataclass(frozen=True, slots=True)
+class DepthPolicy:
+    """Plan and levels of one model, with what was measured of them.
+
+    Immutable: the service replaces the whole policy at once, and requests that run keep the
+    layers that they were given. The first level is the default and what ``Auto`` gets where no
+    other is named. Without ``any_depth``, requests may have the depths of levels alone, and
+    levels have one depth for prompt and generated tokens. Raises :class:`UnknownLevel` where a
+    level that is named does not exist, and :class:`InvalidArgument` for levels that cannot be.
+    """
+
+    plan: Plan
+    levels: tuple[Level, ...]
+    default_level: str = ""
+    auto_level: str = ""
+    # What Auto gets at present, under load; auto_level is what it gets without.
+    present_level: str = ""
+    # Whether requests that name no depth are served as Auto.
+    auto_by_default: bool = False
+    # Of the plan in force.
+    qualities: Mapping[DepthPair, Quality] = field(default_factory=dict)
+    speeds: Mapping[DepthPair, Speed] = field(default_factory=dict)
+    any_depth: bool = True
+
+    def __post_init__(self) -> None:
+        check_levels(self.levels)
+        if not self.any_depth:
+            for level in self.levels:
+                if level.prefill_layers != level.decode_layers:
+                    raise InvalidArgument(
+                        f"levels.{level.name}.prefill_depth",
+                        level.prefill_layers,
+                        f"{level.decode_layers}, its depth: {_ONE_DEPTH}",
+                    )
+        for name in ("qualities", "speeds"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+        object.__setattr__(self, "default_level", self.default_level or self.levels[0].name)
+        object.__setattr__(self, "auto_level", self.auto_level or self.default_level)
+        object.__setattr__(self, "present_level", self.present_level or self.auto_level)
+        for name in (self.default_level, self.auto_level, self.present_level):
+            self.level(name)
+
+    @property
+    def num_layers(self) -> int:
+        return self.plan.num_layers
+
+    @property
+    def dense(self) -> DepthPair:
+        return DepthPair(self.num_layers, self.num_layers)
+
+    def can_have(self, depths: DepthPair) -> bool:
+        """Return whether a request may run at these depths."""
+        return self.any_depth or any(level.depths == depths for level in self.levels)
+
+    def level_selections(self) -> dict[str, LayerSelection]:
+        """Return the layers that each level leaves out."""
+        return {level.name: self.selection(level.depths) for level in self.levels}
+
+    def level(self, name: str) -> Level:
+        """Return the level of that name; raise :class:`UnknownLevel`, which lists the known."""
+        for level in self.levels:
+            if level.name == name:
+                return level
+        raise UnknownLevel(name, [level.name for level in self.levels])
+
+    def selection(self, depths: DepthPair) -> LayerSelection:
+        """Return the layers that the plan leaves out at these depths."""
+        return LayerSelection(
+            prefill_skips=tuple(sorted(self.plan.skipped(depths.prefill_layers))),
+            decode_skips=tuple(sorted(self.plan.skipped(depths.decode_layers))),
+        )
+
+    def resolve(
+        self, depth: DepthChoice, prefill_depth: DepthChoice = None
+    ) -> tuple[LayerSelection, ServedDepth]:
+        """Return the layers that a request leaves out, and the depth it is served at.
+
+        A level sets both depths, unless ``prefill_depth`` is given. Raises
+        :class:`InvalidArgument`, naming the field, :class:`UnknownLevel`, and
+        :class:`FailedPrecondition` where a quality is asked for and none has been measured.
+        """
+        depths, reason = self._depths(depth, "depth")
+        if prefill_depth is not None:
+            prefill, _ = self._depths(prefill_depth, "prefill_depth")
+            depths = DepthPair(prefill.prefill_layers, depths.decode_layers)
+        self._check_depths(depths, depth)
+        served = ServedDepth(depths.prefill_layers, depths.decode_layers, reason)
+        return self.selection(depths), served
+
+    def with_plan(self, plan: Plan) -> DepthPolicy:
+        """Return the policy under another plan, whose quality has not been measured.
+
+        Speed depends on how many layers run, not on which, and stays.
+        """
+        return dataclasses.replace(self, plan=plan, qualities={})
+
+    def with_levels(self, levels: tuple[Level, ...], default_level: str | None) -> DepthPolicy:
+        """Return the policy with other levels.
+
+        Without ``default_level`` the present default stays where it still exists, else it is
+        the first level; likewise the level for ``Auto``, else it is the default. There is no load
+        until the next look at it.
+        """
+        names = {level.name for level in levels}
+        kept = self.default_level if self.default_level in names else ""
+        qualities, speeds = self.qualities, self.speeds
+        if not self.any_depth:  # what a level that is gone was like is no news of this server
+            served = {level.depths for level in levels}
+            qualities = {pair: value for pair, value in qualities.items() if pair in served}
+            speeds = {pair: value for pair, value in speeds.items() if pair in served}
+        return dataclasses.replace(
+            self,
+            qualities=qualities,
+            speeds=speeds,
+            levels=levels,
+            default_level=kept if default_level is None else default_level,
+            auto_level=self.auto_level if self.auto_level in names else "",
+            present_level="",
+        )
+
+    def with_auto_level(self, name: str) -> DepthPolicy:
+        """Return the policy that gives ``Auto`` another level, whatever the load is."""
+        self.level(name)
+        return dataclasses.replace(self, auto_level=name, present_level="")
+
+    def with_present_level(self, name: str) -> DepthPolicy:
+        """Return the policy that gives ``Auto`` another level for now."""
+        return dataclasses.replace(self, present_level=name)
+
+    def with_auto_by_default(self, auto_by_default: bool) -> DepthPolicy:
+        return dataclasses.replace(self, auto_by_default=auto_by_default)
+
+    def with_measurements(
+        self, qualities: Mapping[DepthPair, Quality], speeds: Mapping[DepthPair, Speed]
+    ) -> DepthPolicy:
+        """Return the policy with these measurements added."""
+        return dataclasses.replace(
+            self,
+            qualities={**self.qualities, **qualities},
+            speeds={**self.speeds, **speeds},
+        )
+
+    def _depths(self, choice: DepthChoice, field: str) -> tuple[DepthPair, Reason]:
+        match choice:
+            case Layers(num_layers):
+                layers = layers_of(num_layers, self.num_layers, f"{field}.layers")
+                return DepthPair(layers, layers), Reason.REQUESTED
+            case PruneRatio(ratio):
+                layers = layers_of(ratio, self.num_layers, f"{field}.prune_ratio")
+                return DepthPair(layers, layers), Reason.REQUESTED
+            case NamedLevel(name):
+                return self.level(name).depths, Reason.REQUESTED
+            case Auto(max_quality_loss=loss):
+                return self._auto(loss, f"{field}.auto.max_quality_loss")
+            case None if self.auto_by_default:
+                return self._auto(None, field)
+            case None:
+                return self.level(self.default_level).depths, Reason.DEFAULT
+
+    def _check_depths(self, depths: DepthPair, depth: DepthChoice) -> None:
+        """Raise :class:`InvalidArgument` for depths that a request may not have."""
+        if self.can_have(depths):
+            return
+        if depths.prefill_layers != depths.decode_layers:
+            allowed = f"{depths.decode_layers} layers, the request's depth: {_ONE_DEPTH}"
+            raise InvalidArgument("prefill_depth", depths.prefill_layers, allowed)
+        known = ", ".join(f"{level.decode_layers} ({level.name})" for level in self.levels)
+        allowed = f"the depth of a level: {known}"
+        if isinstance(depth, PruneRatio):
+            allowed += f"; this ratio leaves {depths.decode_layers} layers"
+            raise InvalidArgument("depth.prune_ratio", depth.ratio, allowed)
+        raise InvalidArgument("depth.layers", depths.decode_layers, allowed)
+
+    def _auto(self, max_quality_loss: float | None, field: str) -> tuple[DepthPair, Reason]:
+        unloaded, present = (
+            self._within(self.level(name).depths, max_quality_loss, field)
+            for name in (self.auto_level, self.present_level)
+        )
+        return present, Reason.AUTO if present == unloaded else Reason.DEGRADED
+
+    def _within(self, depths: DepthPair, max_quality_loss: float | None, field: str) -> DepthPair:
+        """Return the depths, or deeper ones where they would lose more quality than that.
+
+        Those are the shallowest that have been measured, from the decode depth on.
+        """
+        if max_quality_loss is None:
+            return depths
+        if not max_quality_loss >= 0:
+            raise InvalidArgument(field, max_quality_loss, "0 or more")
+        dense = self.qualities.get(self.dense)
+        if dense is None:
+            raise FailedPrecondition(
+                f"{field}: got {max_quality_loss}, but the quality of the dense model has not "
+                "been measured on this server; name a depth, or leave max_quality_loss out"
+            )
+        good = [
+            pair
+            for pair, quality in self.qualities.items()
+            if quality.perplexity / dense.perplexity - 1 <= max_quality_loss
+        ]
+        if depths in good:
+            return depths
+        deeper = [
+            pair
+            for pair in good
+            if pair.prefill_layers == pair.decode_layers >= depths.decode_layers
+        ]
+        return min(deeper, default=self.dense)

@@ -1,0 +1,272 @@
+"""One engine of vLLM in a process of its own, with its errors in the server's terms."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import signal
+from collections.abc import AsyncGenerator, Callable, Sequence
+from multiprocessing import resource_tracker
+from typing import TYPE_CHECKING, Any
+
+from server.engine.base import (
+    EngineDead,
+    FinishReason,
+    GenerationDelta,
+    LoadInfo,
+    ModelInfo,
+    SamplingOptions,
+    TokenScore,
+)
+from server.engine.fork_server import forked_engines
+from server.engine.sampling import sampling_params, token_scores
+from server.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.outputs import RequestOutput
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from server.engine.load_logger import LoadLogger
+
+_RPC_TIMEOUT_SECONDS = 120.0
+
+
+class VllmClient:
+    """vLLM's AsyncLLM: its client here, the engine in its own process.
+
+    Every method but ``start`` and ``shutdown`` raises :class:`EngineDead` once that process has
+    ended.
+    """
+
+    def __init__(self) -> None:
+        self._llm: AsyncLLM | None = None
+        self._load_logger: LoadLogger | None = None
+        self._defaults: dict[str, Any] = {}
+
+    async def start(
+        self, configure: Callable[[], VllmConfig], stat_loggers: Sequence[Any] = ()
+    ) -> None:
+        """Start the engine with what ``configure``, called in a thread, returns."""
+        await self.shutdown()
+        await asyncio.to_thread(self._start, configure, stat_loggers)
+        self._defaults = self.model_config.get_diff_sampling_param()
+        # The server's own limit on the length of an answer comes from the request or the context.
+        self._defaults.pop("max_tokens", None)
+
+    def _start(self, configure: Callable[[], VllmConfig], stat_loggers: Sequence[Any]) -> None:
+        # Sets what a future would return: vLLM keeps frames of this thread, and so futures, alive.
+        config = configure()
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from server.engine.load_logger import LoadLogger
+
+        def load_logger(config: Any, engine_index: int = 0) -> LoadLogger:
+            self._load_logger = LoadLogger(config, engine_index)
+            return self._load_logger
+
+        # Ctrl-C reaches every process of a terminal's group. When the engine's processes, which
+        # inherit the mask, are to end is the server's decision: it lets requests finish first.
+        resource_tracker.ensure_running()  # when it is started, it resets the mask
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            with forked_engines():
+                self._llm = AsyncLLM.from_vllm_config(
+                    config, stat_loggers=[load_logger, *stat_loggers]
+                )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    async def shutdown(self) -> None:
+        if self._llm is not None:
+            llm, self._llm = self._llm, None
+            if llm.output_handler is not None:
+                llm.output_handler.cancel()  # or it would report that the engine has died
+            await asyncio.to_thread(llm.shutdown)
+            del llm
+            # In its finalizer it shuts down once more, which fails when Python itself ends.
+            gc.collect()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._llm is not None and not self._llm.errored
+
+    @property
+    def process_ids(self) -> list[int]:
+        """The processes that vLLM's client has started; empty where that is not for it to know."""
+        if self._llm is None:
+            return []
+        resources = getattr(self._llm.engine_core, "resources", None)
+        processes = getattr(getattr(resources, "engine_manager", None), "processes", ())
+        return [process.pid for process in processes if process.pid is not None]
+
+    async def ping(self) -> None:
+        """Return when every worker has answered, which is between two steps."""
+        await self.call_workers("check_health", timeout=None)
+
+    @property
+    def load(self) -> LoadInfo:
+        return LoadInfo(0, 0) if self._load_logger is None else self._load_logger.load
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self._require_llm().model_config
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._require_llm().get_tokenizer()
+
+    def sampling_params(
+        self, options: SamplingOptions, extra_args: dict[str, Any] | None = None
+    ) -> SamplingParams:
+        """Return vLLM's parameters; raise :class:`InvalidArgument` for what it does not take."""
+        from vllm.exceptions import VLLMValidationError
+
+        try:
+            return sampling_params(options, self._defaults, extra_args)
+        except (VLLMValidationError, ValueError) as error:
+            raise _invalid(error) from error
+
+    async def generate(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        cache_salt: str | None = None,
+    ) -> AsyncGenerator[GenerationDelta, None]:
+        """Yield what each step adds. Closing the iterator ends the request in the engine."""
+        num_top = params.logprobs or 0
+        async with contextlib.aclosing(
+            self.run(request_id, prompt_ids, params, cache_salt)
+        ) as outputs:
+            async for output in outputs:
+                yield _delta(output, num_top)
+
+    async def prompt_scores(
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        cache_salt: str | None = None,
+        *,
+        num_top: int = 0,
+    ) -> list[TokenScore]:
+        """Return the scores of all tokens but the first."""
+        params.prompt_logprobs = num_top
+        # A token that is found in the prefix cache is not run, and so has no score.
+        params.skip_reading_prefix_cache = True
+        scores: list[TokenScore] = []
+        async with contextlib.aclosing(
+            self.run(request_id, token_ids, params, cache_salt)
+        ) as outputs:
+            async for output in outputs:
+                if output.prompt_logprobs:
+                    scores.extend(token_scores(token_ids, output.prompt_logprobs, num_top))
+        return scores
+
+    async def run(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        cache_salt: str | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Yield vLLM's own outputs of a request.
+
+        Raises :class:`InvalidArgument` for what vLLM refuses.
+        """
+        from vllm.exceptions import VLLMClientError
+        from vllm.inputs.engine import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        llm = self._require_llm()
+        prompt = tokens_input(list(prompt_ids), cache_salt=cache_salt)
+        try:
+            async with contextlib.aclosing(llm.generate(prompt, params, request_id)) as outputs:
+                async for output in outputs:
+                    yield output
+        except EngineDeadError as error:
+            raise EngineDead("the engine's process has ended") from error
+        except VLLMClientError as error:
+            raise _invalid(error) from error
+        except EngineGenerateError as error:
+            if llm.errored:
+                raise EngineDead("the engine's process has ended") from error
+            if isinstance(error.__cause__, ValueError):
+                raise _invalid(error.__cause__) from error
+            raise
+
+    async def call_workers(
+        self, method: str, timeout: float | None = _RPC_TIMEOUT_SECONDS
+    ) -> list[Any]:
+        """Return what each worker's ``method`` returns, within ``timeout`` seconds."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            answers: list[Any] = await self._require_llm().collective_rpc(method, timeout=timeout)
+            return answers
+        except EngineDeadError as error:
+            raise EngineDead("the engine's process has ended") from error
+
+    async def use_huge_pages(self) -> None:
+        """Let the engine's processes move what they have loaded into huge pages."""
+        await self.call_workers("fathom_use_huge_pages")
+
+    def _require_llm(self) -> AsyncLLM:
+        if self._llm is None:
+            raise EngineDead("the engine is not running")
+        return self._llm
+
+
+def model_info(
+    name: str, config: ModelConfig, architecture: str, max_characters_per_token: int
+) -> ModelInfo:
+    """Return what clients are told of a model."""
+    return ModelInfo(
+        name=name,
+        architecture=architecture,
+        dtype=str(config.dtype).removeprefix("torch."),
+        quantization=config.quantization or "",
+        num_layers=config.hf_text_config.num_hidden_layers,
+        vocab_size=config.get_vocab_size(),
+        max_context=config.max_model_len,
+        max_characters_per_token=max_characters_per_token,
+    )
+
+
+def _delta(output: RequestOutput, num_top: int) -> GenerationDelta:
+    completion = output.outputs[0]
+    metrics = output.metrics
+    queue_seconds = 0.0
+    if metrics is not None and metrics.scheduled_ts and metrics.queued_ts:
+        queue_seconds = max(0.0, metrics.scheduled_ts - metrics.queued_ts)
+    token_ids = tuple(completion.token_ids)
+    return GenerationDelta(
+        text=completion.text,
+        token_ids=token_ids,
+        scores=token_scores(token_ids, completion.logprobs, num_top),
+        num_cached_tokens=output.num_cached_tokens or 0,
+        queue_seconds=queue_seconds,
+        finish_reason=_finish_reason(completion.finish_reason),
+        stopped_by=completion.stop_reason,
+    )
+
+
+def _finish_reason(reason: str | None) -> FinishReason | None:
+    match reason:
+        case None:
+            return None
+        case "stop":
+            return FinishReason.STOP
+        case "length":
+            return FinishReason.LENGTH
+        case _:
+            raise EngineDead(f"the engine ended the request: {reason}")
+
+
+def _invalid(error: Exception) -> InvalidArgument:
+    """Report what vLLM refused; the service has checked what it knows how to name better."""
+    parameter = getattr(error, "parameter", None) or "request"
+    return InvalidArgument(parameter, getattr(error, "value", None), str(error))

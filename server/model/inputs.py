@@ -1,0 +1,180 @@
+"""What the settings name: model, plan, levels and texts, checked before the model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pruning.checkpoint import CheckpointError, check_checkpoint, read_config
+from pruning.fingerprint import model_fingerprint
+from pruning.plan import Plan, PlanError
+from pruning.quantization import Order, QuantizationError, plan_of_base
+from pruning.surgery import SurgeryError, count_layers
+from pruning.text import TextError, load_texts
+from server.config import Settings
+from server.depth.auto_rules import AutoRules
+from server.depth.levels import Level, check_levels, default_levels
+from server.engine.elastic.architectures import UnsupportedArchitecture, elastic_architecture
+from server.engine.elastic.compatibility import check_quantized_kernels
+from server.errors import FathomError, InvalidArgument
+from server.model.demo.corpus import Part, documents
+from server.model.quantized import QuantizedModel, checked_quantization
+from server.model.source import ModelSource, find_model
+
+# Tokens are rarely longer; bounds what is read of a large text.
+_CHARACTERS_PER_TOKEN = 16
+
+
+class StartError(Exception):
+    """The server cannot start like this; one line that names the setting and what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a server is started with."""
+
+    source: ModelSource
+    fingerprint: str
+    num_layers: int
+    levels: tuple[Level, ...]
+    default_level: str
+    # None: to be made.
+    plan: Plan | None
+    texts: Sequence[str]
+    held_out_texts: Sequence[str]
+    # None: the model is served as it is.
+    quantized: QuantizedModel | None = None
+
+
+def read_inputs(settings: Settings) -> Inputs:
+    """Read what the settings name.
+
+    Raises:
+        StartError: something is missing, damaged, or does not fit the model.
+    """
+    with refused_as("model", CheckpointError, UnsupportedArchitecture):
+        source = find_model(settings.model, settings.revision)
+        check_checkpoint(source.directory)
+        fingerprint = model_fingerprint(source.directory)
+        num_layers = _num_layers(source.directory, elastic=settings.engine == "elastic")
+    with refused_as("levels"):
+        levels, default_level = chosen_levels(settings, num_layers)
+    with refused_as("calibration", TextError):
+        texts = calibration_texts(settings)
+    quantized = _quantized(settings, source, fingerprint, texts)
+    plan = None
+    if settings.plan is not None:
+        with refused_as("plan", PlanError, OSError):
+            plan = Plan.load(settings.plan)
+        with refused_as("model", QuantizationError):
+            plan = plan_of_base(plan, source.directory, fingerprint)
+        with refused_as(f"plan: {settings.plan}", PlanError):
+            if quantized is None or plan.model_fingerprint != quantized.kept_fingerprint():
+                plan.check_model(fingerprint, num_layers)
+    with refused_as("quality_text", TextError):
+        held_out_texts = _texts(settings.quality_text, Part.HELD_OUT, settings.quality_tokens)
+    return Inputs(
+        source=source,
+        fingerprint=fingerprint,
+        num_layers=num_layers,
+        levels=levels,
+        default_level=default_level,
+        plan=plan,
+        texts=texts,
+        held_out_texts=held_out_texts,
+        quantized=quantized,
+    )
+
+
+@contextmanager
+def refused_as(setting: str, *errors: type[Exception]) -> Iterator[None]:
+    """Raise :class:`StartError` for ``errors``, which do not name the setting that led to them,
+    and for those of :mod:`server.errors`, which do.
+    """
+    try:
+        yield
+    except FathomError as error:
+        raise StartError(str(error)) from error
+    except errors as error:
+        raise StartError(f"{setting}: {error}") from error
+
+
+def chosen_levels(settings: Settings, num_layers: int) -> tuple[tuple[Level, ...], str]:
+    """Return the levels for a model of ``num_layers``, and the name of the default one.
+
+    Raises :class:`InvalidArgument` for a level that the model does not have.
+    """
+    levels = default_levels(num_layers)
+    if settings.levels:
+        levels = check_levels(spec.resolve(num_layers) for spec in settings.levels.values())
+    names = [level.name for level in levels]
+    default_level = settings.default_level or names[0]
+    if default_level not in names:
+        raise InvalidArgument("default_level", default_level, f"one of {', '.join(names)}")
+    for name in settings.auto_levels:
+        if name not in names:
+            raise InvalidArgument("auto_levels", name, f"some of {', '.join(names)}")
+    for name, share in settings.memory_shares.items():
+        if name not in names:
+            raise InvalidArgument(f"memory_shares.{name}", share, f"one of {', '.join(names)}")
+    return levels, default_level
+
+
+def auto_rules(settings: Settings) -> AutoRules:
+    """Return what the server may choose for requests that leave the depth to it."""
+    return AutoRules(
+        levels=settings.auto_levels,
+        by_default=settings.auto_by_default,
+        time_to_first_token=settings.auto_first_token_seconds,
+        inter_token_latency=settings.auto_inter_token_seconds,
+        max_quality_loss=settings.auto_max_quality_loss,
+        min_agreement=settings.auto_min_agreement,
+        hold_seconds=settings.auto_hold_seconds,
+    )
+
+
+def calibration_texts(settings: Settings) -> Sequence[str]:
+    """Return the texts to rank the layers on; raises :class:`TextError` where there are none."""
+    return _texts(settings.calibration, Part.CALIBRATION, settings.calibration_tokens)
+
+
+def _quantized(
+    settings: Settings, source: ModelSource, fingerprint: str, texts: Sequence[str]
+) -> QuantizedModel | None:
+    with refused_as("quantize", QuantizationError, SurgeryError, CheckpointError):
+        quantization = checked_quantization(settings, source.directory)
+        if quantization is None:
+            return None
+        if Order(settings.order) is Order.PRUNE_THEN_QUANTIZE:
+            reason = "has one set of weights for all depths"
+            if settings.engine == "dedicated":
+                reason = "exports its levels from what is quantized"
+            allowed = (
+                f"{Order.QUANTIZE_THEN_PRUNE} with the {settings.engine} engine, which {reason}; "
+                "fathom export writes one depth in either order"
+            )
+            raise InvalidArgument("order", settings.order, allowed)
+        check_quantized_kernels(quantization.bits, settings.dtype)
+        return QuantizedModel(settings, source, fingerprint, texts, quantization)
+
+
+def _num_layers(directory: Path, *, elastic: bool) -> int:
+    if not elastic:
+        return count_layers(directory)
+    config = read_config(directory)
+    elastic_architecture(config.get("architectures") or [])
+    num_layers = config.get("num_hidden_layers")
+    if not isinstance(num_layers, int) or num_layers < 1:
+        raise CheckpointError(
+            f"{directory / 'config.json'}: num_hidden_layers: found {num_layers!r}, "
+            "allowed: 1 or more"
+        )
+    return num_layers
+
+
+def _texts(source: str | None, part: Part, max_tokens: int) -> Sequence[str]:
+    if source is None:
+        return list(documents([part]))
+    return load_texts(source, max_characters=max_tokens * _CHARACTERS_PER_TOKEN)

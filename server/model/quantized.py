@@ -1,0 +1,259 @@
+"""The served model in fewer bits: quantized once, and kept in the state directory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pruning.checkpoint import read_config
+from pruning.fingerprint import text_fingerprint
+from pruning.quantization import (
+    GroupSizeError,
+    QuantizationSettings,
+    Stop,
+    check_not_quantized,
+    fitting_settings,
+    gptqmodel_version,
+    quantize_checkpoint,
+)
+from server.calibration.calibrator import WINDOW, text_windows
+from server.config import Settings
+from server.errors import InvalidArgument
+from server.model.source import ModelSource
+from server.state import EntryFormat, JsonEntry, StateDirectory, StateError
+
+# Tells (layers done, layers in all).
+OnLayers = Callable[[int, int], None]
+
+_KIND = "quantized"
+# Of how the checkpoint is made, apart from GPTQModel's version.
+_RECIPE = 1
+_BITS = {"gptq-4bit": 4, "gptq-8bit": 8}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """What a file was when it was written."""
+
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRecord:
+    """What a kept checkpoint was when it was written."""
+
+    fingerprint: str
+    files: dict[str, FileRecord]
+
+
+class QuantizedModel:
+    """A model quantized by the settings, in a directory that its ingredients name."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        source: ModelSource,
+        fingerprint: str,
+        texts: Sequence[str],
+        quantization: QuantizationSettings,
+    ) -> None:
+        """Quantize ``source``, of that ``fingerprint``, as :func:`checked_quantization` says."""
+        self._settings = settings
+        self._source = source
+        self._texts = texts
+        self._quantization = quantization
+        self._text_fingerprint = text_fingerprint(texts)
+        self._key = {
+            "model": fingerprint,
+            "bits": quantization.bits,
+            "group_size": quantization.group_size,
+            "act_order": quantization.act_order,
+            "text": self._text_fingerprint,
+            "num_tokens": settings.calibration_tokens,
+            "max_context": max_context(settings, source.directory),
+            "gptqmodel": gptqmodel_version(),
+            "recipe": _RECIPE,
+        }
+        # Who waits for another server saves hours, so there is no end to it: the lock ends with
+        # the other's process.
+        self._state = StateDirectory(settings.state_dir, lock_seconds=math.inf)
+        self._entry = _CheckpointEntry(self._key)
+
+    @property
+    def directory(self) -> Path:
+        """The checkpoint, once :meth:`prepare` has been called."""
+        return _directory_of(self._state.path_of(_KIND, self._key))
+
+    def kept_fingerprint(self) -> str | None:
+        """Return what the kept checkpoint's fingerprint was, without looking at it."""
+        try:
+            return self._entry.record(self._state.path_of(_KIND, self._key)).fingerprint
+        except (OSError, ValueError):
+            return None
+
+    async def prepare(self, on_progress: OnLayers) -> str:
+        """Return the fingerprint of the checkpoint, which is made where it is not kept.
+
+        Raises what :func:`pruning.quantization.quantize_checkpoint` does, and
+        :class:`pruning.text.TextError`.
+        """
+
+        async def make() -> CheckpointRecord:
+            stop = Stop()
+            making = asyncio.ensure_future(asyncio.to_thread(self._make, on_progress, stop))
+            try:
+                return await asyncio.shield(making)
+            except asyncio.CancelledError:
+                stop()
+                with contextlib.suppress(Exception):
+                    await making
+                raise
+
+        record = await self._state.load_or_make(_KIND, self._key, self._entry, make)
+        return record.fingerprint
+
+    def _make(self, on_progress: OnLayers, stop: Stop) -> CheckpointRecord:
+        out = self.directory
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.exists():  # without a record that fits it
+            shutil.rmtree(out)
+        windows = calibration_windows(self._settings, self._source.directory, self._texts)
+        written = quantize_checkpoint(
+            self._source.directory,
+            out,
+            self._quantization,
+            windows,
+            text_fingerprint=self._text_fingerprint,
+            base_model=self._source.name,
+            with_code=self._settings.trust_remote_code,
+            on_progress=on_progress,
+            stop=stop,
+        )
+        logger.info(
+            "Quantized: %.1f MB, before: %.1f MB; kept in %s",
+            written.num_bytes / 1e6,
+            written.num_source_bytes / 1e6,
+            out,
+        )
+        return CheckpointRecord(written.fingerprint, _files(out))
+
+
+class _CheckpointEntry(EntryFormat[CheckpointRecord]):
+    """The record of a checkpoint, and the checkpoint, in a directory beside it.
+
+    The record is written last. All of the checkpoint is read to compare it with its record,
+    which takes a part of the time that the engine takes to load it.
+    """
+
+    def __init__(self, key: Mapping[str, object]) -> None:
+        self._json: JsonEntry[CheckpointRecord] = JsonEntry(CheckpointRecord, key)
+
+    def record(self, path: Path) -> CheckpointRecord:
+        return self._json.load(path)
+
+    def load(self, path: Path) -> CheckpointRecord:
+        record = self.record(path)
+        directory = _directory_of(path)
+        if not directory.is_dir():
+            raise StateError(f"{directory.name}: the checkpoint is missing")
+        found = _files(directory)
+        for name in sorted(found.keys() | record.files.keys()):
+            if found.get(name) != record.files.get(name):
+                raise StateError(f"{directory.name}/{name}: not what was written")
+        return record
+
+    def save(self, value: CheckpointRecord, path: Path) -> None:
+        self._json.save(value, path)
+
+
+def checked_quantization(settings: Settings, directory: Path) -> QuantizationSettings | None:
+    """Return how the model in ``directory`` is to be quantized; None: not at all.
+
+    Reads headers alone. Raises :class:`InvalidArgument`, naming the setting, for what cannot be
+    done with this model, and what :func:`pruning.quantization.fitting_settings` does for a
+    model that cannot be quantized at all.
+    """
+    wanted = quantization_settings(settings)
+    if wanted is None:
+        return None
+    check_not_quantized(directory)
+    gptqmodel_version()
+    try:
+        return fitting_settings(directory, wanted)
+    except GroupSizeError as error:
+        raise InvalidArgument("quantize_group_size", error.group_size, error.allowed) from error
+
+
+def quantization_settings(settings: Settings) -> QuantizationSettings | None:
+    """Return the settings of quantization, None where there is to be none."""
+    if settings.quantize is None:
+        return None
+    return QuantizationSettings(
+        bits=_BITS[settings.quantize],
+        group_size=settings.quantize_group_size,
+        act_order=settings.quantize_act_order,
+    )
+
+
+def calibration_windows(
+    settings: Settings, directory: Path, texts: Sequence[str]
+) -> list[list[int]]:
+    """Cut the calibration texts into windows as for Block Influence, without an engine.
+
+    Raises :class:`pruning.text.TextError` where they have no tokens.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers import AutoTokenizer
+
+    auto_tokenizer: Any = AutoTokenizer
+    tokenizer = auto_tokenizer.from_pretrained(
+        directory, trust_remote_code=settings.trust_remote_code
+    )
+
+    def tokenize(text: str, *, special_tokens: bool = True) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=special_tokens).input_ids)
+
+    context = max_context(settings, directory)
+    return text_windows(tokenize, texts, context, settings.calibration_tokens)
+
+
+def max_context(settings: Settings, directory: Path) -> int:
+    """Return the longest window's tokens, and one; less for a model of less context."""
+    config = read_config(directory)
+    sections = (config, *(value for value in config.values() if isinstance(value, dict)))
+    limits = [section.get("max_position_embeddings") for section in sections]
+    known = [limit for limit in limits if isinstance(limit, int) and limit > 1]
+    return min([WINDOW + 1, *known[:1], *filter(None, [settings.max_context])])
+
+
+def _directory_of(record: Path) -> Path:
+    return record.with_suffix("")
+
+
+def _files(directory: Path) -> dict[str, FileRecord]:
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        records = pool.map(_record_of, paths)
+        return {
+            path.relative_to(directory).as_posix(): record
+            for path, record in zip(paths, records, strict=True)
+        }
+
+
+def _record_of(path: Path) -> FileRecord:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileRecord(path.stat().st_size, digest)

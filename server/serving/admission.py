@@ -1,0 +1,145 @@
+"""Which requests are in flight, and whether there is room for one more."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from server.errors import InvalidArgument, Overloaded
+from server.serving.fair_queue import FairQueue
+
+_ID_ALLOWED = "at most 128 printable ASCII characters"
+_MAX_RETRY_SECONDS = 30.0
+
+
+@dataclass(slots=True, eq=False)
+class Admitted:
+    """A request in flight; ``num_tokens`` of its prompt, once they are known."""
+
+    request_id: str
+    client: str
+    num_tokens: int = 0
+    is_waiting: bool = True
+
+
+@dataclass(slots=True)
+class _Share:
+    """What a client has of what waits."""
+
+    num_requests: int = 0
+    num_tokens: int = 0
+
+
+class Admission:
+    """The requests in flight, of which a limited number waits for their first token.
+
+    Their prompts are limited, too, in tokens. Where there is no room, and one client has more of
+    ``queue`` than the one that comes would have, the former's newest request gives way.
+    """
+
+    def __init__(
+        self, queue: FairQueue, max_waiting: int, max_waiting_tokens: int | None = None
+    ) -> None:
+        self._queue = queue
+        self._max_waiting = max_waiting
+        self._max_waiting_tokens = max_waiting_tokens
+        self._in_flight: dict[str, Admitted] = {}
+        self._shares: dict[str, _Share] = {}
+        self._num_waiting = 0
+        self._num_waiting_tokens = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    @property
+    def num_waiting(self) -> int:
+        return self._num_waiting
+
+    @contextmanager
+    def admit(self, request_id: str, client: str = "") -> Iterator[Admitted]:
+        """Hold a place for a request; an empty id is replaced by one that is made.
+
+        Raises :class:`InvalidArgument` for an id that is not allowed or is in flight already,
+        and :class:`Overloaded` where there is no room.
+        """
+        if not request_id:
+            request_id = uuid.uuid4().hex
+        if len(request_id) > 128 or not (request_id.isascii() and request_id.isprintable()):
+            raise InvalidArgument("request_id", request_id, _ID_ALLOWED)
+        if request_id in self._in_flight:
+            raise InvalidArgument("request_id", request_id, "an id that no running request has")
+        self._require_room_for_request(client)
+        # However long the prompt is: what cannot fit is refused before it is tokenized.
+        self._require_room_for_tokens(client, 1)
+        admitted = self._in_flight[request_id] = Admitted(request_id, client)
+        self._shares.setdefault(client, _Share()).num_requests += 1
+        self._num_waiting += 1
+        self._idle.clear()
+        try:
+            yield admitted
+        finally:
+            self.begin(admitted)
+            del self._in_flight[request_id]
+            if not self._in_flight:
+                self._idle.set()
+
+    def count_tokens(self, admitted: Admitted, num_tokens: int) -> None:
+        """Note how long the prompt is.
+
+        Raises :class:`Overloaded` where there is no room for it; where no other waits, there is.
+        """
+        self._require_room_for_tokens(admitted.client, num_tokens)
+        admitted.num_tokens = num_tokens
+        self._shares[admitted.client].num_tokens += num_tokens
+        self._num_waiting_tokens += num_tokens
+
+    def begin(self, admitted: Admitted) -> None:
+        """Note that a request waits no longer; it may have been noted before."""
+        if not admitted.is_waiting:
+            return
+        admitted.is_waiting = False
+        self._num_waiting -= 1
+        self._num_waiting_tokens -= admitted.num_tokens
+        share = self._shares[admitted.client]
+        share.num_requests -= 1
+        share.num_tokens -= admitted.num_tokens
+        if not share.num_requests:
+            del self._shares[admitted.client]
+
+    async def idle(self) -> None:
+        """Return when no request is in flight."""
+        await self._idle.wait()
+
+    def _require_room_for_request(self, client: str) -> None:
+        while self._num_waiting >= self._max_waiting:
+            size = self._shares.get(client, _Share()).num_requests + 1
+            if not self._make_room(client, size, in_tokens=False):
+                raise Overloaded(
+                    f"{self._num_waiting} requests wait, as many as max_waiting allows; try again",
+                    self._retry_after(client),
+                )
+
+    def _require_room_for_tokens(self, client: str, num_tokens: int) -> None:
+        limit = self._max_waiting_tokens
+        while limit is not None and 0 < self._num_waiting_tokens > limit - num_tokens:
+            size = self._shares.get(client, _Share()).num_tokens + num_tokens
+            if not self._make_room(client, size, in_tokens=True):
+                raise Overloaded(
+                    f"{self._num_waiting_tokens} prompt tokens wait, and max_waiting_tokens "
+                    f"allows {limit}; try again",
+                    self._retry_after(client),
+                )
+
+    def _make_room(self, client: str, size: int, *, in_tokens: bool) -> bool:
+        return self._queue.make_room(
+            client, size, in_tokens=in_tokens, retry_after=self._retry_after(client)
+        )
+
+    def _retry_after(self, client: str) -> float:
+        return min(max(1.0, self._queue.seconds_until_start(client)), _MAX_RETRY_SECONDS)

@@ -1,0 +1,104 @@
+"""Keeps the engine of a service alive."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from server.engine.base import Engine, EngineDead
+from server.engine.supervisor import Supervisor
+from server.engine.watchdog import Watchdog
+from server.errors import Unavailable
+from server.serving.fair_queue import FairQueue
+from server.serving.service_state import ENGINE_DEAD, ServiceState, State
+from server.telemetry.metrics import Metrics
+
+
+class EngineRestarter:
+    """Starts the engine again when it has died or hangs; state and queue of the service follow."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        life: ServiceState,
+        queue: FairQueue,
+        metrics: Metrics,
+        *,
+        timeout_seconds: float,
+        poll_seconds: float,
+        first_delay: float,
+        max_delay: float,
+    ) -> None:
+        self._engine = engine
+        self._life = life
+        self._queue = queue
+        self._metrics = metrics
+        self._num_restarts = 0
+        self._supervisor = Supervisor(
+            engine,
+            self._died,
+            self._restarted,
+            self._restart_failed,
+            poll_seconds=poll_seconds,
+            first_delay=first_delay,
+            max_delay=max_delay,
+        )
+        self._watchdog = (
+            Watchdog(engine, timeout_seconds)
+            if timeout_seconds and not engine.restarts_itself
+            else None
+        )
+        engine.on_restart = self._count_restart
+
+    @property
+    def num_restarts(self) -> int:
+        return self._num_restarts
+
+    def watches(self) -> list[Coroutine[Any, Any, None]]:
+        """Return what is to run as long as the engine is to be kept alive."""
+        watches = [self._supervisor.run()]
+        if self._watchdog is not None:
+            watches.append(self._watchdog.run())
+        return watches
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Turn the engine's death into :class:`Unavailable`, and note it."""
+        num_restarts = self._num_restarts
+        try:
+            yield
+        except EngineDead as error:
+            self.note_death(num_restarts)
+            raise Unavailable(ENGINE_DEAD) from error
+
+    def note_death(self, num_restarts: int) -> None:
+        """Note that a request has found the engine dead that began after so many restarts."""
+        # It may learn late of a death that has been dealt with.
+        if num_restarts == self._num_restarts:
+            self._died()
+            self._supervisor.report_death()
+
+    def _died(self) -> bool:
+        """Return whether the engine is to be started again."""
+        if self._life.state is State.SERVING:
+            self._life.turn_to(State.ENGINE_DOWN)
+        if self._life.state is State.ENGINE_DOWN:
+            self._queue.pause()
+            return True
+        self._queue.fail(lambda: Unavailable("the engine has died, and the server is draining"))
+        return False
+
+    def _count_restart(self) -> None:
+        self._num_restarts += 1
+        self._metrics.count_engine_restart()
+
+    def _restarted(self) -> None:
+        if not self._engine.restarts_itself:  # else it has counted
+            self._count_restart()
+        if self._life.state is State.ENGINE_DOWN:
+            self._life.turn_to(State.SERVING)
+        self._queue.resume()
+
+    def _restart_failed(self) -> None:
+        self._queue.fail(lambda: Unavailable("the engine has died, and could not be started again"))

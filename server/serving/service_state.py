@@ -1,0 +1,101 @@
+"""What a service is doing, from its start to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from server.engine.base import LoadInfo
+from server.errors import Unavailable
+from server.telemetry.metrics import Metrics
+
+ENGINE_DEAD = "the engine has died; it is being started again"
+
+logger = logging.getLogger(__name__)
+
+
+class State(enum.Enum):
+    """What a service is doing."""
+
+    STARTING = "starting"
+    SERVING = "serving"
+    DRAINING = "draining"
+    ENGINE_DOWN = "engine down"
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A service at this moment; times in seconds."""
+
+    state: State
+    # What is being done to get ready; empty once it is.
+    startup_phase: str
+    startup_seconds: dict[str, float]
+    load: LoadInfo
+    uptime: float
+    num_engine_restarts: int
+    version: str
+    # Of requests that leave the depth to the server, at present; empty until it is known.
+    auto_level: str
+
+
+class ServiceState:
+    """The state of a service, from STARTING on, and how its start goes."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._state = State.STARTING
+        self._changed = asyncio.Event()
+        self._created = time.monotonic()
+        self.startup_phase = "initializing"
+        self.startup_seconds: dict[str, float] = {}
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @property
+    def uptime(self) -> float:
+        return time.monotonic() - self._created
+
+    def turn_to(self, state: State) -> None:
+        """Enter a state, if it is another one, and tell who waits for a change."""
+        if state is not self._state:
+            logger.info("%s", state.value)
+            self._state = state
+            self._changed.set()
+            self._changed = asyncio.Event()
+
+    async def state_after(self, seen: State) -> State:
+        """Return the state as soon as it is not ``seen``; states that were brief are missed."""
+        while self._state is seen:
+            await self._changed.wait()
+        return self._state
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Name what the start is doing meanwhile, and record how long it took."""
+        self.startup_phase = name
+        started = time.monotonic()
+        yield
+        self.startup_seconds[name] = time.monotonic() - started
+        self._metrics.set_startup(name, self.startup_seconds[name])
+
+    def starting(self) -> Unavailable:
+        """Return what requests are told that come too early."""
+        return Unavailable(f"the server is starting: {self.startup_phase}")
+
+    def require_serving(self) -> None:
+        """Raise :class:`Unavailable`, with the reason, in every state but SERVING."""
+        match self._state:
+            case State.STARTING:
+                raise self.starting()
+            case State.DRAINING:
+                raise Unavailable("the server is draining and takes no more requests")
+            case State.ENGINE_DOWN:
+                raise Unavailable(ENGINE_DEAD)

@@ -1,0 +1,1 @@
+"""What operators see: metrics, logs, traces and the progress of a start."""

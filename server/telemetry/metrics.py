@@ -1,0 +1,369 @@
+"""What Prometheus is told."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    start_http_server,
+)
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from server.access.listening import cannot_listen
+from server.depth.policy import DepthPolicy
+from server.engine.base import LayerSelection, LoadInfo
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+# Of the gauge of tokens per second, in seconds.
+WINDOW = 10
+
+_TOKEN_SECONDS = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.5,
+    1,
+    2.5,
+)
+_REQUEST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class Metrics:
+    """The ``fathom_*`` families, in a registry of their own.
+
+    ``depth`` is the number of decode layers; requests that were refused before they had a depth
+    carry an empty one. Counting is for the thread of the event loop; a scrape may come from
+    any thread.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        disable_created_metrics()  # one series more for every counter, which nobody asks for
+        self.registry = CollectorRegistry(support_collectors_without_names=True)
+        self._requests = Counter(
+            "fathom_requests_total",
+            "Calls that have ended, by gRPC method and status code.",
+            ["method", "depth", "code"],
+            registry=self.registry,
+        )
+        self._prompt_tokens = Counter(
+            "fathom_prompt_tokens_total",
+            "Prompt tokens of requests that have begun to generate.",
+            ["depth"],
+            registry=self.registry,
+        )
+        self._generation_tokens = Counter(
+            "fathom_generation_tokens_total",
+            "Generated tokens.",
+            ["depth"],
+            registry=self.registry,
+        )
+        self._time_to_first_token = self._histogram(
+            "fathom_time_to_first_token_seconds",
+            "From a request's arrival to its first token.",
+            _REQUEST_SECONDS,
+        )
+        self._inter_token_latency = self._histogram(
+            "fathom_inter_token_latency_seconds",
+            "Between two tokens of a request.",
+            _TOKEN_SECONDS,
+        )
+        self._request_duration = self._histogram(
+            "fathom_request_duration_seconds",
+            "From a request's arrival to its end, however it ended.",
+            _REQUEST_SECONDS,
+        )
+        self._request_queue = self._histogram(
+            "fathom_request_queue_seconds",
+            "From a request's arrival to the moment that the engine begins with its prompt.",
+            _REQUEST_SECONDS,
+        )
+        self._running = Gauge(
+            "fathom_requests_running", "Requests in the engine's batch.", registry=self.registry
+        )
+        self._waiting = Gauge(
+            "fathom_requests_waiting",
+            "Requests that wait for a place in the engine's batch.",
+            registry=self.registry,
+        )
+        self._startup = Gauge(
+            "fathom_startup_seconds",
+            "How long the phases of the start took.",
+            ["phase"],
+            registry=self.registry,
+        )
+        self._engine_up = Gauge(
+            "fathom_engine_up", "Whether the engine is up.", registry=self.registry
+        )
+        self._tasks = Gauge(
+            "fathom_tasks",
+            "Tasks of asyncio in the server; without calls there are only a few.",
+            registry=self.registry,
+        )
+        self._engine_restarts = Counter(
+            "fathom_engine_restarts_total",
+            "Times that the engine was started again after it had died.",
+            registry=self.registry,
+        )
+        self._certificate_expiry = Gauge(
+            "fathom_tls_certificate_expiry_timestamp_seconds",
+            "When the certificate in force expires, in seconds since the epoch.",
+            ["certificate"],  # no sample where there is none
+            registry=self.registry,
+        )
+        self._policy_changes = Counter(
+            "fathom_policy_changes_total",
+            "Times that load has changed the level of requests that leave it to the server.",
+            ["direction"],
+            registry=self.registry,
+        )
+        for direction in ("down", "up"):
+            self._policy_changes.labels(direction)
+        self._rate = _TokenRate(clock)
+        self._policy = _PolicyCollector()
+        self.registry.register(self._rate)
+        self.registry.register(self._policy)
+
+    def count_request(self, method: str, depth: str, code: str) -> None:
+        """Count a call that has ended with a status code."""
+        self._requests.labels(method, depth, code).inc()
+
+    def begin(self, depth: int, num_prompt_tokens: int, queue: float, first_token: float) -> None:
+        """Count a request that got its first token, so many seconds after it came."""
+        self._prompt_tokens.labels(depth).inc(num_prompt_tokens)
+        self._request_queue.labels(depth).observe(queue)
+        self._time_to_first_token.labels(depth).observe(first_token)
+
+    def add_tokens(self, depth: int, num_tokens: int) -> None:
+        """Count generated tokens."""
+        self._generation_tokens.labels(depth).inc(num_tokens)
+        self._rate.add(str(depth), num_tokens)
+
+    def observe_gap(self, depth: int, seconds: float, num_tokens: int) -> None:
+        """Count the time between a step of a request and its next, which brought the tokens."""
+        for _ in range(num_tokens):
+            self._inter_token_latency.labels(depth).observe(seconds / num_tokens)
+
+    def end(self, depth: int, seconds: float) -> None:
+        """Count a request that has ended, so many seconds after it came."""
+        self._request_duration.labels(depth).observe(seconds)
+
+    def watch_engine(
+        self,
+        is_up: Callable[[], bool],
+        load: Callable[[], LoadInfo],
+        can_run: Callable[[LayerSelection], bool],
+    ) -> None:
+        """Have scrapes ask the engine itself; the functions must be fit for any thread."""
+        self._policy.can_run = can_run
+        self._engine_up.set_function(lambda: float(is_up()))
+        self._running.set_function(lambda: load().num_running)
+        self._waiting.set_function(lambda: load().num_waiting)
+
+    def watch_tasks(self, count: Callable[[], int]) -> None:
+        """Have scrapes count the server's tasks; the function must be fit for any thread."""
+        self._tasks.set_function(count)
+
+    def count_engine_restart(self) -> None:
+        self._engine_restarts.inc()
+
+    def count_policy_change(self, *, down: bool) -> None:
+        """Count that load has turned the depth down, or that it has gone up again."""
+        self._policy_changes.labels("down" if down else "up").inc()
+
+    def set_startup(self, phase: str, seconds: float) -> None:
+        """Tell how long a phase of the start took."""
+        self._startup.labels(phase).set(seconds)
+
+    def set_certificate_expiry(self, timestamp: float) -> None:
+        """Tell when the server's certificate expires, in seconds since the epoch."""
+        self._certificate_expiry.labels("server").set(timestamp)
+
+    def set_policy(self, policy: DepthPolicy) -> None:
+        """Show the measurements, the plan's scores and the levels of this policy."""
+        self._policy.policy = policy
+
+    def _histogram(self, name: str, documentation: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, documentation, ["depth"], buckets=buckets, registry=self.registry)
+
+
+class MetricsServer:
+    """Serves the metrics over HTTP, with those that vLLM and the process put beside them."""
+
+    def __init__(self, metrics: Metrics, host: str, port: int) -> None:
+        """Listen on ``port``, 0 for any free one, from a thread of its own.
+
+        Raises :class:`InvalidArgument`, naming ``metrics_port`` or ``metrics_host``, where that
+        cannot be.
+        """
+        both = CollectorRegistry(support_collectors_without_names=True)
+        both.register(metrics.registry)
+        both.register(REGISTRY)
+        self._server: WSGIServer
+        try:
+            self._server, self._thread = start_http_server(port, host, both)
+        except OSError as error:
+            raise cannot_listen(error, host, port, "metrics_") from None
+        app = self._server.get_app()
+        assert app is not None
+        self._server.set_app(_as_text(app))
+
+    @property
+    def port(self) -> int:
+        return int(self._server.server_port)
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def _as_text(app: WSGIApplication) -> WSGIApplication:
+    """Answer in Prometheus's text format, whatever else a scrape would rather have.
+
+    In OpenMetrics, prometheus_client writes ``vllm_`` for the ``vllm:`` of vLLM's names.
+    """
+
+    def text(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        return app({**environ, "HTTP_ACCEPT": "text/plain; version=0.0.4"}, start_response)
+
+    return text
+
+
+class _TokenRate(Collector):
+    """Tokens per second over the last ``WINDOW`` seconds, counted in steps of one second."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        # For each depth: (second, tokens in it), oldest first.
+        self._seconds: defaultdict[str, deque[list[int]]] = defaultdict(deque)
+
+    def add(self, depth: str, num_tokens: int) -> None:
+        now = int(self._clock())
+        with self._lock:
+            seconds = self._seconds[depth]
+            if seconds and seconds[-1][0] == now:
+                seconds[-1][1] += num_tokens
+            else:
+                seconds.append([now, num_tokens])
+            self._forget(seconds, now)
+
+    def collect(self) -> Iterator[Metric]:
+        family = GaugeMetricFamily(
+            "fathom_tokens_per_second",
+            f"Generated tokens per second over the last {WINDOW} seconds.",
+            labels=["depth"],
+        )
+        now = int(self._clock())
+        with self._lock:
+            for depth, seconds in self._seconds.items():
+                self._forget(seconds, now)
+                family.add_metric([depth], sum(tokens for _, tokens in seconds) / WINDOW)
+        yield family
+
+    @staticmethod
+    def _forget(seconds: deque[list[int]], now: int) -> None:
+        while seconds and seconds[0][0] <= now - WINDOW:
+            seconds.popleft()
+
+
+class _PolicyCollector(Collector):
+    """What is known of the policy in force; a scrape sees one policy, never parts of two."""
+
+    def __init__(self) -> None:
+        self.policy: DepthPolicy | None = None
+        self.can_run: Callable[[LayerSelection], bool] = lambda layers: False
+
+    def collect(self) -> Iterator[Metric]:
+        policy = self.policy
+        if policy is None:
+            return
+        qualities = {
+            str(depths.decode_layers): quality
+            for depths, quality in sorted(policy.qualities.items())
+            if depths.prefill_layers == depths.decode_layers
+        }
+        yield _gauge(
+            "fathom_depth_perplexity",
+            "Perplexity on held-out text.",
+            "depth",
+            {depth: quality.perplexity for depth, quality in qualities.items()},
+        )
+        yield _gauge(
+            "fathom_depth_perplexity_stderr",
+            "Standard error of the perplexity.",
+            "depth",
+            {depth: quality.perplexity_stderr for depth, quality in qualities.items()},
+        )
+        yield _gauge(
+            "fathom_depth_agreement_ratio",
+            "Share of positions whose most likely next token is the dense model's.",
+            "depth",
+            {depth: quality.agreement for depth, quality in qualities.items()},
+        )
+        yield _gauge(
+            "fathom_depth_kl_nats",
+            "Mean KL divergence of the next-token distribution from dense, in nats.",
+            "depth",
+            {depth: quality.kl_nats for depth, quality in qualities.items()},
+        )
+        yield _gauge(
+            "fathom_layer_block_influence",
+            "1 less the mean cosine of the residual stream before and after the layer.",
+            "layer",
+            {str(layer): score for layer, score in enumerate(policy.plan.scores)},
+        )
+        yield _gauge(
+            "fathom_policy_level",
+            "1 for the level that requests get which leave the depth to the server.",
+            "level",
+            {level.name: float(level.name == policy.present_level) for level in policy.levels},
+        )
+        yield _gauge(
+            "fathom_level_up",
+            "Whether the engine that runs the level is up.",
+            "level",
+            {
+                name: float(self.can_run(layers))
+                for name, layers in policy.level_selections().items()
+            },
+        )
+        degraded = GaugeMetricFamily(
+            "fathom_policy_degraded",
+            "Whether load has turned the depth down of requests that leave it to the server.",
+            value=float(policy.present_level != policy.auto_level),
+        )
+        yield degraded
+
+
+def _gauge(name: str, documentation: str, label: str, values: Mapping[str, float | None]) -> Metric:
+    """Return a family; a value of None was not measured and has no sample."""
+    family = GaugeMetricFamily(name, documentation, labels=[label])
+    for key, value in values.items():
+        if value is not None:
+            family.add_metric([key], value)
+    return family
