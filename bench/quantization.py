@@ -90,7 +90,13 @@ async def perplexities(
     await engine.start()
     try:
         texts = list(documents([Part.HELD_OUT]))
-        windows = text_windows(engine.tokenize, texts, engine.model.max_context, num_tokens)
+        windows = text_windows(
+            engine.tokenize,
+            texts,
+            max_context=engine.model.max_context,
+            max_tokens=num_tokens,
+            vocab_size=engine.model.vocab_size,
+        )
         qualities = await engine.measure_quality(windows, selections, lambda done, total: None)
     finally:
         await engine.shutdown()

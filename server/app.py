@@ -1,4 +1,4 @@
-"""The composition root: from settings to a server that serves, and back down again."""
+"""Puts the parts of a server together, and handles its signals."""
 
 from __future__ import annotations
 
@@ -10,39 +10,25 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
-from dataclasses import replace
 from typing import Any
 
 import psutil
 
-from pruning.checkpoint import CheckpointError
-from pruning.fingerprint import text_fingerprint
-from pruning.plan import Plan
-from pruning.quantization import QuantizationError, plan_of_base
-from pruning.surgery import SurgeryError
-from pruning.text import TextError
 from server.access.exposure import check_exposure
-from server.calibration.calibrator import Calibrator, Progress
-from server.calibration.hardware import describe_hardware
-from server.calibration.offline_plan import kept_plan, plan_key
-from server.calibration.policy_store import PlanFile, PolicyStore
-from server.calibration.versions import measuring_versions
 from server.config import Settings
-from server.depth.policy import DepthPolicy
-from server.engine.base import Engine, ModelInfo
+from server.engine.base import Engine
 from server.engine.dedicated.engine import DedicatedConfig, DedicatedEngine
 from server.engine.elastic.engine import ElasticEngine
 from server.engine.elastic.engine_arguments import ElasticConfig
 from server.engine.fork_server import start_fork_server
 from server.model.inputs import Inputs, StartError, auto_rules, read_inputs, refused_as
-from server.model.quantized import QuantizedModel
 from server.reload import Reload, access_files
 from server.rpc.access import Access
 from server.rpc.interceptors import Observer
 from server.rpc.server import RpcServer
 from server.serving.fair_queue import slots_for
 from server.serving.service import Service
-from server.state import StateDirectory
+from server.startup import Startup
 from server.telemetry.log_format import with_fields
 from server.telemetry.logs import Logs
 from server.telemetry.metrics import Metrics
@@ -52,17 +38,8 @@ from server.telemetry.request_log import log_request
 from server.telemetry.tracing import open_tracing
 from server.version import VERSION
 
-# Of models with more layers, quality is measured at the levels alone.
-_LAYERS_FOR_EVERY_DEPTH = 16
 _DEFAULT_PORT = 50051
 _END_SECONDS = 2.0
-
-_WORK = {
-    "importance": "Ranking the layers",
-    "levels": "Starting the engines of the levels",
-    "quality": "Measuring quality",
-    "speed": "Measuring speed",
-}
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +71,6 @@ class Application:
         self._serving = False
         self._stop = asyncio.Event()
         self._hangup = asyncio.Event()
-        self._store: PolicyStore | None = None
 
     async def run(self) -> None:
         """Serve until a signal, then let what runs finish. A second signal ends it at once."""
@@ -131,7 +107,6 @@ class Application:
                 auto_rules=auto_rules(settings),
                 grace_seconds=settings.grace_seconds,
                 version=VERSION,
-                save=self._save,
             )
             observers: list[Observer] = [log_request]
             with refused_as("otlp_endpoint"):
@@ -160,7 +135,7 @@ class Application:
                 stack.callback(asyncio.create_task(following).cancel)
             metrics.set_startup("inputs", inputs_seconds)
             with self._progress:
-                await self._start(inputs, engine, service)
+                await Startup(settings, inputs, engine, service, self._progress).run()
             self._serving = True
             self._announce(service, rpc_server.port, metrics_port.url)
             reload = Reload(
@@ -175,126 +150,6 @@ class Application:
             await self._stop.wait()
             logger.info("stopping; requests that run have %g s", settings.grace_seconds)
             await service.drain()
-
-    async def _start(self, inputs: Inputs, engine: Engine, service: Service) -> None:
-        """Load the model, and get its plan and measurements from the state directory or anew."""
-        if inputs.quantized is not None:
-            inputs = await self._quantize(inputs, inputs.quantized, service)
-        with (
-            self._progress.working("Loading the model"),
-            service.phase("engine"),
-            refused_as("engine", Exception),  # there is no telling what vLLM may find
-        ):
-            await engine.start()
-        with refused_as("model"):
-            with service.phase("plan"):
-                calibrator = self._calibrator(inputs, engine)
-                store = self._store = self._policy_store(inputs, engine.model)
-                plan = inputs.plan or self._kept_plan(inputs, engine)
-                plan = plan or await store.plan(lambda: calibrator.measure_plan(self._on_progress))
-            policy = DepthPolicy(
-                plan, inputs.levels, inputs.default_level, any_depth=engine.serves_any_depth
-            )
-            if not policy.any_depth:
-                with service.phase("levels"):
-                    await engine.prepare(
-                        plan,
-                        policy.level_selections(),
-                        lambda done, total: self._on_progress(Progress("levels", done, total)),
-                    )
-            with service.phase("quality"):
-                qualities = await store.qualities(
-                    policy,
-                    calibrator.depths_to_measure(policy),
-                    lambda missing: calibrator.measure_quality(policy, missing, self._on_progress),
-                )
-            with service.phase("speed"):
-                speeds = await store.speeds(
-                    policy,
-                    calibrator.depths_to_time(policy),
-                    lambda missing: calibrator.measure_speed(policy, missing, self._on_progress),
-                )
-        service.open(policy.with_measurements(qualities, speeds), calibrator)
-        # Whoever had set others over Control may look for them here.
-        logger.info(
-            "levels, as the settings have them: %s; the default is %s",
-            ", ".join(map(str, policy.levels)),
-            policy.default_level,
-        )
-        for phase, seconds in service.status().startup_seconds.items():
-            logger.info("start: %s took %.1f s", phase, seconds)
-
-    async def _quantize(self, inputs: Inputs, model: QuantizedModel, service: Service) -> Inputs:
-        """Have the model quantized, or find that it has been; return what to start with then."""
-        errors = (QuantizationError, SurgeryError, CheckpointError, TextError, OSError)
-        with service.phase("quantize"), refused_as("quantize", *errors):
-            fingerprint = await model.prepare(
-                lambda *layers: self._progress.advance("Quantizing the layers", *layers)
-            )
-        plan = inputs.plan and plan_of_base(inputs.plan, model.directory, fingerprint)
-        return replace(inputs, fingerprint=fingerprint, plan=plan)
-
-    def _calibrator(self, inputs: Inputs, engine: Engine) -> Calibrator:
-        settings = self._settings
-        every_depth = settings.quality_depths == "all" or (
-            settings.quality_depths is None and inputs.num_layers <= _LAYERS_FOR_EVERY_DEPTH
-        )
-        return Calibrator(
-            engine,
-            model_fingerprint=inputs.fingerprint,
-            versions=measuring_versions(),
-            texts=inputs.texts,
-            max_tokens=settings.calibration_tokens,
-            held_out_texts=inputs.held_out_texts,
-            max_held_out_tokens=settings.quality_tokens,
-            every_depth=every_depth,
-        )
-
-    def _kept_plan(self, inputs: Inputs, engine: Engine) -> Plan | None:
-        """Return a plan that was measured elsewhere, where this engine cannot measure one itself.
-
-        A model is loaded for it otherwise, only to be measured.
-        """
-        if engine.serves_any_depth:
-            return None
-        return kept_plan(self._settings, inputs.fingerprint, inputs.texts)
-
-    def _policy_store(self, inputs: Inputs, model: ModelInfo) -> PolicyStore:
-        settings = self._settings
-        key = {
-            "model": inputs.fingerprint,
-            "dtype": model.dtype,
-            "max_context": model.max_context,
-        }
-        held_out = text_fingerprint(inputs.held_out_texts)
-        text = text_fingerprint(inputs.texts)
-        elastic = settings.engine == "elastic"
-        if not elastic:
-            # Compiled, it is another speed, and quality is measured in another way.
-            key["engine"] = settings.engine
-        return PolicyStore(
-            StateDirectory(settings.state_dir),
-            PlanFile(inputs.fingerprint, inputs.num_layers),
-            plan_key={**key, "text": text, "num_tokens": settings.calibration_tokens}
-            if elastic
-            else plan_key(settings, inputs.fingerprint, text),
-            quality_key={**key, "text": held_out, "num_tokens": settings.quality_tokens},
-            speed_key={
-                **key,
-                "text": held_out,
-                "hardware": describe_hardware(),
-                "versions": measuring_versions(),
-                "max_num_seqs": settings.max_num_seqs,
-                "engine_args": settings.engine_args,
-            },
-        )
-
-    def _save(self, policy: DepthPolicy) -> None:
-        assert self._store is not None
-        self._store.save(policy)
-
-    def _on_progress(self, progress: Progress) -> None:
-        self._progress.advance(_WORK[progress.phase], progress.done, progress.total)
 
     def _announce(self, service: Service, port: int, metrics_url: str | None) -> None:
         settings, model, policy = self._settings, service.model, service.policy

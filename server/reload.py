@@ -74,7 +74,8 @@ class Reload:
                     for level in levels
                 ]
                 try:
-                    await self._service.set_levels(specs, default_level)
+                    with self._service.updating() as updates:
+                        await updates.set_levels(specs, default_level)
                 except FathomError as error:
                     logger.error("%s; the levels have not been changed", error)
                     done -= _LEVELS

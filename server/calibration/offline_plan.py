@@ -79,7 +79,13 @@ def measured_plan(
     def tokenize(text: str, *, special_tokens: bool = True) -> list[int]:
         return list(tokenizer(text, add_special_tokens=special_tokens).input_ids)
 
-    windows = text_windows(tokenize, texts, max_context, settings.calibration_tokens)
+    windows = text_windows(
+        tokenize,
+        texts,
+        max_context=max_context,
+        max_tokens=settings.calibration_tokens,
+        vocab_size=model.get_input_embeddings().num_embeddings,
+    )
     influence = measure_block_influence(
         model,
         batches(windows, model.device, lambda *c: report.advance("Ranking the layers", *c)),

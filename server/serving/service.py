@@ -6,11 +6,12 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AbstractContextManager, aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import AbstractContextManager, aclosing, contextmanager
 
-from pruning.plan import Plan
-from server.calibration.calibrator import Calibrator, Progress
+from server.calibration.calibrator import Calibrator
+from server.calibration.policy_in_force import PolicyInForce
+from server.calibration.policy_store import PolicyStore
 from server.calibration.policy_updates import PolicyUpdates
 from server.calls.caller import current_caller
 from server.calls.generation import (
@@ -23,7 +24,6 @@ from server.calls.generation import (
 )
 from server.depth.auto_rules import AutoRules, check_rules
 from server.depth.autodepth import AutoDepth
-from server.depth.levels import LevelSpec
 from server.depth.policy import DepthPolicy, ServedDepth
 from server.engine.base import (
     Engine,
@@ -74,7 +74,6 @@ class Service:
         auto_rules: AutoRules | None = None,
         max_logprobs: int = 20,
         version: str = "",
-        save: Callable[[DepthPolicy], None] | None = None,
         poll_seconds: float = 1.0,
         first_restart_delay: float = 0.5,
         max_restart_delay: float = 30.0,
@@ -84,8 +83,7 @@ class Service:
         The engine is given ``max_running`` requests at a time; None: all. ``max_unread`` is what
         a client may leave unread of a stream, in tokens and log-probabilities. An engine that
         does not answer for ``engine_timeout_seconds`` is started again, unless that is 0.
-        ``max_logprobs`` is the engine's limit. ``save`` is called, in a thread, with every
-        policy that :meth:`calibrate` and :meth:`set_levels` have measured, to keep it.
+        ``max_logprobs`` is the engine's limit.
         """
         self.metrics = metrics
         self._engine = engine
@@ -95,10 +93,9 @@ class Service:
         self._grace_seconds = grace_seconds
         self._max_logprobs = max_logprobs
         self._version = version
-        self._save = save
         self._life = ServiceState(metrics)
         self._model: ModelInfo | None = None
-        self._policy: DepthPolicy | None = None
+        self._in_force = PolicyInForce(metrics)
         self._updates: PolicyUpdates | None = None
         self._prompts = PromptReader(engine)
         self._restarter = EngineRestarter(
@@ -129,18 +126,16 @@ class Service:
         """Name what the start is doing meanwhile, and record how long it took."""
         return self._life.phase(name)
 
-    def open(self, policy: DepthPolicy, calibrator: Calibrator) -> None:
-        """Begin to serve; the engine has been started, and is watched from now on."""
+    def open(
+        self, policy: DepthPolicy, calibrator: Calibrator, store: PolicyStore | None = None
+    ) -> None:
+        """Begin to serve; the engine has been started, and is watched from now on.
+
+        ``store`` keeps what is measured while serving for the next start.
+        """
         self._model = self._engine.model
-        self._updates = PolicyUpdates(
-            self._engine,
-            calibrator,
-            present=lambda: self.policy,
-            install=self._install,
-            save=self._save,
-            engine_errors=self._restarter.errors,
-        )
-        self._install(policy)
+        self._updates = PolicyUpdates(self._engine, calibrator, self._in_force, store)
+        self._in_force.install(policy)
         self.set_auto_rules(self._auto.rules)
         self._life.startup_phase = ""
         loop = asyncio.get_running_loop()
@@ -180,7 +175,7 @@ class Service:
             uptime=self._life.uptime,
             num_engine_restarts=self._restarter.num_restarts,
             version=self._version,
-            auto_level="" if self._policy is None else self._policy.present_level,
+            auto_level=self._in_force.policy.present_level if self._in_force.is_known else "",
         )
 
     # Requests
@@ -296,8 +291,23 @@ class Service:
     def policy(self) -> DepthPolicy:
         """The policy in force; raises :class:`Unavailable` until there is one."""
         self._require_started()
-        assert self._policy is not None
-        return self._policy
+        return self._in_force.policy
+
+    @contextmanager
+    def updating(self) -> Iterator[PolicyUpdates]:
+        """Yield what measures another policy and puts it in force.
+
+        Raises :class:`Unavailable` in any state but SERVING, and where the engine dies meanwhile.
+        """
+        self._life.require_serving()
+        assert self._updates is not None
+        with self._restarter.errors():
+            yield self._updates
+
+    @property
+    def is_measuring(self) -> bool:
+        """Whether another policy is being measured."""
+        return self._updates is not None and self._updates.is_running
 
     @property
     def auto_rules(self) -> AutoRules:
@@ -315,42 +325,7 @@ class Service:
             level = rules.levels[0] if rules.levels else policy.auto_level
         policy = policy.with_auto_level(level).with_auto_by_default(rules.by_default)
         self._auto.set_rules(rules)
-        self._install(policy)
-
-    async def calibrate(
-        self, texts: Sequence[str] = (), max_tokens: int | None = None
-    ) -> AsyncGenerator[Progress | Plan, None]:
-        """Rank the layers anew and measure the levels; yield progress, then the plan in force.
-
-        Closing the iterator before the plan came leaves everything as it was. Raises
-        :class:`FailedPrecondition` while another measurement runs. Where levels have engines of
-        their own, those of the new plan are started beside the old ones, which end with their
-        last request: without the memory for both that raises :class:`FailedPrecondition`, too.
-        """
-        self._life.require_serving()
-        assert self._updates is not None
-        async with aclosing(self._updates.calibrate(texts, max_tokens)) as events:
-            async for event in events:
-                yield event
-
-    async def set_levels(
-        self, specs: Sequence[LevelSpec], default_level: str | None = None
-    ) -> DepthPolicy:
-        """Measure the levels that are new, then replace all levels at once.
-
-        Engines that new levels need are started before, those that no level needs any more end
-        with their last request. Raises :class:`InvalidArgument`, naming ``levels[i]``, and
-        :class:`FailedPrecondition` while another measurement runs and where a level's engine
-        cannot be started; nothing is replaced then.
-        """
-        self._life.require_serving()
-        assert self._updates is not None
-        return await self._updates.set_levels(specs, default_level)
-
-    @property
-    def is_measuring(self) -> bool:
-        """Whether :meth:`calibrate` or :meth:`set_levels` is at work."""
-        return self._updates is not None and self._updates.is_running
+        self._in_force.install(policy)
 
     # Inside
 
@@ -395,12 +370,12 @@ class Service:
                 utilization=queue.utilization,
             )
             if level.name != self.policy.present_level:
-                self._install(self.policy.with_present_level(level.name))
+                self._in_force.install(self.policy.with_present_level(level.name))
             if self._auto.rung != rung:
                 self.metrics.count_policy_change(down=self._auto.rung > rung)
 
     def _require_started(self) -> None:
-        if self._policy is None:
+        if not self._in_force.is_known:
             raise self._life.starting()
 
     def _load(self) -> LoadInfo:
@@ -409,7 +384,3 @@ class Service:
         except EngineDead:
             load = LoadInfo(0, 0)
         return LoadInfo(load.num_running, load.num_waiting + self._queue.num_waiting)
-
-    def _install(self, policy: DepthPolicy) -> None:
-        self._policy = policy
-        self.metrics.set_policy(policy)

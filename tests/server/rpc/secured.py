@@ -66,7 +66,7 @@ async def secured(
         stack.push_async_callback(rpc.stop)
         following = asyncio.create_task(access.follow(seconds=0.01))
         stack.callback(following.cancel)
-        deployment = Secured(engine, metrics, service, rpc, [], access=access)
+        deployment = Secured(engine, metrics, service, rpc, access=access)
         stack.push_async_callback(deployment.close)
         await deployment.open()
         yield deployment
