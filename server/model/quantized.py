@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ OnLayers = Callable[[int, int], None]
 
 _KIND = "quantized"
 # Of how the checkpoint is made, apart from GPTQModel's version.
-_RECIPE = 1
+_RECIPE = 2
 _BITS = {"gptq-4bit": 4, "gptq-8bit": 8}
 
 logger = logging.getLogger(__name__)
@@ -213,7 +214,8 @@ def calibration_windows(
 ) -> list[list[int]]:
     """Cut the calibration texts into windows as for Block Influence, without an engine.
 
-    Raises :class:`pruning.text.TextError` where they have no tokens.
+    Raises :class:`pruning.text.TextError` where they have no tokens, or one that the model does
+    not know.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import AutoTokenizer
@@ -226,8 +228,21 @@ def calibration_windows(
     def tokenize(text: str, *, special_tokens: bool = True) -> list[int]:
         return list(tokenizer(text, add_special_tokens=special_tokens).input_ids)
 
-    context = max_context(settings, directory)
-    return text_windows(tokenize, texts, context, settings.calibration_tokens)
+    return text_windows(
+        tokenize,
+        texts,
+        max_context=max_context(settings, directory),
+        max_tokens=settings.calibration_tokens,
+        vocab_size=_vocab_size(directory),
+    )
+
+
+def _vocab_size(directory: Path) -> int:
+    """Return how many tokens the model knows; no limit where its configuration does not say."""
+    config = read_config(directory)
+    sections = (config, *(value for value in config.values() if isinstance(value, dict)))
+    sizes = [section.get("vocab_size") for section in sections]
+    return next((size for size in sizes if isinstance(size, int) and size > 0), sys.maxsize)
 
 
 def max_context(settings: Settings, directory: Path) -> int:
