@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from server.access.exposure import check_exposure
-from server.config import Settings
+from server.config import Settings, warn_of_old_names
 from server.engine.base import Engine
 from server.engine.dedicated.engine import DedicatedConfig, DedicatedEngine
 from server.engine.elastic.engine import ElasticEngine
@@ -51,6 +51,7 @@ def serve(settings: Settings, read_again: Callable[[], Settings]) -> None:
         StartError: the server cannot start with these settings.
     """
     logs = Logs(settings.log_level, settings.log_format)
+    warn_of_old_names(settings.old_names)
     try:
         asyncio.run(Application(settings, read_again, logs).run())
     except StartError as error:
@@ -102,7 +103,7 @@ class Application:
                 max_running=slots_for(settings.max_num_seqs * _num_engines(settings, inputs)),
                 max_waiting=settings.max_waiting,
                 max_waiting_tokens=settings.max_waiting_tokens,
-                max_unread=settings.max_unread,
+                max_unread=settings.max_buffered_tokens,
                 engine_timeout_seconds=settings.engine_timeout_seconds,
                 auto_rules=auto_rules(settings),
                 grace_seconds=settings.grace_seconds,

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 
 from server.access.certificates import CertificateFiles
-from server.config import ConfigError, Settings
+from server.config import ConfigError, Settings, warn_of_old_names
 from server.depth.levels import LevelSpec
 from server.errors import FathomError
 from server.model.inputs import auto_rules, chosen_levels
@@ -56,6 +56,7 @@ class Reload:
             old = self._settings
             try:
                 new = self._read()
+                warn_of_old_names(new.old_names)
                 levels, default_level = chosen_levels(new, self._service.policy.num_layers)
                 install_access = self._access.prepare(access_files(new))
             except (ConfigError, FathomError) as error:

@@ -77,7 +77,7 @@ class OutputBuffer:
             self._deltas.clear()
             raise Overloaded(
                 f"the client has left {self._num_unread} tokens and log-probabilities unread, "
-                f"and max_unread allows {self._max_unread}",
+                f"and max_buffered_tokens allows {self._max_unread}",
                 retry_after=1.0,
             )
         if self._deltas and _size(self._deltas[-1]) + size <= _MAX_DELTA_SIZE:

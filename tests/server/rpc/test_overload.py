@@ -136,7 +136,7 @@ async def test_a_client_that_leaves_too_much_unread_loses_its_stream(
     assert deployment.engine.freed == [deployment.engine.requests[0].request_id]
     error = await failure(rest_of(slow))
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert "and max_unread allows 5000" in message_of(error)
+    assert "and max_buffered_tokens allows 5000" in message_of(error)
     # A client that reads may have as much.
     asked.stop.max_tokens = 300
     assert (await deployment.client.inference.Generate(asked)).HasField("finish_info")
