@@ -79,8 +79,8 @@ class Service:
     ) -> None:
         """Serve with ``engine``, once it has been started.
 
-        The engine is given ``max_running`` requests at a time; None: all. ``max_buffered_tokens`` is what
-        a client may leave unread of a stream, in tokens and log-probabilities. An engine that
+        The engine is given ``max_running`` requests at a time; None: all. A client may leave
+        ``max_buffered_tokens`` of a stream unread, in tokens and log-probabilities. An engine that
         does not answer for ``engine_timeout_seconds`` is started again, unless that is 0.
         ``max_logprobs`` is the engine's limit. ``save`` is called, in a thread, with every
         policy that :meth:`calibrate` and :meth:`set_levels` have measured, to keep it.
