@@ -103,7 +103,7 @@ class Application:
                 max_running=slots_for(settings.max_num_seqs * _num_engines(settings, inputs)),
                 max_waiting=settings.max_waiting,
                 max_waiting_tokens=settings.max_waiting_tokens,
-                max_unread=settings.max_buffered_tokens,
+                max_buffered_tokens=settings.max_buffered_tokens,
                 engine_timeout_seconds=settings.engine_timeout_seconds,
                 auto_rules=auto_rules(settings),
                 grace_seconds=settings.grace_seconds,

@@ -8,13 +8,12 @@ from collections.abc import Callable
 
 from server.depth.auto_rules import AutoRules, ladder, speedup
 from server.depth.depth_controller import DepthController, Load
-from server.depth.latency_window import LatencyWindow
 from server.depth.levels import Level
 from server.depth.policy import DepthPolicy
+from server.depth.sliding_window import SlidingWindow
 
 logger = logging.getLogger(__name__)
 
-# Of what was measured, the last seconds count.
 _WINDOW_SECONDS = 2.0
 # To tell how fast requests start.
 _NUM_STARTS_NEEDED = 8
@@ -25,9 +24,9 @@ class AutoDepth:
 
     def __init__(self, rules: AutoRules, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._first_tokens = LatencyWindow(_WINDOW_SECONDS)
-        self._gaps = LatencyWindow(_WINDOW_SECONDS)
-        self._arrivals = LatencyWindow(_WINDOW_SECONDS)
+        self._first_tokens = SlidingWindow(_WINDOW_SECONDS)
+        self._gaps = SlidingWindow(_WINDOW_SECONDS)
+        self._arrivals = SlidingWindow(_WINDOW_SECONDS)
         self.set_rules(rules)
 
     @property

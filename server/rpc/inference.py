@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -31,8 +30,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         call.begin(generation)
         response = pb.GenerateResponse()
         texts: list[str] = []
-        answer = self._service.generate(generation, deadline=_deadline(context), resubmit=True)
-        async with aclosing(answer) as events:
+        async with self._service.generate(
+            generation, deadline=_deadline(context), may_repeat=True
+        ) as events:
             async for event in events:
                 call.observe(event)
                 match event:
@@ -56,8 +56,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         call.begin(generation)
         # Written rather than yielded: a generator that gRPC iterates over is not closed when a
         # call is cancelled while a message is on its way.
-        answer = self._service.generate(generation, deadline=_deadline(context))
-        async with aclosing(answer) as events:
+        async with self._service.generate(generation, deadline=_deadline(context)) as events:
             async for event in events:
                 call.observe(event)
                 response = pb.GenerateStreamResponse()

@@ -21,7 +21,7 @@ class EngineRestarter:
     def __init__(
         self,
         engine: Engine,
-        life: ServiceState,
+        state: ServiceState,
         queue: FairQueue,
         metrics: Metrics,
         *,
@@ -31,7 +31,7 @@ class EngineRestarter:
         max_delay: float,
     ) -> None:
         self._engine = engine
-        self._life = life
+        self._state = state
         self._queue = queue
         self._metrics = metrics
         self._num_restarts = 0
@@ -81,9 +81,9 @@ class EngineRestarter:
 
     def _died(self) -> bool:
         """Return whether the engine is to be started again."""
-        if self._life.state is State.SERVING:
-            self._life.turn_to(State.ENGINE_DOWN)
-        if self._life.state is State.ENGINE_DOWN:
+        if self._state.state is State.SERVING:
+            self._state.turn_to(State.ENGINE_DOWN)
+        if self._state.state is State.ENGINE_DOWN:
             self._queue.pause()
             return True
         self._queue.fail(lambda: Unavailable("the engine has died, and the server is draining"))
@@ -96,8 +96,8 @@ class EngineRestarter:
     def _restarted(self) -> None:
         if not self._engine.restarts_itself:  # else it has counted
             self._count_restart()
-        if self._life.state is State.ENGINE_DOWN:
-            self._life.turn_to(State.SERVING)
+        if self._state.state is State.ENGINE_DOWN:
+            self._state.turn_to(State.SERVING)
         self._queue.resume()
 
     def _restart_failed(self) -> None:

@@ -6,8 +6,8 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import AbstractContextManager, aclosing, contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager, contextmanager
 
 from server.calibration.calibrator import Calibrator
 from server.calibration.policy_in_force import PolicyInForce
@@ -33,23 +33,21 @@ from server.engine.base import (
     LoadInfo,
     ModelInfo,
 )
-from server.errors import Unavailable
 from server.serving.admission import Admission, Admitted
+from server.serving.attempts import Attempts
 from server.serving.engine_restarter import EngineRestarter
 from server.serving.fair_queue import FairQueue, Slot
 from server.serving.prompts import PromptReader
+from server.serving.request_account import RequestAccount
 from server.serving.request_runner import RequestRunner
 from server.serving.sampling import checked_sampling
-from server.serving.service_state import ENGINE_DEAD, ServiceState, State, Status
+from server.serving.service_state import ServiceState, State, Status
 from server.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
 # Between two looks at the load.
 _CHOICE_SECONDS = 0.5
-# Of the client's share of the engine, in prompt tokens of full depth: twice one, as in the paper
-# that the queue follows, since a generated token takes a step of its own.
-_GENERATED_TOKEN_COST = 2.0
 
 
 class Service:
@@ -68,7 +66,7 @@ class Service:
         max_running: int | None = None,
         max_waiting: int = 1024,
         max_waiting_tokens: int | None = None,
-        max_unread: int | None = None,
+        max_buffered_tokens: int | None = None,
         grace_seconds: float = 30.0,
         engine_timeout_seconds: float = 0.0,
         auto_rules: AutoRules | None = None,
@@ -80,8 +78,8 @@ class Service:
     ) -> None:
         """Serve with ``engine``, once it has been started.
 
-        The engine is given ``max_running`` requests at a time; None: all. ``max_unread`` is what
-        a client may leave unread of a stream, in tokens and log-probabilities. An engine that
+        The engine is given ``max_running`` requests at a time; None: all. A client may leave
+        ``max_buffered_tokens`` of a stream unread, in tokens and log-probabilities. An engine that
         does not answer for ``engine_timeout_seconds`` is started again, unless that is 0.
         ``max_logprobs`` is the engine's limit.
         """
@@ -89,18 +87,18 @@ class Service:
         self._engine = engine
         self._queue = FairQueue(max_running)
         self._admission = Admission(self._queue, max_waiting, max_waiting_tokens)
-        self._max_unread = max_unread
+        self._max_buffered_tokens = max_buffered_tokens
         self._grace_seconds = grace_seconds
         self._max_logprobs = max_logprobs
         self._version = version
-        self._life = ServiceState(metrics)
+        self._state = ServiceState(metrics)
         self._model: ModelInfo | None = None
         self._in_force = PolicyInForce(metrics)
         self._updates: PolicyUpdates | None = None
         self._prompts = PromptReader(engine)
         self._restarter = EngineRestarter(
             engine,
-            self._life,
+            self._state,
             self._queue,
             metrics,
             timeout_seconds=engine_timeout_seconds,
@@ -116,15 +114,15 @@ class Service:
 
     @property
     def state(self) -> State:
-        return self._life.state
+        return self._state.state
 
     async def state_after(self, seen: State) -> State:
         """Return the state as soon as it is not ``seen``; states that were brief are missed."""
-        return await self._life.state_after(seen)
+        return await self._state.state_after(seen)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Name what the start is doing meanwhile, and record how long it took."""
-        return self._life.phase(name)
+        return self._state.phase(name)
 
     def open(
         self, policy: DepthPolicy, calibrator: Calibrator, store: PolicyStore | None = None
@@ -137,20 +135,20 @@ class Service:
         self._updates = PolicyUpdates(self._engine, calibrator, self._in_force, store)
         self._in_force.install(policy)
         self.set_auto_rules(self._auto.rules)
-        self._life.startup_phase = ""
+        self._state.startup_phase = ""
         loop = asyncio.get_running_loop()
         self.metrics.watch_tasks(lambda: len(asyncio.all_tasks(loop)))
         for coroutine in (self._follow_load(), *self._restarter.watches()):
             self._tasks.append(asyncio.create_task(coroutine))
         if self.state is State.STARTING:
-            self._life.turn_to(State.SERVING)
+            self._state.turn_to(State.SERVING)
 
     async def drain(self, grace_seconds: float | None = None) -> int:
         """Refuse new requests and wait for those in flight; return how many are left.
 
         Waits at most ``grace_seconds``, by default those of the settings.
         """
-        self._life.turn_to(State.DRAINING)
+        self._state.turn_to(State.DRAINING)
         grace = self._grace_seconds if grace_seconds is None else grace_seconds
         try:
             await asyncio.wait_for(self._admission.idle(), grace)
@@ -160,7 +158,7 @@ class Service:
 
     async def close(self) -> None:
         """Stop watching the engine, whose shutdown is up to the caller."""
-        self._life.turn_to(State.DRAINING)
+        self._state.turn_to(State.DRAINING)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -169,10 +167,10 @@ class Service:
     def status(self) -> Status:
         return Status(
             state=self.state,
-            startup_phase=self._life.startup_phase,
-            startup_seconds=dict(self._life.startup_seconds),
+            startup_phase=self._state.startup_phase,
+            startup_seconds=dict(self._state.startup_seconds),
             load=self._load(),
-            uptime=self._life.uptime,
+            uptime=self._state.uptime,
             num_engine_restarts=self._restarter.num_restarts,
             version=self._version,
             auto_level=self._in_force.policy.present_level if self._in_force.is_known else "",
@@ -180,22 +178,23 @@ class Service:
 
     # Requests
 
+    @asynccontextmanager
     async def generate(
         self,
         request: Generation,
         *,
         deadline: float = math.inf,
-        resubmit: bool = False,
-    ) -> AsyncGenerator[GenerationEvent, None]:
-        """Yield :class:`PromptInfo`, what the engine's steps add, and :class:`FinishInfo`.
+        may_repeat: bool = False,
+    ) -> AsyncIterator[AsyncIterator[GenerationEvent]]:
+        """Run a request; its events are :class:`PromptInfo`, what steps add, :class:`FinishInfo`.
 
-        ``deadline`` is a time of the monotonic clock. ``resubmit``: nothing reaches the client
+        ``deadline`` is a time of the monotonic clock. ``may_repeat``: nothing reaches the client
         before the end, so that a request of which nothing was generated may run once more when
-        the engine has died. Closing the iterator frees the engine. Raises the errors of
+        the engine has died. Leaving frees the engine. Entering and iterating raise the errors of
         :mod:`server.errors`.
         """
         arrived = time.monotonic()
-        self._life.require_serving()
+        self._state.require_serving()
         with self._admit(request.request_id) as admitted, self._restarter.errors():
             prompt_ids = await self._prompts.read_to_generate(request.prompt)
             self._admission.count_tokens(admitted, len(prompt_ids))
@@ -207,55 +206,46 @@ class Service:
             self._auto.observe_arrival()
             async with self._slot(admitted, served, deadline) as slot:
                 layers, served = self.policy.resolve(request.depth, request.prefill_depth)
-                yield PromptInfo(admitted.request_id, len(prompt_ids), served)
+                preface: list[GenerationEvent] = [
+                    PromptInfo(admitted.request_id, len(prompt_ids), served)
+                ]
                 if request.echo:
-                    yield GenerationDelta(self._prompts.text(request.prompt, prompt_ids), ())
-                cost = _GENERATED_TOKEN_COST * served.decode_layers / self.policy.num_layers
-
-                def on_tokens(num_tokens: int) -> None:
-                    self._admission.begin(admitted)
-                    slot.charge(cost * num_tokens)
-
-                run = RequestRunner(
+                    text = self._prompts.text(request.prompt, prompt_ids)
+                    preface.append(GenerationDelta(text, ()))
+                runner = RequestRunner(
+                    self._engine,
                     GenerationRequest(admitted.request_id, prompt_ids, layers, sampling),
                     served,
                     arrived,
-                    self.metrics,
-                    on_tokens=on_tokens,
-                    on_latency=self._auto.observe,
-                    on_end=slot.end,
-                    max_unread=self._max_unread,
+                    Attempts(self._restarter, slot, admitted, may_repeat=may_repeat),
+                    self._account(admitted, slot, served),
+                    max_buffered_tokens=self._max_buffered_tokens,
                 )
                 try:
-                    async with aclosing(self._run(run, slot, resubmit=resubmit)) as events:
-                        async for event in events:
-                            yield event
+                    async with aclosing(runner.events(preface)) as events:
+                        yield events
                 finally:
                     self.metrics.end(served.decode_layers, time.monotonic() - arrived)
 
     async def score(self, request: Scoring, *, deadline: float = math.inf) -> ScoringResult:
         """Return the log-probabilities of the tokens of the continuation; see :meth:`generate`."""
-        self._life.require_serving()
+        self._state.require_serving()
         with self._admit(request.request_id) as admitted, self._restarter.errors():
             context_ids, ids = await self._prompts.read_to_score(request)
             self._admission.count_tokens(admitted, len(context_ids) + len(ids))
             _, served = self.policy.resolve(request.depth, request.prefill_depth)
             async with self._slot(admitted, served, deadline) as slot:
                 layers, served = self.policy.resolve(request.depth, request.prefill_depth)
-                resubmit = True
+                attempts = Attempts(self._restarter, slot, admitted, may_repeat=True)
                 while True:
-                    num_restarts = self._restarter.num_restarts
+                    attempts.begin()
                     try:
                         scores = await self._engine.score(
                             admitted.request_id, context_ids + ids, len(context_ids) or 1, layers
                         )
                         return ScoringResult(tuple(scores), served)
                     except EngineDead as error:
-                        self._restarter.note_death(num_restarts)
-                        if not resubmit:
-                            raise Unavailable(ENGINE_DEAD) from error
-                    resubmit = False
-                    await slot.again()
+                        await attempts.survive(error)
 
     async def tokenize(
         self, prompt: Prompt, *, special_tokens: bool = True
@@ -299,7 +289,7 @@ class Service:
 
         Raises :class:`Unavailable` in any state but SERVING, and where the engine dies meanwhile.
         """
-        self._life.require_serving()
+        self._state.require_serving()
         assert self._updates is not None
         with self._restarter.errors():
             yield self._updates
@@ -329,24 +319,6 @@ class Service:
 
     # Inside
 
-    async def _run(
-        self, run: RequestRunner, slot: Slot, *, resubmit: bool
-    ) -> AsyncGenerator[GenerationEvent, None]:
-        while True:
-            num_restarts = self._restarter.num_restarts
-            try:
-                async with aclosing(run.events(self._engine)) as events:
-                    async for event in events:
-                        yield event
-                return
-            except EngineDead as error:
-                self._restarter.note_death(num_restarts)
-                if not resubmit or run.has_begun:
-                    raise Unavailable(ENGINE_DEAD) from error
-            # Once: what has killed two engines may be this request.
-            resubmit = False
-            await slot.again()
-
     def _admit(self, request_id: str) -> AbstractContextManager[Admitted]:
         return self._admission.admit(request_id, current_caller().client)
 
@@ -357,6 +329,17 @@ class Service:
             admitted.num_tokens * served.prefill_layers / self.policy.num_layers,
             deadline=deadline,
             on_refused=lambda: self._admission.begin(admitted),
+        )
+
+    def _account(self, admitted: Admitted, slot: Slot, served: ServedDepth) -> RequestAccount:
+        return RequestAccount(
+            admitted,
+            slot,
+            served,
+            self.policy.num_layers,
+            admission=self._admission,
+            auto=self._auto,
+            metrics=self.metrics,
         )
 
     async def _follow_load(self) -> None:
@@ -376,7 +359,7 @@ class Service:
 
     def _require_started(self) -> None:
         if not self._in_force.is_known:
-            raise self._life.starting()
+            raise self._state.starting()
 
     def _load(self) -> LoadInfo:
         try:

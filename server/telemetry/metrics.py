@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIServer
@@ -24,6 +24,7 @@ from prometheus_client.registry import Collector
 
 from server.access.listening import cannot_listen
 from server.depth.policy import DepthPolicy
+from server.depth.sliding_window import SlidingWindow
 from server.engine.base import LayerSelection, LoadInfo
 
 if TYPE_CHECKING:
@@ -259,18 +260,13 @@ class _TokenRate(Collector):
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        # For each depth: (second, tokens in it), oldest first.
-        self._seconds: defaultdict[str, deque[list[int]]] = defaultdict(deque)
+        self._tokens: defaultdict[str, SlidingWindow] = defaultdict(
+            lambda: SlidingWindow(WINDOW, grain=1.0)
+        )
 
     def add(self, depth: str, num_tokens: int) -> None:
-        now = int(self._clock())
         with self._lock:
-            seconds = self._seconds[depth]
-            if seconds and seconds[-1][0] == now:
-                seconds[-1][1] += num_tokens
-            else:
-                seconds.append([now, num_tokens])
-            self._forget(seconds, now)
+            self._tokens[depth].add(self._clock(), count=num_tokens)
 
     def collect(self) -> Iterator[Metric]:
         family = GaugeMetricFamily(
@@ -278,17 +274,11 @@ class _TokenRate(Collector):
             f"Generated tokens per second over the last {WINDOW} seconds.",
             labels=["depth"],
         )
-        now = int(self._clock())
         with self._lock:
-            for depth, seconds in self._seconds.items():
-                self._forget(seconds, now)
-                family.add_metric([depth], sum(tokens for _, tokens in seconds) / WINDOW)
+            now = self._clock()
+            for depth, tokens in self._tokens.items():
+                family.add_metric([depth], tokens.count(now) / WINDOW)
         yield family
-
-    @staticmethod
-    def _forget(seconds: deque[list[int]], now: int) -> None:
-        while seconds and seconds[0][0] <= now - WINDOW:
-            seconds.popleft()
 
 
 class _PolicyCollector(Collector):

@@ -123,7 +123,7 @@ async def test_a_client_that_does_not_read_holds_nothing_up_and_loses_nothing(
         assert max(message.ByteSize() for message in messages) < 2**20
 
 
-@pytest.mark.parametrize("starting", [{"max_unread": 5000}], indirect=True)
+@pytest.mark.parametrize("starting", [{"max_buffered_tokens": 5000}], indirect=True)
 async def test_a_client_that_leaves_too_much_unread_loses_its_stream(
     deployment: Deployment, narrow_stub: inference_pb2_grpc.InferenceStub
 ) -> None:
