@@ -10,13 +10,13 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health
-from grpc_reflection.v1alpha import reflection
 
 from server.access.clients import Permission
 from server.calls.call_record import CallRecord, set_current_call
 from server.calls.caller import set_caller
 from server.errors import InvalidArgument
 from server.rpc.authentication import Authenticator, caller_of, require
+from server.rpc.reflection import SERVICE_NAMES as REFLECTION
 from server.rpc.status import code_of, status_of
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         service = method.partition("/")[0]
         if handler is None or service == health.SERVICE_NAME:  # None: there is no such method
             return handler
-        if service == reflection.SERVICE_NAME:
+        if service in REFLECTION:
             return self._guarded(handler)
         behavior: Any
         if handler.response_streaming:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from server.access.listening import cannot_listen
 from server.calls.call_record import CallRecord
@@ -23,6 +22,7 @@ from server.rpc.generated.fathom.v1 import (
 )
 from server.rpc.inference import InferenceServicer
 from server.rpc.interceptors import CallInterceptor, Observer
+from server.rpc.reflection import enable_reflection
 from server.rpc.tls import ServerTls
 from server.serving.service import Service
 from server.serving.service_state import State
@@ -69,8 +69,7 @@ class RpcServer:
         control_pb2_grpc.add_ControlServicer_to_server(ControlServicer(service), self._server)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = [INFERENCE, CONTROL, health.SERVICE_NAME, reflection.SERVICE_NAME]
-        reflection.enable_server_reflection(names, self._server)
+        enable_reflection([INFERENCE, CONTROL, health.SERVICE_NAME], self._server)
         self._following: asyncio.Task[None] | None = None
         self._port = 0
 
