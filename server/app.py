@@ -22,6 +22,7 @@ from pruning.quantization import QuantizationError, plan_of_base
 from pruning.surgery import SurgeryError
 from pruning.text import TextError
 from server.access.exposure import check_exposure
+from server.access.state_protection import protect_state
 from server.calibration.calibrator import Calibrator, Progress
 from server.calibration.hardware import describe_hardware
 from server.calibration.offline_plan import kept_plan, plan_key
@@ -104,6 +105,7 @@ class Application:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_hangup)
         with refused_as("host"):
             check_exposure(settings)
+            protect_state(settings.state_dir)
         if settings.trust_remote_code:
             logger.warning(
                 "trust_remote_code is on: code that comes with the model runs with all rights "

@@ -21,6 +21,8 @@ from pruning.durable import replace_file
 FORMAT_VERSION = 1
 LOCK_POLL_SECONDS = 0.2
 LOCK_REPORT_SECONDS = 30.0
+# For its owner alone: what is kept there decides what a server runs.
+DIRECTORY_MODE = 0o700
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +115,7 @@ class StateDirectory:
     def save(self, kind: str, key: Mapping[str, object], entry: EntryFormat[T], value: T) -> None:
         path = self.path_of(kind, key)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
             entry.save(value, path)
         except OSError as error:
             logger.warning("%s cannot be kept for the next start: %s", path, error)
@@ -151,7 +153,7 @@ class StateDirectory:
         path = self.path_of(kind, key).with_suffix(".lock")
         lock = FileLock(path)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
             await self._acquire(lock)
         except OSError as error:
             logger.warning("%s cannot be locked: %s", path, error)
