@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 class Reload:
     """Brings a running server to what its settings say now.
 
-    Levels, the rules of depth by itself, clients, certificates and the log level are changed; of
-    other settings it says that they take a restart. Levels that a client has set stay, unless
+    Levels, the rules of automatic depth, clients, certificates and the log level are changed; for
+    other settings that have changed, the log says that they take a restart. Levels that a client has set stay, unless
     those of the settings change.
     """
 
