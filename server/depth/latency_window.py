@@ -1,15 +1,15 @@
-"""The mean of what was measured in the last seconds."""
+"""Sliding means over the last seconds."""
 
 from __future__ import annotations
 
 from collections import deque
 
-# Measurements are summed over as many seconds, so that many of them cost no more than few.
-_GRAIN = 0.25
+# Measurements of this span are summed up, so that many cost no more memory than few.
+_GRAIN_SECONDS = 0.25
 
 
 class LatencyWindow:
-    """Means over the last ``seconds`` of a clock whose times are given."""
+    """Count and mean of the measurements of the last ``seconds``; times are given by the caller."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -19,8 +19,8 @@ class LatencyWindow:
         self._count = 0.0
 
     def add(self, now: float, value: float, count: int = 1) -> None:
-        """Count ``value``, the sum of ``count`` measurements."""
-        grain = now - now % _GRAIN
+        """Add ``count`` measurements whose sum is ``value``."""
+        grain = now - now % _GRAIN_SECONDS
         if self._grains and self._grains[-1][0] == grain:
             self._grains[-1][1] += value
             self._grains[-1][2] += count
@@ -31,12 +31,12 @@ class LatencyWindow:
         self._forget(now)
 
     def count(self, now: float) -> float:
-        """Return how many measurements there were."""
+        """Return the number of measurements."""
         self._forget(now)
         return self._count
 
     def mean(self, now: float) -> float:
-        """Return the mean; 0.0 where nothing was measured."""
+        """Return the mean; 0.0 without measurements."""
         self._forget(now)
         return self._sum / self._count if self._count else 0.0
 
@@ -46,4 +46,4 @@ class LatencyWindow:
             self._sum -= value
             self._count -= count
         if not self._grains:
-            self._sum = self._count = 0.0  # what rounding has left
+            self._sum = self._count = 0.0  # rounding may have left a rest

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class ControlServicer(control_pb2_grpc.ControlServicer):
-    """What operators do; exceptions are left to the interceptor."""
+    """Operation of the server; exceptions are left to the interceptor."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -60,7 +60,7 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
         service = self._service
         level, rules = requests.auto_rules(request.policy, service.auto_rules)
         service.set_auto_rules(rules, level)
-        _log_until_the_end(f"depth by itself: {service.policy.auto_level} without load, {rules}")
+        _log_until_the_end(f"automatic depth: {service.policy.auto_level} without load, {rules}")
         return pb.SetPolicyResponse(
             policy=replies.policy_message(service.policy, service.auto_rules)
         )
@@ -78,6 +78,6 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
 
 
 def _log_until_the_end(what: str) -> None:
-    """Log what is not in the settings, so that it is known why the next start undoes it."""
+    """Log a change that the next start will undo, because it is not in the settings."""
     client = current_caller().client
     logger.info("%s; set by %s, until this server ends", what, client or "a client")
