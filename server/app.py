@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from server.access.exposure import check_exposure
+from server.access.state_protection import protect_state
 from server.config import Settings, warn_of_old_names
 from server.engine.base import Engine
 from server.engine.dedicated.engine import DedicatedConfig, DedicatedEngine
@@ -81,6 +82,7 @@ class Application:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_hangup)
         with refused_as("host"):
             check_exposure(settings)
+            protect_state(settings.state_dir)
         if settings.trust_remote_code:
             logger.warning(
                 "trust_remote_code is on: code that comes with the model runs with all rights "

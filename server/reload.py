@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 class Reload:
     """Brings a running server to what its settings say now.
 
-    Levels, the rules of depth by itself, clients, certificates and the log level are changed; of
-    other settings it says that they take a restart. Levels that a client has set stay, unless
-    those of the settings change.
+    Levels, the rules of automatic depth, clients, certificates and the log level are changed.
+    For other settings that have changed, the log says that they take a restart. Levels that a
+    client has set stay, unless the levels in the settings change.
     """
 
     def __init__(

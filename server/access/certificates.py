@@ -1,4 +1,4 @@
-"""Certificate, key and the authorities that clients' certificates come from, read and checked."""
+"""The server's certificate and key, and the authorities of clients' certificates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Certificates:
-    """What TLS needs, in PEM."""
+    """Certificate, key and authorities, in PEM."""
 
     chain: bytes
     key: bytes
@@ -34,7 +34,7 @@ class Certificates:
 
 @dataclass(frozen=True, slots=True)
 class CertificateFiles:
-    """Where the certificates are."""
+    """The files of certificate, key and authorities."""
 
     certificate: Path
     key: Path
@@ -48,8 +48,8 @@ class CertificateFiles:
         """Read the files.
 
         Raises:
-            InvalidArgument: one of them cannot be read, the certificate is not valid at this
-                time, or the key is not the certificate's.
+            InvalidArgument: a file cannot be read, the certificate is not valid at this time, or
+                the key does not belong to the certificate.
         """
         chain = _read("tls_certificate", self.certificate)
         leaf = _certificates("tls_certificate", self.certificate, chain)[0]

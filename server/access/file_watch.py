@@ -1,4 +1,4 @@
-"""Notices when files change."""
+"""Detection of changed files."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import asyncio
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-# What tells one version of a file from another; None for one that is not there.
+# Inode, time of modification in nanoseconds and size; None for a file that does not exist.
 _Version = tuple[int, int, int] | None
 
 
 class FileWatch:
-    """Looks at files again and again.
+    """Looks at files regularly, and reports a change once they have stopped changing.
 
-    Files that belong together, such as a certificate and its key, are seldom written at once:
-    a change counts when a second look finds nothing new. Links are followed, so that the
-    replaced volume of a Kubernetes secret is a change, too.
+    Files that belong together, such as a certificate and its key, are seldom written at the same
+    moment, so a change is reported when the next look finds no further change. Links are followed,
+    so the replaced volume of a Kubernetes secret is a change as well.
     """
 
     def __init__(self, files: Callable[[], Iterable[Path]], on_change: Callable[[], None]) -> None:
@@ -24,20 +24,20 @@ class FileWatch:
         self._known = self._latest = self._versions()
 
     async def run(self, seconds: float = 1.0) -> None:
-        """Look every so many seconds, until cancelled."""
+        """Look every ``seconds``, until cancelled."""
         while True:
             await asyncio.sleep(seconds)
             self.look()
 
     def look(self) -> None:
-        """Look once; ``on_change`` is called for what was new last time and still is the same."""
+        """Look once; call ``on_change`` if the last look found a change and this one no other."""
         before, self._latest = self._latest, self._versions()
         if self._latest != self._known and self._latest == before:
             self._known = self._latest
             self._on_change()
 
     def forget(self) -> None:
-        """Take the files as they are now for known."""
+        """Treat the files as they are now as known."""
         self._known = self._latest = self._versions()
 
     def _versions(self) -> dict[Path, _Version]:

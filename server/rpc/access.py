@@ -1,4 +1,4 @@
-"""Who can connect and call: what files say of it, also when they change."""
+"""TLS and authentication, from files that are read again when they change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class AccessFiles:
-    """Where certificates and clients are; None for plain text and for anybody."""
+    """The files of certificates and clients.
+
+    Without ``certificates`` connections are plain text; without ``clients`` anybody may call.
+    """
 
     certificates: CertificateFiles | None = None
     clients: Path | None = None
@@ -31,7 +34,10 @@ class AccessFiles:
         return paths if self.clients is None else [*paths, self.clients]
 
     def load(self) -> tuple[Certificates | None, ClientList | None]:
-        """Read all of them; raise :class:`InvalidArgument` for what is wrong."""
+        """Read all files.
+
+        Raises :class:`InvalidArgument`, naming the setting, for a file that is wrong.
+        """
         certificates = None if self.certificates is None else self.certificates.load()
         clients = None if self.clients is None else load_clients(self.clients)
         client_ca = None if certificates is None else certificates.client_ca
@@ -43,13 +49,13 @@ class AccessFiles:
 
 
 class Access:
-    """TLS and authentication, kept as the files are.
+    """TLS and authentication that follow their files.
 
-    A file that is broken is reported, and what was read before stays in force.
+    If a file is broken, that is logged, and what was read before stays in force.
     """
 
     def __init__(self, files: AccessFiles, metrics: Metrics) -> None:
-        """Read the files; raise :class:`InvalidArgument` for what is wrong with them."""
+        """Read the files; raise :class:`InvalidArgument` for a file that is wrong."""
         certificates, clients = files.load()
         self._files = files
         self._metrics = metrics
@@ -62,7 +68,7 @@ class Access:
         self._note_expiry(certificates)
 
     async def follow(self, seconds: float = 1.0) -> None:
-        """Read files again when they have changed, until cancelled."""
+        """Read the files again whenever they change, until cancelled."""
         await self._watch.run(seconds)
 
     def reload(self) -> None:
@@ -73,10 +79,10 @@ class Access:
             logger.error("%s; what was read before stays in force", error)
 
     def prepare(self, files: AccessFiles) -> Callable[[], None]:
-        """Read files, and return what puts them into force.
+        """Read files, and return a function that puts them into force.
 
-        Raises :class:`InvalidArgument` for what is wrong with them, and for protection that
-        appears or disappears, which takes a restart.
+        Raises :class:`InvalidArgument` for a file that is wrong, and if TLS, client certificates
+        or known clients would be turned on or off, which takes a restart.
         """
         for setting, before, after in (
             ("tls_certificate", self._files.certificates, files.certificates),

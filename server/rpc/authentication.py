@@ -1,4 +1,4 @@
-"""Who may call what."""
+"""Authentication and authorization of callers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _CERTIFICATE_NAMES = "x509_common_name", "x509_subject_alternative_name", "peer_
 
 
 class Authenticator:
-    """Knows the clients.
+    """Finds the client that makes a call.
 
-    Without a list of clients, whoever can connect may call: everything where no client
-    certificates are asked for, else inference alone.
+    Without a list of clients, everybody who can connect may call: only inference if client
+    certificates are required, everything otherwise.
     """
 
     def __init__(
@@ -30,17 +30,17 @@ class Authenticator:
         self._requires_certificates = requires_certificates
 
     def install(self, clients: ClientList) -> None:
-        """Let these be the clients from now on; calls that run go on."""
+        """Replace the list of clients; running calls go on."""
         self._clients = clients
 
     def client(self, context: Context) -> Client | None:
-        """Return the client that makes a call, None where clients are not known.
+        """Return the client that makes a call, None if there is no list of clients.
 
-        Raises :class:`Unauthenticated` where they are, and this is none of them.
+        Raises :class:`Unauthenticated` if there is a list and the caller is not on it.
         """
         names = _certificate_names(context) if self._requires_certificates else []
         if self._clients is None:
-            # Operating the server takes more than a certificate of the right authority.
+            # A certificate alone does not permit operating the server.
             permissions = frozenset({Permission.INFERENCE})
             return Client(names[0], permissions) if names else None
         token = _token(context)
@@ -56,13 +56,13 @@ class Authenticator:
 
 
 def caller_of(context: Context, client: Client | None) -> Caller:
-    """Return who makes a call: the client, or the machine of one that is not known."""
+    """Return who makes a call: the client, or the caller's address if the client is not known."""
     peer = peer_address(context.peer())
     return Caller(client=host_of(peer) if client is None else client.name, peer=peer)
 
 
 def require(permission: Permission, client: Client | None) -> None:
-    """Raise :class:`PermissionDenied` for a client that is known and lacks the permission."""
+    """Raise :class:`PermissionDenied` if the client is known and lacks the permission."""
     if client is not None and permission not in client.permissions:
         raise PermissionDenied(f"client {client.name} lacks the permission {permission.value}")
 

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class ControlServicer(control_pb2_grpc.ControlServicer):
-    """The calls of operators; exceptions are left to the interceptor."""
+    """Operation of the server; exceptions are left to the interceptor."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -80,6 +80,6 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
 
 
 def _log_until_the_end(what: str) -> None:
-    """Log what is not in the settings, so that it is known why the next start undoes it."""
+    """Log a change that the next start will undo, because it is not in the settings."""
     client = current_caller().client
     logger.info("%s; set by %s, until this server ends", what, client or "a client")

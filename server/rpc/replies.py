@@ -1,4 +1,4 @@
-"""Messages that the services answer with; pure functions of what they work with."""
+"""Conversion of domain objects to reply messages; pure functions."""
 
 from __future__ import annotations
 

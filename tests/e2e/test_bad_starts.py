@@ -126,6 +126,20 @@ def address_that_others_can_reach(directory: Path) -> tuple[dict[str, object], l
     ]
 
 
+def state_directory_that_others_can_write_to(
+    directory: Path,
+) -> tuple[dict[str, object], list[str]]:
+    state = directory / "shared"
+    state.mkdir()
+    state.chmod(0o777)
+    return {"state_dir": state}, [
+        f"state_dir: got '{state}', allowed: a directory that only the server's user and root "
+        "can write to",
+        f"other users can write to {state} (mode 0777)",
+        f"chmod go-w {state}",
+    ]
+
+
 def architecture_that_is_not_supported(directory: Path) -> tuple[dict[str, object], list[str]]:
     model = directory / "stablelm"
     torch.manual_seed(0)
@@ -159,6 +173,7 @@ TROUBLES: list[Trouble] = [
     level_that_the_model_does_not_have,
     impossible_port,
     address_that_others_can_reach,
+    state_directory_that_others_can_write_to,
     architecture_that_is_not_supported,
 ]
 

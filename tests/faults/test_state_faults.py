@@ -22,7 +22,7 @@ def full_disk(directory: Path) -> Iterator[Path]:
     if (
         mount is None
         or subprocess.run(
-            [mount, "-t", "tmpfs", "-o", "size=64k", "fathom-test", directory],
+            [mount, "-t", "tmpfs", "-o", "size=64k,mode=755", "fathom-test", directory],
             capture_output=True,
             check=False,
         ).returncode

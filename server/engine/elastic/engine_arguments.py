@@ -94,7 +94,8 @@ def prepare_elastic_environment(compile_cache: Path | None = None) -> None:
 def _can_keep(directory: Path) -> bool:
     """Return whether compiled code can be written there; torch would fail where it cannot."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        # The code is run, so nobody else may write there.
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(bytes(_COMPILED_BYTES))
     except OSError as error:

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ControlStub:
-    """For operators: exposed and authorized apart from Inference.
+    """Operation of the server. It needs a permission of its own.
     """
 
     def __init__(self, channel):
@@ -68,7 +68,7 @@ class ControlStub:
 
 
 class ControlServicer:
-    """For operators: exposed and authorized apart from Inference.
+    """Operation of the server. It needs a permission of its own.
     """
 
     def GetPlan(self, request, context):
@@ -78,7 +78,7 @@ class ControlServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Calibrate(self, request, context):
-        """Measures the layers anew and installs the plan; running requests keep theirs.
+        """Measures the layers anew and puts the new plan into force; running requests keep the old one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -86,15 +86,16 @@ class ControlServicer:
 
     def SetLevels(self, request, context):
         """Measures the levels whose quality or speed is not known yet, then replaces all levels at once.
-        Until the server ends: the next start takes the levels of its settings, and what has been
-        measured.
+        The new levels hold until the server ends; the next start takes the levels of the settings. The
+        measurements are kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetPolicy(self, request, context):
-        """Chooses what requests with depth.auto get, with and without load. Until the server ends, too.
+        """Changes what requests with depth.auto get, with and without load. It holds until the server
+        ends.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -107,7 +108,7 @@ class ControlServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """New requests are refused; returns when the running ones have ended.
+        """Refuses new requests, and returns when the running ones have ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -155,7 +156,7 @@ def add_ControlServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Control:
-    """For operators: exposed and authorized apart from Inference.
+    """Operation of the server. It needs a permission of its own.
     """
 
     @staticmethod
