@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import logging
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from itertools import cycle, islice
 from pathlib import Path
 from unittest.mock import patch
 
@@ -19,6 +21,13 @@ from server.cli import main
 # How long a command may take before a test gives up; none is meant to take that long.
 PATIENCE = 240.0
 FATHOM = Path(sys.executable).with_name("fathom")
+
+# Ports below those that the kernel gives to connections, a thousand for each worker of a run;
+# another run on this machine most likely begins elsewhere.
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_FIRST_PORT = 12_000 + 1_000 * (_WORKER % 20)
+_START = random.randrange(1_000)
+_ports = cycle(_FIRST_PORT + (_START + number) % 1_000 for number in range(1_000))
 
 
 def fathom(
@@ -95,12 +104,14 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports that nothing listens on at this moment."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+    """Return ports that nothing listens on, no other worker is given and no connection takes."""
+    return list(islice(filter(_is_free, _ports), count))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as attempt:
+        try:
+            attempt.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

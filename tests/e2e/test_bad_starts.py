@@ -246,21 +246,22 @@ def test_several_mistakes_are_told_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("command", "settings", "expected"),
     [
         (
+            fathom,
             {"engine_args": json.dumps({"kv_cash_dtype": "auto"})},
             ["engine_args.kv_cash_dtype: got 'auto'", "such as kv_cache_dtype"],
         ),
-        ({"max_context": 4096}, ["max_context", "4096", "512"]),
+        (fathom_in_process, {"max_context": 4096}, ["max_context", "4096", "512"]),
     ],
     ids=["unknown engine argument", "context that is too long"],
 )
 def test_what_only_the_engine_can_tell(
-    settings: dict[str, object], expected: list[str], tmp_path: Path
+    command: Command, settings: dict[str, object], expected: list[str], tmp_path: Path
 ) -> None:
     """vLLM is imported for it, so there are lines of progress before the last."""
-    result = serve(tmp_path, fathom, **settings)
+    result = serve(tmp_path, command, **settings)
     assert (result.returncode, result.stdout) == (2, ""), result.stderr
     assert "Traceback" not in result.stderr
     problems = [line for line in result.stderr.splitlines() if line.startswith("fathom: ")]

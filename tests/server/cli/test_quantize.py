@@ -16,14 +16,11 @@ from pruning.surgery import PLAN_FILE, count_layers, export_checkpoint
 from server.engine.base import LayerSelection
 from server.model.source import DEMO_MODEL
 from tests.fathom_command import FATHOM, PATIENCE, environment, fathom, fathom_in_process
-from tests.pruning.quantization.conftest import small, small_quantized
 from tests.pruning.quantization.small_model import quantize
 from tests.pruning.quantization.test_checkpoint import worker_of
 from tests.pruning.surgery.exporting import plan_of, siblings
 from tests.server.engine.elastic.plain_vllm import generate_with_vllm
 from tests.server.engine.elastic.running_engine import running_engine
-
-__all__ = ["small", "small_quantized"]
 
 FEW = ("--calibration-tokens", "512")
 

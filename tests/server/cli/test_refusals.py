@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import socket
-import subprocess
 from pathlib import Path
 
 from tests.conftest import data_path
-from tests.fathom_command import fathom, fathom_in_process
+from tests.fathom_command import fathom_in_process
 from tests.server.cli.served import Server
 from tests.server.model.checkpoint_copy import copy_of
 
 
 def refusals(*arguments: str | Path, **variables: str) -> list[str]:
     """Return what a server that cannot start says, one line for each problem."""
-    return problems_of(
-        fathom_in_process("serve", "--port", "0", "--metrics-port", "0", *arguments, **variables)
+    result = fathom_in_process(
+        "serve", "--port", "0", "--metrics-port", "0", *arguments, **variables
     )
-
-
-def problems_of(result: subprocess.CompletedProcess[str]) -> list[str]:
     assert (result.returncode, result.stdout) == (2, ""), result.stderr
     assert "Traceback" not in result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("fathom: ")]
@@ -96,9 +92,7 @@ def test_port_in_use(stories_model: Path) -> None:
 
 
 def test_engine_argument_that_vllm_does_not_know(stories_model: Path) -> None:
-    """The engine is asked, which takes vLLM: the command has a process of its own."""
-    arguments = ("--model", stories_model, "--engine-args", '{"block_sise": 16}')
-    (problem,) = problems_of(fathom("serve", "--port", "0", "--metrics-port", "0", *arguments))
+    (problem,) = refusals("--model", stories_model, "--engine-args", '{"block_sise": 16}')
     assert problem.startswith("engine_args.block_sise: got 16, allowed:")
     assert "block_size" in problem
 
