@@ -50,7 +50,9 @@ def test_it_says_so_and_serves(
 ) -> None:
     with (
         trouble(tmp_path / "state") as state,
-        running_server(tmp_path / "server", state_dir=state, quality_depths="levels") as server,
+        running_server(
+            tmp_path / "server", state_dir=state, quality_depths="levels", compile_layers=True
+        ) as server,
     ):
         with server.client() as client:
             assert_generates(client)

@@ -163,15 +163,24 @@ assert state.load("quality", {KEY!r}, entry) == {{"a": 1.0}}
 
 
 def test_servers_that_start_together_make_an_entry_once(tmp_path: Path) -> None:
+    (tmp_path / "waiting").mkdir()
     script = f"""
-import asyncio, os
+import asyncio, logging, os
 from server.state import JsonEntry, StateDirectory
 from pathlib import Path
 directory = Path({str(tmp_path / "state")!r})
+made = Path({str(tmp_path / "made")!r})
+waiting = Path({str(tmp_path / "waiting")!r})
+class WaitingServers(logging.Handler):
+    def emit(self, record):
+        if "waiting for another server" in record.getMessage():
+            (waiting / str(os.getpid())).touch()
+logging.basicConfig(level=logging.INFO, handlers=[WaitingServers()])
 async def make():
-    with open({str(tmp_path / "made")!r}, "a") as file:
+    with made.open("a") as file:
         file.write("x")
-    await asyncio.sleep(1)
+    while made.read_text() == "x" and len(list(waiting.iterdir())) < 3:
+        await asyncio.sleep(0.01)
     return {{"process": os.getpid()}}
 async def main():
     entry = JsonEntry(dict[str, int], {KEY!r})

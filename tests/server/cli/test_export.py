@@ -23,7 +23,7 @@ from server.engine.base import LayerSelection
 from server.model.inputs import calibration_texts
 from server.state import StateDirectory
 from tests.conftest import data_path
-from tests.fathom_command import FATHOM, environment, fathom
+from tests.fathom_command import FATHOM, environment, fathom, fathom_in_process
 from tests.pruning.surgery.conftest import one_thread
 from tests.pruning.surgery.exporting import large_model, plan_of, siblings
 from tests.server.engine.elastic import reference
@@ -108,7 +108,7 @@ def export(*arguments: str | Path) -> list[str]:
 
 
 def refusal(*arguments: str | Path, code: int = 2) -> str:
-    result = fathom("export", *arguments)
+    result = fathom_in_process("export", *arguments)
     assert (result.returncode, result.stdout) == (code, ""), result.stderr
     assert "Traceback" not in result.stderr
     return " ".join(result.stderr.replace("│", " ").split())

@@ -18,11 +18,8 @@ from server.model.inputs import StartError, calibration_texts, read_inputs
 from server.model.quantized import QuantizedModel, checked_quantization
 from server.model.source import find_model
 from server.state import StateError
-from tests.pruning.quantization.conftest import small, small_quantized
 from tests.pruning.quantization.test_checkpoint import worker_of
 from tests.pruning.surgery.exporting import plan_of
-
-__all__ = ["small", "small_quantized"]
 
 
 def settings_of(model: Path, state: Path, **others: object) -> Settings:
