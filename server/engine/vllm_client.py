@@ -90,18 +90,24 @@ class VllmClient:
                 self._llm = AsyncLLM.from_vllm_config(
                     config, stat_loggers=[load_logger, *stat_loggers]
                 )
-                self._watch_prompts(self._llm)
+                self._prepare_outputs(self._llm)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
-    def _watch_prompts(self, llm: AsyncLLM) -> None:
-        """See to prompts that end within a character when their requests are added."""
+    def _prepare_outputs(self, llm: AsyncLLM) -> None:
+        """Change how vLLM makes text of requests' outputs, when they are added.
+
+        Prompts may end within a character, and texts of scored tokens are made here: vLLM's has
+        no text for rows of the embedding that are no token, and fails with all of its requests.
+        """
         processor = llm.output_processor
         add_request = processor.add_request
 
         def add(request: Any, *arguments: Any, **options: Any) -> None:
             add_request(request, *arguments, **options)
             state = processor.request_states[request.request_id]
+            if state.logprobs_processor is not None:
+                state.logprobs_processor.tokenizer = None
             if request.prompt_token_ids and state.detokenizer is not None:
                 go_on_within_character(state.detokenizer, self.tokenizer, request.prompt_token_ids)
 

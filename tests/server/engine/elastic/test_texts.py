@@ -6,9 +6,12 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from server.calls.generation import Scoring, TextPrompt
 from server.engine.base import (
@@ -133,3 +136,32 @@ def test_texts_of_scores_have_their_spaces(engine: RunningEngine) -> None:
     ids = engine.engine.tokenize("Return the list of objects")
     scores = engine.run(engine.engine.score("spaces", ids, 1, LayerSelection()))
     assert "".join(score.text for score in scores) == "Return the list of objects"
+
+
+@pytest.mark.parametrize("pre_tokenizer", [None, {"type": "Metaspace", "replacement": "▁"}])
+def test_rows_of_the_embedding_that_are_no_tokens(
+    pre_tokenizer: object, stories_model: Path, tmp_path: Path
+) -> None:
+    """Embeddings are often padded: such ids can be scored, and be among the most likely ones."""
+    model = tmp_path / "padded"
+    shutil.copytree(stories_model, model, copy_function=shutil.copyfile)
+    weights = load_file(stories_model / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    weights["model.embed_tokens.weight"] = torch.cat([embedding, 4 * embedding[300:308]])
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    for name, changes in (
+        ("config.json", {"vocab_size": 520}),
+        ("tokenizer.json", {"pre_tokenizer": pre_tokenizer}),
+    ):
+        content = json.loads((stories_model / name).read_text("utf-8"))
+        (model / name).write_text(json.dumps({**content, **changes}), "utf-8")
+    with running_engine(model, compile_layers=False) as running:
+        for number in range(2):
+            scores = running.run(
+                running.engine.score(f"padded-{number}", [1, 403, 515, 407], 1, LayerSelection())
+            )
+            assert [score.token_id for score in scores] == [403, 515, 407]
+            assert scores[1].text == ""
+        found = answer(running, [1, 403, 407], temperature=0.0, logprobs=20, ignore_eos=True)
+        assert len(found.token_ids) == 24
+        assert running.engine.is_alive
