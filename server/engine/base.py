@@ -178,10 +178,12 @@ class Engine(Protocol):
         """
         ...
 
-    def detokenize(self, token_ids: Sequence[int]) -> str: ...
+    def detokenize_prompt(self, token_ids: Sequence[int]) -> str:
+        """Return the text of a prompt, up to the character that it ends within, if it does."""
+        ...
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
-        """Return the text of each token by itself."""
+        """Return what each token adds to a text, the space before a word included."""
         ...
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:

@@ -7,7 +7,9 @@ import contextlib
 import gc
 import signal
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
 from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from server.engine.base import (
@@ -20,7 +22,11 @@ from server.engine.base import (
     TokenScore,
 )
 from server.engine.fork_server import forked_engines
+from server.engine.generation_defaults import GenerationDefaults
+from server.engine.model_tokenizer import ModelTokenizer
+from server.engine.partial_character import go_on_within_character
 from server.engine.sampling import sampling_params, token_scores
+from server.engine.stops import Stops
 from server.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -45,6 +51,8 @@ class VllmClient:
         self._llm: AsyncLLM | None = None
         self._load_logger: LoadLogger | None = None
         self._defaults: dict[str, Any] = {}
+        self._default_stop: tuple[str, ...] = ()
+        self._tokenizer: ModelTokenizer | None = None
 
     async def start(
         self, configure: Callable[[], VllmConfig], stat_loggers: Sequence[Any] = ()
@@ -52,9 +60,15 @@ class VllmClient:
         """Start the engine with what ``configure``, called in a thread, returns."""
         await self.shutdown()
         await asyncio.to_thread(self._start, configure, stat_loggers)
-        self._defaults = self.model_config.get_diff_sampling_param()
+        config = self.model_config
+        self._tokenizer = ModelTokenizer(self._require_llm().get_tokenizer(), self.model_name)
+        self._defaults = config.get_diff_sampling_param()
         # The server's own limit on the length of an answer comes from the request or the context.
         self._defaults.pop("max_tokens", None)
+        if config.generation_config == "auto":
+            more = GenerationDefaults.of_model(Path(config.model))
+            self._defaults |= more.sampling
+            self._default_stop = more.stop
 
     def _start(self, configure: Callable[[], VllmConfig], stat_loggers: Sequence[Any]) -> None:
         # Sets what a future would return: vLLM keeps frames of this thread, and so futures, alive.
@@ -76,8 +90,28 @@ class VllmClient:
                 self._llm = AsyncLLM.from_vllm_config(
                     config, stat_loggers=[load_logger, *stat_loggers]
                 )
+                self._prepare_outputs(self._llm)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _prepare_outputs(self, llm: AsyncLLM) -> None:
+        """Change how vLLM makes text of requests' outputs, when they are added.
+
+        Prompts may end within a character, and texts of scored tokens are made here: vLLM's has
+        no text for rows of the embedding that are no token, and fails with all of its requests.
+        """
+        processor = llm.output_processor
+        add_request = processor.add_request
+
+        def add(request: Any, *arguments: Any, **options: Any) -> None:
+            add_request(request, *arguments, **options)
+            state = processor.request_states[request.request_id]
+            if state.logprobs_processor is not None:
+                state.logprobs_processor.tokenizer = None
+            if request.prompt_token_ids and state.detokenizer is not None:
+                go_on_within_character(state.detokenizer, self.tokenizer, request.prompt_token_ids)
+
+        processor.add_request = add  # type: ignore[method-assign]
 
     async def shutdown(self) -> None:
         if self._llm is not None:
@@ -115,8 +149,17 @@ class VllmClient:
         return self._require_llm().model_config
 
     @property
-    def tokenizer(self) -> Any:
-        return self._require_llm().get_tokenizer()
+    def model_name(self) -> str:
+        """The name that clients know the model by."""
+        config = self.model_config
+        name = config.served_model_name or config.model
+        return name if isinstance(name, str) else name[0]
+
+    @property
+    def tokenizer(self) -> ModelTokenizer:
+        if self._tokenizer is None:
+            raise EngineDead("the engine is not running")
+        return self._tokenizer
 
     def sampling_params(
         self, options: SamplingOptions, extra_args: dict[str, Any] | None = None
@@ -133,16 +176,23 @@ class VllmClient:
         self,
         request_id: str,
         prompt_ids: Sequence[int],
-        params: SamplingParams,
+        options: SamplingOptions,
+        extra_args: dict[str, Any] | None = None,
         cache_salt: str | None = None,
     ) -> AsyncGenerator[GenerationDelta, None]:
-        """Yield what each step adds. Closing the iterator ends the request in the engine."""
-        num_top = params.logprobs or 0
+        """Yield what each step adds. Closing the iterator ends the request in the engine.
+
+        Raises :class:`InvalidArgument` for options that the model cannot serve.
+        """
+        tokenizer = self.tokenizer
+        stops = Stops.of(options, tokenizer.special_tokens, self._default_stop)
+        vllm_options = replace(options, stop=stops.strings, stop_token_ids=stops.token_ids)
+        params = self.sampling_params(vllm_options, extra_args)
         async with contextlib.aclosing(
             self.run(request_id, prompt_ids, params, cache_salt)
         ) as outputs:
             async for output in outputs:
-                yield _delta(output, num_top)
+                yield _delta(output, options, stops, tokenizer)
 
     async def prompt_scores(
         self,
@@ -163,7 +213,8 @@ class VllmClient:
         ) as outputs:
             async for output in outputs:
                 if output.prompt_logprobs:
-                    scores.extend(token_scores(token_ids, output.prompt_logprobs, num_top))
+                    logprobs = output.prompt_logprobs
+                    scores += token_scores(token_ids, logprobs, num_top, self.tokenizer)
         return scores
 
     async def run(
@@ -236,21 +287,29 @@ def model_info(
     )
 
 
-def _delta(output: RequestOutput, num_top: int) -> GenerationDelta:
+def _delta(
+    output: RequestOutput, options: SamplingOptions, stops: Stops, tokenizer: ModelTokenizer
+) -> GenerationDelta:
     completion = output.outputs[0]
     metrics = output.metrics
     queue_seconds = 0.0
     if metrics is not None and metrics.scheduled_ts and metrics.queued_ts:
         queue_seconds = max(0.0, metrics.scheduled_ts - metrics.queued_ts)
     token_ids = tuple(completion.token_ids)
+    text, stopped_by = completion.text, None
+    if completion.finish_reason == "stop":
+        last_token = token_ids[-1] if token_ids else None
+        stopped_by = stops.stopped_by(completion.stop_reason, last_token)
+        if options.include_stop and last_token is not None:
+            text += stops.requested_specials.get(last_token, "")
     return GenerationDelta(
-        text=completion.text,
+        text=text,
         token_ids=token_ids,
-        scores=token_scores(token_ids, completion.logprobs, num_top),
+        scores=token_scores(token_ids, completion.logprobs, options.logprobs or 0, tokenizer),
         num_cached_tokens=output.num_cached_tokens or 0,
         queue_seconds=queue_seconds,
         finish_reason=_finish_reason(completion.finish_reason),
-        stopped_by=completion.stop_reason,
+        stopped_by=stopped_by,
     )
 
 

@@ -47,19 +47,31 @@ class PromptReader:
         return ids
 
     async def read_to_score(self, request: Scoring) -> tuple[list[int], list[int]]:
-        """Return the ids of the context, which may be none, and of its continuation.
+        """Return the ids of the context, which may be none, and of what is scored after it.
 
-        Raises :class:`InvalidArgument`, as :meth:`read` does, and where there is nothing to score.
+        Texts are tokenized as the one text that they make: where a token spans the end of the
+        context, it is scored, too. Raises :class:`InvalidArgument`, as :meth:`read` does, and
+        where there is nothing to score.
         """
-        context_ids: list[int] = []
-        if request.context is not None:
-            fields = "context_text", "context_ids.ids"
-            context_ids = await self.read(request.context, *fields)
-            if not context_ids:
-                raise InvalidArgument(field_of(request.context, *fields), "", "at least one token")
+        context, continuation = request.context, request.continuation
         fields = "text", "token_ids.ids"
-        field = field_of(request.continuation, *fields)
-        ids = await self.read(request.continuation, *fields, special_tokens=request.context is None)
+        field = field_of(continuation, *fields)
+        if context is None:
+            context_ids, ids = [], await self.read(continuation, *fields)
+        else:
+            context_fields = "context_text", "context_ids.ids"
+            context_ids = await self.read(context, *context_fields)
+            if not context_ids:
+                raise InvalidArgument(field_of(context, *context_fields), "", "at least one token")
+            if isinstance(context, TextPrompt) and isinstance(continuation, TextPrompt):
+                whole = await self.read(TextPrompt(context.text + continuation.text), *fields)
+                num_shared = _num_shared(context_ids, whole)
+                if num_shared == 0:
+                    allowed = "at least one token that does not join with those of text"
+                    raise InvalidArgument("context_text", context.text, allowed)
+                context_ids, ids = whole[:num_shared], whole[num_shared:]
+            else:
+                ids = await self.read(continuation, *fields, special_tokens=False)
         if len(context_ids) + len(ids) < 2 or not ids:
             allowed = "at least one token to score, after at least one token of context"
             raise InvalidArgument(field, f"{len(ids)} tokens", allowed)
@@ -101,7 +113,9 @@ class PromptReader:
 
     def text(self, prompt: Prompt, ids: Sequence[int]) -> str:
         """Return the text of a prompt that has been read as ``ids``."""
-        return prompt.text if isinstance(prompt, TextPrompt) else self._engine.detokenize(ids)
+        return (
+            prompt.text if isinstance(prompt, TextPrompt) else self._engine.detokenize_prompt(ids)
+        )
 
     def check_length(self, num_tokens: int, field: str) -> None:
         """Raise :class:`InvalidArgument` for more tokens than the context has room for."""
@@ -139,6 +153,12 @@ def field_of(prompt: Prompt, text_field: str, ids_field: str) -> str:
             return ids_field
         case ChatPrompt():
             return "chat.messages"
+
+
+def _num_shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many ids both begin with."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _num_characters(prompt: Prompt) -> int:

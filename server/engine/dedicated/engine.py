@@ -201,16 +201,15 @@ class DedicatedEngine:
     def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         return self._require_tokenizer().tokenize_chat(messages)
 
-    def detokenize(self, token_ids: Sequence[int]) -> str:
-        return self._require_tokenizer().detokenize(token_ids)
+    def detokenize_prompt(self, token_ids: Sequence[int]) -> str:
+        return self._require_tokenizer().detokenize_prompt(token_ids)
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         return self._require_tokenizer().token_texts(token_ids)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         with self._engine_for(request.layers).in_use() as llm:
-            params = llm.sampling_params(request.sampling)
-            deltas = llm.generate(request.request_id, request.prompt_ids, params)
+            deltas = llm.generate(request.request_id, request.prompt_ids, request.sampling)
             async with aclosing(deltas):
                 async for delta in deltas:
                     yield delta

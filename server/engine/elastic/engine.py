@@ -158,17 +158,18 @@ class ElasticEngine:
     def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         return self._tokenizer.tokenize_chat(messages)
 
-    def detokenize(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.detokenize(token_ids)
+    def detokenize_prompt(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.detokenize_prompt(token_ids)
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         return self._tokenizer.token_texts(token_ids)
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
-        payload = Payload(request.layers)
-        params = self._llm.sampling_params(request.sampling, payload.to_extra_args())
+        extra_args = Payload(request.layers).to_extra_args()
         salt = cache_salt(request.layers, request.request_id)
-        return self._llm.generate(request.request_id, request.prompt_ids, params, salt)
+        return self._llm.generate(
+            request.request_id, request.prompt_ids, request.sampling, extra_args, salt
+        )
 
     async def score(
         self, request_id: str, token_ids: Sequence[int], num_context: int, layers: LayerSelection
@@ -250,7 +251,7 @@ class ElasticEngine:
 
     @property
     def _tokenizer(self) -> ModelTokenizer:
-        return ModelTokenizer(self._llm.tokenizer, self._config.name)
+        return self._llm.tokenizer
 
 
 def _quality_payload(

@@ -161,7 +161,7 @@ class ToyEngine:
             raise FailedPrecondition("model toy has no chat template; send a prompt or token ids")
         return self.tokenize("".join(f"{m['role']}:{m['content']}\n" for m in messages))
 
-    def detokenize(self, token_ids: Sequence[int]) -> str:
+    def detokenize_prompt(self, token_ids: Sequence[int]) -> str:
         return "".join(self.token_texts(token_ids))
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
