@@ -208,7 +208,7 @@ def assert_refused(result: subprocess.CompletedProcess[str], *expected: str) -> 
 @pytest.mark.parametrize("trouble", TROUBLES, ids=[each.__name__ for each in TROUBLES])
 def test_it_is_refused_before_an_engine_is_started(trouble: Trouble, tmp_path: Path) -> None:
     settings, expected = trouble(tmp_path)
-    assert_refused(serve(tmp_path, **settings), *expected)
+    assert_refused(serve(tmp_path, fathom_in_process, **settings), *expected)
     assert not (tmp_path / "state").exists()
 
 
