@@ -31,7 +31,7 @@ app.command("profile")(command(profile.ProfileOptions, profile.run))
 
 
 def run(arguments: list[str]) -> None:
-    """Run one benchmark; exit code 0 whatever it finds, 1 where it could not measure."""
+    """Run one benchmark; exit with code 0 whatever it finds, 1 if it could not measure."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("server.telemetry.progress").setLevel(logging.INFO)
     try:

@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 
 class ImportanceError(ValueError):
-    """What was measured of a layer is not fit to rank it."""
+    """Measurements of a layer that cannot be used to rank it."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockInfluence:
     """The influence of each layer, with its standard error, over ``num_tokens`` tokens.
 
-    The standard errors treat the tokens as independent. Tokens of one text are not quite, so
-    read them as lower bounds.
+    The standard errors treat tokens as independent. Tokens of one text are not quite independent,
+    so the standard errors are lower bounds.
     """
 
     scores: tuple[float, ...]
@@ -41,21 +41,21 @@ class BlockInfluence:
 
 
 class BlockInfluenceEstimator:
-    """Accumulates the influence of every layer over any number of tokens in constant memory."""
+    """Sums of the influence of every layer over any number of tokens, in constant memory."""
 
     def __init__(self, num_layers: int) -> None:
         if num_layers < 1:
             raise ValueError(f"num_layers: got {num_layers}, allowed: at least 1")
         self._num_tokens = [0] * num_layers
-        # Of each layer, on the device of its states: sum and sum of squares, float64 [2].
+        # For each layer, the sum and the sum of squares, float64 [2], on the device of its states.
         self._moments: list[torch.Tensor | None] = [None] * num_layers
 
     def update(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
         """Add the tokens of one forward pass of ``layer``.
 
         ``before`` and ``after`` are the residual stream as the layer receives and leaves it,
-        [num_tokens, hidden], valid tokens only. Cosines are computed in float32, in float64
-        where the states are float64, and summed in float64. Nothing waits for the device.
+        [num_tokens, hidden], valid tokens only. Cosines are computed in float32, or in float64 if
+        the states are float64, and summed in float64. The call does not wait for the device.
         """
         import torch
 
@@ -75,10 +75,10 @@ class BlockInfluenceEstimator:
         self._num_tokens[layer] += before.shape[0]
 
     def sums(self) -> list[list[float]]:
-        """Return, for each layer, the number of tokens and the sum of influences and squares.
+        """Return for each layer the number of tokens, and the sums of influences and of squares.
 
-        Plain lists, to be sent between processes, merged with :func:`merge_sums` and turned
-        into scores with :func:`block_influence`. Waits for the device.
+        These are plain lists, which can be sent between processes. :func:`merge_sums` adds them,
+        and :func:`block_influence` turns them into scores. The call waits for the device.
         """
         return [
             [float(n), *(moments.tolist() if moments is not None else (0.0, 0.0))]
@@ -87,7 +87,7 @@ class BlockInfluenceEstimator:
 
 
 def merge_sums(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Return the sums over the tokens of ``a`` and ``b`` together; they must be distinct tokens."""
+    """Return the sums over the tokens of both ``a`` and ``b``, which must be different tokens."""
     if len(a) != len(b):
         raise ValueError(f"sums: got {len(a)} and {len(b)} layers, allowed: equally many")
     return [
@@ -98,9 +98,9 @@ def merge_sums(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> li
 def block_influence(sums: Sequence[Sequence[float]]) -> BlockInfluence:
     """Turn the sums of :class:`BlockInfluenceEstimator` into scores and standard errors.
 
-    Raises :class:`ImportanceError`, naming the layer, where a sum is not finite (a state was
-    NaN, infinite or a zero vector, which has no direction), where fewer than two tokens were
-    measured, and where the layers saw different numbers of tokens.
+    Raises :class:`ImportanceError`, naming the layer, if a sum is not finite (because a state was
+    NaN, infinite or a zero vector, which has no direction), if fewer than two tokens were
+    measured, and if the layers saw different numbers of tokens.
     """
     if not sums:
         raise ImportanceError("no layers were measured")
@@ -118,7 +118,7 @@ def block_influence(sums: Sequence[Sequence[float]]) -> BlockInfluence:
                 f"layer {layer}: measured on {n:.0f} tokens, but layer 0 on {sums[0][0]:.0f}"
             )
         mean = total / n
-        # Rounding may leave the variance of equal influences just below zero.
+        # Rounding may make the variance of equal influences slightly negative.
         variance = max(squares - total * mean, 0.0) / (n - 1)
         scores.append(mean)
         stderrs.append(math.sqrt(variance / n))
@@ -134,12 +134,12 @@ def measure_block_influence(
     """Measure the influence of the decoder layers of a transformers model.
 
     ``input_ids_batches`` are [batch, length]; ``attention_masks``, one for each batch and of
-    its shape, are zero at padding, which is not counted. A model that ignores masks, such as
-    RWKV, must be padded on the right. ``layers`` defaults to those that
+    its shape, are zero at padding, which is not counted. Batches for a model that ignores masks,
+    such as RWKV, must be padded on the right. By default, ``layers`` are those that
     :func:`pruning.decoder.find_decoder` finds. The states are taken from the layers themselves
     and not from ``output_hidden_states``, whose last entry has gone through the final norm.
 
-    Raises :class:`ValueError` for a model in training mode, where dropout would falsify the
+    Raises :class:`ValueError` for a model in training mode, where dropout would distort the
     states, and for one whose layers cannot be found; :class:`ImportanceError` as
     :func:`block_influence` does.
     """
@@ -158,8 +158,8 @@ def measure_block_influence(
 def _directions(states: torch.Tensor) -> torch.Tensor:
     import torch
 
-    # torch's own cosine_similarity and normalize turn a zero vector, which has no direction,
-    # into a cosine of 0. Here it becomes NaN, which block_influence refuses.
+    # A zero vector has no direction. With torch's cosine_similarity its cosine would be 0; here it
+    # becomes NaN, which block_influence refuses.
     states = states.to(torch.promote_types(states.dtype, torch.float32))
     norms: torch.Tensor = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
     return states / norms

@@ -1,4 +1,4 @@
-"""The pruning plan: in which order layers are left out, and how that came about."""
+"""Plans: the order in which layers are removed, with its scores and provenance."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pruning.importance import BlockInfluence
 
 FORMAT_VERSION = 1
 METRIC = "block_influence"
-# Greater integers have no exact float, and the greatest none at all.
+# Larger integers may have no exact float.
 _MAX_EXACT_INTEGER = 2**53
 
 
 class PlanError(ValueError):
-    """A plan is damaged, of another format, or of another model."""
+    """A plan that is damaged, has another format, or belongs to another model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,8 @@ class Plan:
 
     ``scores`` and ``stderrs`` are indexed by layer. ``created_at`` is in seconds since the Unix
     epoch. ``versions`` maps names of packages to the versions that measured the scores. The
-    order need not be that of the scores: one set by hand is a plan, too. Raises
-    :class:`PlanError`, naming the field, for values that make no plan.
+    removal order need not follow the scores; it may be set by hand. Raises :class:`PlanError`,
+    naming the field, for values that are not allowed.
     """
 
     removal_order: tuple[int, ...]
@@ -79,7 +79,7 @@ class Plan:
         text_fingerprint: str,
         versions: dict[str, str],
     ) -> Plan:
-        """Return the plan that leaves out the layers of the lowest influence first."""
+        """Return the plan that removes the layers with the lowest influence first."""
         return cls(
             removal_order=removal_order(importance.scores),
             scores=importance.scores,
@@ -93,9 +93,9 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read the plan that :meth:`save` wrote.
+        """Read a plan that :meth:`save` has written.
 
-        Raises :class:`PlanError`, naming the file and the field, for anything that is no plan of
+        Raises :class:`PlanError`, naming the file and the field, for a file that is not a plan of
         this format version, and :class:`OSError` for a file that cannot be read.
         """
         data = Path(path).read_bytes()
@@ -114,7 +114,7 @@ class Plan:
         return len(self.removal_order)
 
     def skipped(self, depth: int) -> tuple[int, ...]:
-        """Return the layers that ``depth`` leaves out, ascending.
+        """Return the layers that ``depth`` skips, in ascending order.
 
         Raises :class:`ValueError` unless 1 <= ``depth`` <= ``num_layers``.
         """
@@ -145,7 +145,7 @@ def _parse(data: bytes) -> dict[str, Any]:
         raise PlanError(f"not a complete JSON document: {error}") from None
     if not isinstance(document, dict):
         raise PlanError(f"found {reprlib.repr(document)}, allowed: a JSON object")
-    # First: what else is wrong with a plan of another version is no news.
+    # This check is first, because other fields are expected to differ in another version.
     if (version := document.get("format_version")) != FORMAT_VERSION:
         _refuse("format_version", version, str(FORMAT_VERSION))
     names = {field.name for field in fields(Plan)}

@@ -1,4 +1,4 @@
-"""Calibration text: where it is read from and how it is cut into windows of tokens."""
+"""Calibration text: reading it, and cutting it into windows of tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ALLOWED_SOURCE = (
 
 
 class TextError(ValueError):
-    """Calibration text is missing, empty or not in a form that can be read."""
+    """Calibration text that is missing, empty or cannot be read."""
 
 
 def load_texts(source: str, *, max_characters: int | None = None) -> list[str]:
@@ -31,9 +31,9 @@ def load_texts(source: str, *, max_characters: int | None = None) -> list[str]:
     - ``name[:config][:split]`` of a Hugging Face dataset with a column ``text``, where the
       package ``datasets`` is installed; the split is ``train`` unless named.
 
-    Files are UTF-8. Blank documents are left out, the last document is cut at
-    ``max_characters``. Raises :class:`TextError`, naming file and line, for what cannot be read
-    and for a source with no text at all.
+    Files are UTF-8. Blank documents are left out, and the last document is cut to fit
+    ``max_characters``. Raises :class:`TextError`, naming file and line, for a source that cannot
+    be read or has no text.
     """
     if max_characters is not None and max_characters < 1:
         raise ValueError(f"max_characters: got {max_characters}, allowed: 1 or more")
@@ -60,10 +60,10 @@ def token_windows(
 ) -> list[list[int]]:
     """Cut documents into windows of at most ``window`` and at least ``min_window`` tokens.
 
-    Takes the first window of each document, then the second of each, and so on, until
-    ``max_tokens`` are reached or all is taken, so that no document crowds out the others. The
-    last window is cut to fit. Documents beyond those needed are not read. Tokens that begin a
-    text are the caller's to add. Raises :class:`TextError` where no window is left.
+    Takes the first window of each document, then the second of each, and so on, until there are
+    ``max_tokens`` tokens or no more text, so that a long document does not crowd out the others.
+    The last window is cut to fit. Documents that are not needed are not read. The caller adds
+    tokens that begin a text. Raises :class:`TextError` if there is no window.
     """
     if not 1 <= min_window <= window:
         raise ValueError(f"min_window: got {min_window}, allowed: 1 to {window}, the window")
@@ -121,7 +121,7 @@ def _is_text(path: Path) -> bool:
 def _file_documents(path: Path, max_characters: int | None) -> Iterator[str]:
     match path.suffix.lower():
         case ".txt":
-            # A line has a character at least, so more lines are never needed.
+            # Each line has at least one character, so more lines are never needed.
             yield "".join(line for _, line in islice(_lines(path), max_characters))
         case ".jsonl":
             for number, line in _lines(path):
@@ -140,7 +140,7 @@ def _file_documents(path: Path, max_characters: int | None) -> Iterator[str]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    # Not as a text file: its errors do not know the line.
+    # Read as bytes, because errors of text files do not name the line.
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):

@@ -1,4 +1,4 @@
-"""A model as transformers loads it, to be measured."""
+"""Models that transformers loads, to be measured."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 
 def load_model(directory: Path, dtype: str, *, trust: bool) -> Any:
-    """Return the model, on the GPU if there is one; ``trust``: whether its own code may run.
+    """Return the model, on the GPU if there is one.
 
-    Raises what transformers raises for a model that it cannot load.
+    ``trust`` says whether code that comes with the model may run. For a model that cannot be
+    loaded, the error is that of transformers.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import torch
@@ -25,7 +26,10 @@ def load_model(directory: Path, dtype: str, *, trust: bool) -> Any:
 def batches(
     windows: Sequence[Sequence[int]], device: Any, advance: Callable[[int, int], None]
 ) -> Iterator[Any]:
-    """Yield each window as int64 [1, num_tokens]; ``advance`` is told tokens done and in all."""
+    """Yield each window as int64 [1, num_tokens].
+
+    ``advance`` is called with the number of tokens that are done and the number of all tokens.
+    """
     import torch
 
     total = sum(map(len, windows))
