@@ -123,7 +123,7 @@ class Application:
             service = Service(
                 engine,
                 metrics,
-                max_running=slots_for(settings.max_num_seqs * _num_engines(settings, inputs)),
+                max_running=slots_for(settings.max_num_seqs),
                 max_waiting=settings.max_waiting,
                 max_waiting_tokens=settings.max_waiting_tokens,
                 max_buffered_tokens=settings.max_unread,
@@ -337,13 +337,6 @@ class Application:
         self._logs.console.show_cursor(True)
         self._logs.close()
         _end_now(128 + number if self._serving else 0)
-
-
-def _num_engines(settings: Settings, inputs: Inputs) -> int:
-    """Return how many batches run at a time."""
-    if settings.engine == "elastic":
-        return 1
-    return len({level.depths for level in inputs.levels})
 
 
 def _engine(settings: Settings, inputs: Inputs) -> Engine:

@@ -25,6 +25,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Behavior = Callable[[Any, Context], Awaitable[Any]]
 # Is told of every call of the project's own services when it has ended.
 Observer = Callable[[CallRecord], None]
+# Raises an error for a method's request that is not to be decoded.
+CheckSize = Callable[[str, bytes], None]
 
 # A client's deadline cancels the call a moment before the server's copy of it runs out: the
 # copy is rounded up, and starts when the call arrives.
@@ -44,9 +46,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     Health is open to anybody: what asks for it has no token.
     """
 
-    def __init__(self, authenticator: Authenticator, observers: Sequence[Observer]) -> None:
+    def __init__(
+        self,
+        authenticator: Authenticator,
+        observers: Sequence[Observer],
+        check_size: CheckSize = lambda method, data: None,
+    ) -> None:
         self._authenticator = authenticator
         self._observers = observers
+        self._check_size = check_size
 
     async def intercept_service(
         self,
@@ -114,7 +122,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 record.caller = caller_of(context, client)
                 require(permission, client)
                 set_caller(record.caller)
-                response = await behavior(_decoded(data, deserialize, method), context)
+                self._check_size(method, data)
+                message = _decoded(data, deserialize, method)
+                del data  # or it would be held as long as the call
+                response = await behavior(message, context)
             except (asyncio.CancelledError, grpc.aio.InternalError) as error:
                 # InternalError is what a message gets that is on its way when the call ends.
                 code = _code_of_cancellation(timeout, context.time_remaining())
