@@ -21,7 +21,7 @@ from pruning.plan import Plan
 from pruning.quantization import QuantizationError, plan_of_base
 from pruning.surgery import SurgeryError
 from pruning.text import TextError
-from server.access.exposure import check_exposure
+from server.access.exposure import allows_anonymous_control, check_exposure
 from server.calibration.calibrator import Calibrator, Progress
 from server.calibration.hardware import describe_hardware
 from server.calibration.offline_plan import kept_plan, plan_key
@@ -39,6 +39,7 @@ from server.model.quantized import QuantizedModel
 from server.reload import Reload, access_files
 from server.rpc.access import Access
 from server.rpc.interceptors import Observer
+from server.rpc.message_size import default_message_bytes
 from server.rpc.server import RpcServer
 from server.serving.fair_queue import slots_for
 from server.serving.service import Service
@@ -115,7 +116,11 @@ class Application:
         async with AsyncExitStack() as stack:
             metrics = Metrics()
             with refused_as("clients"):
-                access = Access(access_files(settings), metrics)
+                access = Access(
+                    access_files(settings),
+                    metrics,
+                    anonymous_control=allows_anonymous_control(settings),
+                )
             with refused_as("metrics_port"):
                 metrics_port = MetricsPort(metrics, settings.metrics_host, settings.metrics_port)
             stack.callback(metrics_port.close)
@@ -143,7 +148,8 @@ class Application:
                 service,
                 settings.host,
                 settings.port,
-                max_message_bytes=settings.max_message_bytes,
+                max_message_bytes=settings.max_message_bytes
+                or default_message_bytes(settings.max_context or inputs.source.max_context()),
                 max_concurrent_streams=settings.max_streams_per_connection,
                 max_connection_age_seconds=settings.max_connection_seconds,
                 tls=access.tls,
@@ -174,7 +180,7 @@ class Application:
             stack.callback(reloading.cancel)
             await self._stop.wait()
             logger.info("stopping; requests that run have %g s", settings.grace_seconds)
-            await service.drain()
+            await service.drain(for_good=True)
 
     async def _start(self, inputs: Inputs, engine: Engine, service: Service) -> None:
         """Load the model, and get its plan and measurements from the state directory or anew."""

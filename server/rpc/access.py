@@ -48,8 +48,13 @@ class Access:
     A file that is broken is reported, and what was read before stays in force.
     """
 
-    def __init__(self, files: AccessFiles, metrics: Metrics) -> None:
-        """Read the files; raise :class:`InvalidArgument` for what is wrong with them."""
+    def __init__(
+        self, files: AccessFiles, metrics: Metrics, *, anonymous_control: bool = True
+    ) -> None:
+        """Read the files; raise :class:`InvalidArgument` for what is wrong with them.
+
+        ``anonymous_control``: whether callers may operate the server where none are known.
+        """
         certificates, clients = files.load()
         self._files = files
         self._metrics = metrics
@@ -57,6 +62,7 @@ class Access:
         self.authenticator = Authenticator(
             clients,
             requires_certificates=self.tls is not None and self.tls.requires_client_certificates,
+            anonymous_control=anonymous_control,
         )
         self._watch = FileWatch(lambda: self._files.paths, self.reload)
         self._note_expiry(certificates)

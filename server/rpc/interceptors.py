@@ -16,7 +16,7 @@ from server.access.clients import Permission
 from server.calls.call_record import CallRecord, set_current_call
 from server.calls.caller import set_caller
 from server.errors import InvalidArgument
-from server.rpc.authentication import Authenticator, caller_of, require
+from server.rpc.authentication import Authenticator, caller_of
 from server.rpc.status import code_of, status_of
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 record.caller = caller_of(context, None)
                 client = self._authenticator.client(context)
                 record.caller = caller_of(context, client)
-                require(permission, client)
+                self._authenticator.require(permission, client)
                 set_caller(record.caller)
                 self._check_size(method, data)
                 message = _decoded(data, deserialize, method)

@@ -158,6 +158,10 @@ def progress_message(progress: Progress) -> control_pb2.Progress:
     return control_pb2.Progress(phase=progress.phase, done=progress.done, total=progress.total)
 
 
+def state_message(state: State) -> control_pb2.GetStatusResponse.State.ValueType:
+    return _STATES[state]
+
+
 def status_message(status: Status) -> control_pb2.GetStatusResponse:
     return control_pb2.GetStatusResponse(
         state=_STATES[status.state],

@@ -152,22 +152,42 @@ class Service:
         if self.state is State.STARTING:
             self._state.turn_to(State.SERVING)
 
-    async def drain(self, grace_seconds: float | None = None) -> int:
+    async def drain(self, grace_seconds: float | None = None, *, for_good: bool = False) -> int:
         """Refuse new requests and wait for those in flight; return how many are left.
 
-        Waits at most ``grace_seconds``, by default those of the settings.
+        Waits at most ``grace_seconds``, by default those of the settings, and no longer than
+        until :meth:`resume`, which ``for_good`` rules out.
         """
-        self._state.turn_to(State.DRAINING)
+        self._state.drain(for_good=for_good)
         grace = self._grace_seconds if grace_seconds is None else grace_seconds
+        waits = [
+            asyncio.create_task(wait)
+            for wait in (self._admission.idle(), self._state.state_after(State.DRAINING))
+        ]
         try:
-            await asyncio.wait_for(self._admission.idle(), grace)
-        except TimeoutError:
+            await asyncio.wait(waits, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in waits:
+                task.cancel()
+        if self.state is State.DRAINING and self._admission.num_in_flight:
             logger.warning("%d requests did not end in %g s", self._admission.num_in_flight, grace)
         return self._admission.num_in_flight
 
+    def resume(self) -> State:
+        """Take requests again after :meth:`drain`; return the state.
+
+        Raises :class:`FailedPrecondition` where the server is not draining, or is being stopped.
+        """
+        self._state.require_draining()
+        if self._policy is None:
+            self._state.turn_to(State.STARTING)
+        else:
+            self._restarter.resume()
+        return self.state
+
     async def close(self) -> None:
         """Stop watching the engine, whose shutdown is up to the caller."""
-        self._state.turn_to(State.DRAINING)
+        self._state.drain(for_good=True)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
