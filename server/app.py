@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from server.access.exposure import check_exposure
+from server.access.exposure import allows_anonymous_control, check_exposure
 from server.access.state_protection import protect_state
 from server.config import Settings, warn_of_old_names
 from server.engine.base import Engine
@@ -26,6 +26,7 @@ from server.model.inputs import Inputs, StartError, auto_rules, read_inputs, ref
 from server.reload import Reload, access_files
 from server.rpc.access import Access
 from server.rpc.interceptors import Observer
+from server.rpc.message_size import default_message_bytes
 from server.rpc.server import RpcServer
 from server.serving.fair_queue import slots_for
 from server.serving.service import Service
@@ -94,7 +95,11 @@ class Application:
         async with AsyncExitStack() as stack:
             metrics = Metrics()
             with refused_as("clients"):
-                access = Access(access_files(settings), metrics)
+                access = Access(
+                    access_files(settings),
+                    metrics,
+                    anonymous_control=allows_anonymous_control(settings),
+                )
             with refused_as("metrics_port"):
                 metrics_port = MetricsPort(metrics, settings.metrics_host, settings.metrics_port)
             stack.callback(metrics_port.close)
@@ -102,7 +107,7 @@ class Application:
             service = Service(
                 engine,
                 metrics,
-                max_running=slots_for(settings.max_num_seqs * _num_engines(settings, inputs)),
+                max_running=slots_for(settings.max_num_seqs),
                 max_waiting=settings.max_waiting,
                 max_waiting_tokens=settings.max_waiting_tokens,
                 max_buffered_tokens=settings.max_buffered_tokens,
@@ -121,7 +126,8 @@ class Application:
                 service,
                 settings.host,
                 settings.port,
-                max_message_bytes=settings.max_message_bytes,
+                max_message_bytes=settings.max_message_bytes
+                or default_message_bytes(settings.max_context or inputs.source.max_context()),
                 max_concurrent_streams=settings.max_streams_per_connection,
                 max_connection_age_seconds=settings.max_connection_seconds,
                 tls=access.tls,
@@ -152,7 +158,7 @@ class Application:
             stack.callback(reloading.cancel)
             await self._stop.wait()
             logger.info("stopping; requests that run have %g s", settings.grace_seconds)
-            await service.drain()
+            await service.drain(for_good=True)
 
     def _announce(self, service: Service, port: int, metrics_url: str | None) -> None:
         settings, model, policy = self._settings, service.model, service.policy
@@ -195,13 +201,6 @@ class Application:
         self._logs.console.show_cursor(True)
         self._logs.close()
         _end_now(128 + number if self._serving else 0)
-
-
-def _num_engines(settings: Settings, inputs: Inputs) -> int:
-    """Return how many batches run at a time."""
-    if settings.engine == "elastic":
-        return 1
-    return len({level.depths for level in inputs.levels})
 
 
 def _engine(settings: Settings, inputs: Inputs) -> Engine:

@@ -27,6 +27,21 @@ def check_exposure(settings: Settings) -> None:
         raise InvalidArgument("host", settings.host, allowed)
 
 
+def allows_anonymous_control(settings: Settings) -> bool:
+    """Return whether callers that are not known may operate the server.
+
+    What counts is where it listens, not where a call comes from: behind a proxy on the same
+    machine, every call comes from there.
+    """
+    match settings.anonymous_control:
+        case "always":
+            return True
+        case "never":
+            return False
+        case "loopback":
+            return is_loopback(settings.host)
+
+
 def is_loopback(host: str) -> bool:
     """Return whether only this machine can reach ``host``; False for an unknown name."""
     try:

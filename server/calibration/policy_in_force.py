@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from server.depth.policy import DepthPolicy
 from server.telemetry.metrics import Metrics
 
@@ -12,8 +14,12 @@ class PolicyInForce:
     There is none until the first is installed. Belongs to the thread of the event loop.
     """
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(
+        self, metrics: Metrics, on_install: Callable[[DepthPolicy], None] = lambda _: None
+    ) -> None:
+        """``on_install`` is called with each policy before it is in force."""
         self._metrics = metrics
+        self._on_install = on_install
         self._policy: DepthPolicy | None = None
 
     @property
@@ -28,5 +34,6 @@ class PolicyInForce:
 
     def install(self, policy: DepthPolicy) -> None:
         """Serve the requests that start from now on under ``policy``."""
+        self._on_install(policy)
         self._policy = policy
         self._metrics.set_policy(policy)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from pruning.checkpoint import read_config
 from server.errors import InvalidArgument
 
 DEMO_MODEL = Path(__file__).parent / "demo"
 DEMO_MODEL_NAME = "fathom-demo"
+
+# Tokens that a context is taken for where the configuration names no length.
+_UNKNOWN_CONTEXT = 2**17
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 # Weights in other formats, which some repositories hold beside these, are not loaded.
@@ -22,6 +27,17 @@ class ModelSource:
 
     directory: Path
     name: str
+
+    def max_context(self) -> int:
+        """Return an upper bound of the context in tokens, from the checkpoint's configuration."""
+        config = read_config(self.directory)
+        text: dict[str, Any] = config.get("text_config") or config
+        length = text.get("max_position_embeddings")
+        if not isinstance(length, int):
+            return _UNKNOWN_CONTEXT
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        factor = rope.get("factor") if isinstance(rope, dict) else None
+        return int(length * max(1.0, factor)) if isinstance(factor, int | float) else length
 
 
 def find_model(model: str | None, revision: str | None = None) -> ModelSource:

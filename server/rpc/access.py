@@ -54,8 +54,13 @@ class Access:
     If a file is broken, that is logged, and what was read before stays in force.
     """
 
-    def __init__(self, files: AccessFiles, metrics: Metrics) -> None:
-        """Read the files; raise :class:`InvalidArgument` for a file that is wrong."""
+    def __init__(
+        self, files: AccessFiles, metrics: Metrics, *, anonymous_control: bool = True
+    ) -> None:
+        """Read the files; raise :class:`InvalidArgument` for a file that is wrong.
+
+        ``anonymous_control``: whether callers may operate the server if no clients are known.
+        """
         certificates, clients = files.load()
         self._files = files
         self._metrics = metrics
@@ -63,6 +68,7 @@ class Access:
         self.authenticator = Authenticator(
             clients,
             requires_certificates=self.tls is not None and self.tls.requires_client_certificates,
+            anonymous_control=anonymous_control,
         )
         self._watch = FileWatch(lambda: self._files.paths, self.reload)
         self._note_expiry(certificates)

@@ -19,15 +19,20 @@ _CERTIFICATE_NAMES = "x509_common_name", "x509_subject_alternative_name", "peer_
 class Authenticator:
     """Finds the client that makes a call.
 
-    Without a list of clients, everybody who can connect may call: only inference if client
-    certificates are required, everything otherwise.
+    Without a list of clients, everybody who can connect may call ``Inference``. ``Control`` needs
+    ``anonymous_control`` then, and a list of clients where client certificates are required.
     """
 
     def __init__(
-        self, clients: ClientList | None = None, *, requires_certificates: bool = False
+        self,
+        clients: ClientList | None = None,
+        *,
+        requires_certificates: bool = False,
+        anonymous_control: bool = True,
     ) -> None:
         self._clients = clients
         self._requires_certificates = requires_certificates
+        self._anonymous_control = anonymous_control
 
     def install(self, clients: ClientList) -> None:
         """Replace the list of clients; running calls go on."""
@@ -54,17 +59,22 @@ class Authenticator:
             raise Unauthenticated("authorization: a bearer token is needed")
         return client
 
+    def require(self, permission: Permission, client: Client | None) -> None:
+        """Raise :class:`PermissionDenied` for a caller that lacks the permission."""
+        if client is None:
+            if permission is Permission.CONTROL and not self._anonymous_control:
+                raise PermissionDenied(
+                    "callers that are not known lack the permission control; the server's "
+                    "settings clients and anonymous_control say who has it"
+                )
+        elif permission not in client.permissions:
+            raise PermissionDenied(f"client {client.name} lacks the permission {permission.value}")
+
 
 def caller_of(context: Context, client: Client | None) -> Caller:
     """Return who makes a call: the client, or the caller's address if the client is not known."""
     peer = peer_address(context.peer())
     return Caller(client=host_of(peer) if client is None else client.name, peer=peer)
-
-
-def require(permission: Permission, client: Client | None) -> None:
-    """Raise :class:`PermissionDenied` if the client is known and lacks the permission."""
-    if client is not None and permission not in client.permissions:
-        raise PermissionDenied(f"client {client.name} lacks the permission {permission.value}")
 
 
 def _token(context: Context) -> str | None:

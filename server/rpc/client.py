@@ -130,6 +130,11 @@ class Client:
     def drain(self, request: control_pb2.DrainRequest) -> control_pb2.DrainResponse:
         return self._unary(self._control.Drain, request, control_pb2.DrainResponse)
 
+    def resume(self) -> control_pb2.ResumeResponse:
+        return self._unary(
+            self._control.Resume, control_pb2.ResumeRequest(), control_pb2.ResumeResponse
+        )
+
     def health(self, service: str = "") -> str:
         """Return ``SERVING`` or ``NOT_SERVING``."""
         request = health_pb2.HealthCheckRequest(service=service)

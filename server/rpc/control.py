@@ -78,6 +78,13 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
         num_unfinished = await self._service.drain(requests.grace_seconds(request))
         return pb.DrainResponse(num_unfinished=num_unfinished)
 
+    async def Resume(
+        self, request: pb.ResumeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.ResumeResponse:
+        state = self._service.resume()
+        logger.info("resumed by %s", current_caller().client or "a client")
+        return pb.ResumeResponse(state=replies.state_message(state))
+
 
 def _log_until_the_end(what: str) -> None:
     """Log a change that the next start will undo, because it is not in the settings."""

@@ -15,7 +15,7 @@ from server.access.clients import Permission
 from server.calls.call_record import CallRecord, set_current_call
 from server.calls.caller import set_caller
 from server.errors import InvalidArgument
-from server.rpc.authentication import Authenticator, caller_of, require
+from server.rpc.authentication import Authenticator, caller_of
 from server.rpc.reflection import SERVICE_NAMES as REFLECTION
 from server.rpc.status import code_of, status_of
 
@@ -25,6 +25,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Behavior = Callable[[Any, Context], Awaitable[Any]]
 # A function that is called with the record of each call of Fathom's own services, at its end.
 Observer = Callable[[CallRecord], None]
+# Raises an error for a method's request that is not to be decoded.
+CheckSize = Callable[[str, bytes], None]
 
 # A client's deadline cancels the call a moment before the server's copy of the deadline passes: the
 # copy is rounded up, and counts from the arrival of the call. As a share of the timeout:
@@ -44,9 +46,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     The health service is open to anybody, because probes have no token.
     """
 
-    def __init__(self, authenticator: Authenticator, observers: Sequence[Observer]) -> None:
+    def __init__(
+        self,
+        authenticator: Authenticator,
+        observers: Sequence[Observer],
+        check_size: CheckSize = lambda method, data: None,
+    ) -> None:
         self._authenticator = authenticator
         self._observers = observers
+        self._check_size = check_size
 
     async def intercept_service(
         self,
@@ -112,9 +120,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 record.caller = caller_of(context, None)
                 client = self._authenticator.client(context)
                 record.caller = caller_of(context, client)
-                require(permission, client)
+                self._authenticator.require(permission, client)
                 set_caller(record.caller)
-                response = await behavior(_decoded(data, deserialize, method), context)
+                self._check_size(method, data)
+                message = _decoded(data, deserialize, method)
+                del data  # or it would be held as long as the call
+                response = await behavior(message, context)
             except (asyncio.CancelledError, grpc.aio.InternalError) as error:
                 # gRPC raises InternalError if the call ends while a message is being sent.
                 code = _code_of_cancellation(timeout, context.time_remaining())

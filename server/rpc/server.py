@@ -22,6 +22,7 @@ from server.rpc.generated.fathom.v1 import (
 )
 from server.rpc.inference import InferenceServicer
 from server.rpc.interceptors import CallInterceptor, Observer
+from server.rpc.message_size import check_size
 from server.rpc.reflection import enable_reflection
 from server.rpc.tls import ServerTls
 from server.serving.service import Service
@@ -30,6 +31,10 @@ from server.serving.service_state import State
 INFERENCE: str = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 CONTROL: str = control_pb2.DESCRIPTOR.services_by_name["Control"].full_name
 
+_INFERENCE_REQUESTS = {
+    f"{INFERENCE}/{method.name}": method.input_type
+    for method in inference_pb2.DESCRIPTOR.services_by_name["Inference"].methods
+}
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -61,7 +66,9 @@ class RpcServer:
         self._tls = tls
         self._server = grpc.aio.server(
             interceptors=[
-                CallInterceptor(authenticator or Authenticator(), [self._count, *observers])
+                CallInterceptor(
+                    authenticator or Authenticator(), [self._count, *observers], self._check_size
+                )
             ],
             options=_options(max_message_bytes, max_concurrent_streams, max_connection_age_seconds),
         )
@@ -110,6 +117,10 @@ class RpcServer:
         await self._health.enter_graceful_shutdown()
         # Calls that watch health never end, so there is no point in waiting for open calls.
         await self._server.stop(_LAST_MESSAGES_SECONDS)
+
+    def _check_size(self, method: str, data: bytes) -> None:
+        if (message := _INFERENCE_REQUESTS.get(method)) is not None:
+            check_size(data, message, self._service.model)
 
     def _count(self, record: CallRecord) -> None:
         self._service.metrics.count_request(record.method, record.depth, record.code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,6 +36,7 @@ class EngineRestarter:
         self._queue = queue
         self._metrics = metrics
         self._num_restarts = 0
+        self._resumed = asyncio.Event()
         self._supervisor = Supervisor(
             engine,
             self._died,
@@ -57,7 +59,7 @@ class EngineRestarter:
 
     def watches(self) -> list[Coroutine[Any, Any, None]]:
         """Return what is to run as long as the engine is to be kept alive."""
-        watches = [self._supervisor.run()]
+        watches = [self._supervise()]
         if self._watchdog is not None:
             watches.append(self._watchdog.run())
         return watches
@@ -78,6 +80,23 @@ class EngineRestarter:
         if num_restarts == self._num_restarts:
             self._died()
             self._supervisor.report_death()
+
+    def resume(self) -> None:
+        """Serve again after a drain, during which a dead engine is left dead."""
+        if self._engine.is_alive:
+            self._state.turn_to(State.SERVING)
+            self._queue.resume()
+        else:
+            self._state.turn_to(State.ENGINE_DOWN)
+            self._queue.pause()
+            self._supervisor.report_death()
+        self._resumed.set()
+
+    async def _supervise(self) -> None:
+        while True:
+            await self._supervisor.run()  # ends when the engine dies during a drain
+            await self._resumed.wait()
+            self._resumed.clear()
 
     def _died(self) -> bool:
         """Return whether the engine is to be started again."""

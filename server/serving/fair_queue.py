@@ -29,6 +29,18 @@ _NUM_STARTS, _NUM_STARTS_NEEDED = 512, 16
 _OPTIMISM = 2.0
 
 
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Who waits for slots, and how long: ``deadline`` is a time of the queue's clock.
+
+    ``on_refused`` is called when the request has to make room for another client.
+    """
+
+    client: str = ""
+    deadline: float = math.inf
+    on_refused: Callable[[], None] = lambda: None
+
+
 class Slot:
     """A request's slot in the engine: entering waits for it, leaving gives it back."""
 

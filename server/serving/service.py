@@ -36,7 +36,7 @@ from server.engine.base import (
 from server.serving.admission import Admission, Admitted
 from server.serving.attempts import Attempts
 from server.serving.engine_restarter import EngineRestarter
-from server.serving.fair_queue import FairQueue, Slot
+from server.serving.fair_queue import Claim, FairQueue, Slot
 from server.serving.prompts import PromptReader
 from server.serving.request_account import RequestAccount
 from server.serving.request_runner import RequestRunner
@@ -78,24 +78,28 @@ class Service:
     ) -> None:
         """Serve with ``engine``, once it has been started.
 
-        The engine is given ``max_running`` requests at a time; None: all. A client may leave
+        Each engine, of which the dedicated one has one for every depth among the levels, is given
+        ``max_running`` requests at a time; None: all. A client may leave
         ``max_buffered_tokens`` of a stream unread, in tokens and log-probabilities. An engine that
         does not answer for ``engine_timeout_seconds`` is started again, unless that is 0.
         ``max_logprobs`` is the engine's limit.
         """
         self.metrics = metrics
         self._engine = engine
+        self._max_running = max_running
         self._queue = FairQueue(max_running)
-        self._admission = Admission(self._queue, max_waiting, max_waiting_tokens)
+        self._prompts = PromptReader(engine)
+        self._admission = Admission(
+            self._queue, max_waiting, max_waiting_tokens, other_queues=self._prompts.queues
+        )
         self._max_buffered_tokens = max_buffered_tokens
         self._grace_seconds = grace_seconds
         self._max_logprobs = max_logprobs
         self._version = version
         self._state = ServiceState(metrics)
         self._model: ModelInfo | None = None
-        self._in_force = PolicyInForce(metrics)
+        self._in_force = PolicyInForce(metrics, self._set_num_slots)
         self._updates: PolicyUpdates | None = None
-        self._prompts = PromptReader(engine)
         self._restarter = EngineRestarter(
             engine,
             self._state,
@@ -143,22 +147,42 @@ class Service:
         if self.state is State.STARTING:
             self._state.turn_to(State.SERVING)
 
-    async def drain(self, grace_seconds: float | None = None) -> int:
+    async def drain(self, grace_seconds: float | None = None, *, for_good: bool = False) -> int:
         """Refuse new requests and wait for those in flight; return how many are left.
 
-        Waits at most ``grace_seconds``, by default those of the settings.
+        Waits at most ``grace_seconds``, by default those of the settings, and no longer than
+        until :meth:`resume`, which ``for_good`` rules out.
         """
-        self._state.turn_to(State.DRAINING)
+        self._state.drain(for_good=for_good)
         grace = self._grace_seconds if grace_seconds is None else grace_seconds
+        waits = [
+            asyncio.create_task(wait)
+            for wait in (self._admission.idle(), self._state.state_after(State.DRAINING))
+        ]
         try:
-            await asyncio.wait_for(self._admission.idle(), grace)
-        except TimeoutError:
+            await asyncio.wait(waits, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in waits:
+                task.cancel()
+        if self.state is State.DRAINING and self._admission.num_in_flight:
             logger.warning("%d requests did not end in %g s", self._admission.num_in_flight, grace)
         return self._admission.num_in_flight
 
+    def resume(self) -> State:
+        """Take requests again after :meth:`drain`; return the state.
+
+        Raises :class:`FailedPrecondition` where the server is not draining, or is being stopped.
+        """
+        self._state.require_draining()
+        if self._policy is None:
+            self._state.turn_to(State.STARTING)
+        else:
+            self._restarter.resume()
+        return self.state
+
     async def close(self) -> None:
         """Stop watching the engine, whose shutdown is up to the caller."""
-        self._state.turn_to(State.DRAINING)
+        self._state.drain(for_good=True)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -196,7 +220,8 @@ class Service:
         arrived = time.monotonic()
         self._state.require_serving()
         with self._admit(request.request_id) as admitted, self._restarter.errors():
-            prompt_ids = await self._prompts.read_to_generate(request.prompt)
+            claim = self._claim(admitted, deadline)
+            prompt_ids = await self._prompts.read_to_generate(request.prompt, claim)
             self._admission.count_tokens(admitted, len(prompt_ids))
             sampling = checked_sampling(
                 request.sampling, self.model, len(prompt_ids), self._max_logprobs
@@ -204,17 +229,19 @@ class Service:
             # What is wrong is told at once; what the server chooses, when the request starts.
             _, served = self.policy.resolve(request.depth, request.prefill_depth)
             self._auto.observe_arrival()
-            async with self._slot(admitted, served, deadline) as slot:
+            async with self._slot(admitted, served, claim) as slot:
+                if self._queue.is_limited:
+                    self._admission.begin(admitted)
                 layers, served = self.policy.resolve(request.depth, request.prefill_depth)
                 preface: list[GenerationEvent] = [
                     PromptInfo(admitted.request_id, len(prompt_ids), served)
                 ]
                 if request.echo:
-                    text = self._prompts.text(request.prompt, prompt_ids)
+                    text = await self._prompts.text(request.prompt, prompt_ids, claim)
                     preface.append(GenerationDelta(text, ()))
                 runner = RequestRunner(
                     self._engine,
-                    GenerationRequest(admitted.request_id, prompt_ids, layers, sampling),
+                    GenerationRequest(admitted.engine_id, prompt_ids, layers, sampling),
                     served,
                     arrived,
                     Attempts(self._restarter, slot, admitted, may_repeat=may_repeat),
@@ -231,33 +258,35 @@ class Service:
         """Return the log-probabilities of the tokens of the continuation; see :meth:`generate`."""
         self._state.require_serving()
         with self._admit(request.request_id) as admitted, self._restarter.errors():
-            context_ids, ids = await self._prompts.read_to_score(request)
+            claim = self._claim(admitted, deadline)
+            context_ids, ids = await self._prompts.read_to_score(request, claim)
             self._admission.count_tokens(admitted, len(context_ids) + len(ids))
             _, served = self.policy.resolve(request.depth, request.prefill_depth)
-            async with self._slot(admitted, served, deadline) as slot:
+            async with self._slot(admitted, served, claim) as slot:
+                self._admission.begin(admitted)
                 layers, served = self.policy.resolve(request.depth, request.prefill_depth)
                 attempts = Attempts(self._restarter, slot, admitted, may_repeat=True)
                 while True:
                     attempts.begin()
                     try:
                         scores = await self._engine.score(
-                            admitted.request_id, context_ids + ids, len(context_ids) or 1, layers
+                            admitted.engine_id, context_ids + ids, len(context_ids) or 1, layers
                         )
                         return ScoringResult(tuple(scores), served)
                     except EngineDead as error:
                         await attempts.survive(error)
 
     async def tokenize(
-        self, prompt: Prompt, *, special_tokens: bool = True
+        self, prompt: Prompt, *, special_tokens: bool = True, deadline: float = math.inf
     ) -> tuple[list[int], list[str]]:
         """Return the ids and the texts of the prompt's tokens.
 
         It waits as other requests do, and counts as one of them.
         """
         self._require_started()
-        with self._admit(""), self._restarter.errors():
-            ids = await self._prompts.tokenize(prompt, special_tokens=special_tokens)
-            return ids, await self._prompts.token_texts(ids)
+        with self._admit("") as admitted, self._restarter.errors():
+            claim = self._claim(admitted, deadline)
+            return await self._prompts.tokenize(prompt, claim, special_tokens=special_tokens)
 
     # Control
 
@@ -322,13 +351,16 @@ class Service:
     def _admit(self, request_id: str) -> AbstractContextManager[Admitted]:
         return self._admission.admit(request_id, current_caller().client)
 
-    def _slot(self, admitted: Admitted, served: ServedDepth, deadline: float) -> Slot:
+    def _claim(self, admitted: Admitted, deadline: float) -> Claim:
+        return Claim(admitted.client, deadline, lambda: self._admission.begin(admitted))
+
+    def _slot(self, admitted: Admitted, served: ServedDepth, claim: Claim) -> Slot:
         return self._queue.slot(
             admitted.client,
             admitted.num_tokens,
             admitted.num_tokens * served.prefill_layers / self.policy.num_layers,
-            deadline=deadline,
-            on_refused=lambda: self._admission.begin(admitted),
+            deadline=claim.deadline,
+            on_refused=claim.on_refused,
         )
 
     def _account(self, admitted: Admitted, slot: Slot, served: ServedDepth) -> RequestAccount:
@@ -367,3 +399,9 @@ class Service:
         except EngineDead:
             load = LoadInfo(0, 0)
         return LoadInfo(load.num_running, load.num_waiting + self._queue.num_waiting)
+
+    def _set_num_slots(self, policy: DepthPolicy) -> None:
+        """Give the queue as many slots as the engines of a policy run requests at a time."""
+        if self._max_running is not None:
+            num_engines = 1 if policy.any_depth else len({*policy.level_selections().values()})
+            self._queue.set_num_slots(self._max_running * num_engines)

@@ -164,3 +164,27 @@ async def test_tokens_change_while_calls_run(
     with_tokens.engine.gate.set()
     messages = await running
     assert messages[-1].HasField("finish_info")
+
+
+async def test_callers_that_are_not_known_may_infer_alone() -> None:
+    async with secured(AccessFiles(), anonymous_control=False) as each:
+        assert await each.use(generate)
+        assert await each.use(lambda client: client.get_model().num_layers) == 8
+        for call in (
+            each.client.control.GetStatus(control_pb2.GetStatusRequest()),
+            each.client.control.Drain(control_pb2.DrainRequest()),
+            each.client.control.Resume(control_pb2.ResumeRequest()),
+            collect(each.client.control.Calibrate(control_pb2.CalibrateRequest())),
+        ):
+            error = await failure(call)
+            assert error.code() is grpc.StatusCode.PERMISSION_DENIED
+            assert error.details() == (
+                "callers that are not known lack the permission control; the server's settings "
+                "clients and anonymous_control say who has it"
+            )
+        assert await each.use(generate)
+
+
+async def test_known_clients_keep_their_permissions(clients_file: Path) -> None:
+    async with secured(AccessFiles(clients=clients_file), anonymous_control=False) as each:
+        assert await each.use(get_status, token=OPS)

@@ -130,9 +130,12 @@ class ToyEngine:
         async with self._changed:
             await self._changed.wait_for(lambda: len(self._running) == num_requests)
 
-    async def until_freed(self, request_id: str) -> None:
+    async def until_freed(self, request_id: str | None = None) -> None:
+        """Return when that request was freed before its end; None: when any was."""
         async with self._changed:
-            await self._changed.wait_for(lambda: request_id in self.freed)
+            await self._changed.wait_for(
+                lambda: bool(self.freed) if request_id is None else request_id in self.freed
+            )
 
     @property
     def model(self) -> ModelInfo:

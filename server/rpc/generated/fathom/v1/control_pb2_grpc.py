@@ -65,6 +65,11 @@ class ControlStub:
                 request_serializer=fathom_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
                 response_deserializer=fathom_dot_v1_dot_control__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Resume = channel.unary_unary(
+                '/fathom.v1.Control/Resume',
+                request_serializer=fathom_dot_v1_dot_control__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=fathom_dot_v1_dot_control__pb2.ResumeResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -108,7 +113,14 @@ class ControlServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Refuses new requests, and returns when the running ones have ended.
+        """Refuses new requests until Resume, and returns when the running ones have ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """Takes requests again after Drain. A server that is being stopped does not.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -146,6 +158,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=fathom_dot_v1_dot_control__pb2.DrainRequest.FromString,
                     response_serializer=fathom_dot_v1_dot_control__pb2.DrainResponse.SerializeToString,
+            ),
+            'Resume': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=fathom_dot_v1_dot_control__pb2.ResumeRequest.FromString,
+                    response_serializer=fathom_dot_v1_dot_control__pb2.ResumeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -311,6 +328,33 @@ class Control:
             '/fathom.v1.Control/Drain',
             fathom_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
             fathom_dot_v1_dot_control__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fathom.v1.Control/Resume',
+            fathom_dot_v1_dot_control__pb2.ResumeRequest.SerializeToString,
+            fathom_dot_v1_dot_control__pb2.ResumeResponse.FromString,
             options,
             channel_credentials,
             insecure,
