@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from collections.abc import Sequence
 
@@ -11,6 +10,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from server.access.listening import cannot_listen
+from server.background import BackgroundTask
 from server.calls.call_record import CallRecord
 from server.errors import InvalidArgument
 from server.rpc.authentication import Authenticator
@@ -71,7 +71,7 @@ class RpcServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = [INFERENCE, CONTROL, health.SERVICE_NAME, reflection.SERVICE_NAME]
         reflection.enable_server_reflection(names, self._server)
-        self._following: asyncio.Task[None] | None = None
+        self._following = BackgroundTask("what tells health checks of the state", self._follow)
         self._port = 0
 
     @property
@@ -95,16 +95,14 @@ class RpcServer:
         await self._health.set(CONTROL, _SERVING)
         await self._publish(self._service.state)
         await self._server.start()
-        self._following = asyncio.create_task(self._follow())
+        self._following.start()
 
     async def stop(self) -> None:
         """Tell watchers that nothing is served, and end all calls that are still open.
 
         :meth:`Service.drain` first lets requests finish.
         """
-        if self._following is not None:
-            self._following.cancel()
-            await asyncio.gather(self._following, return_exceptions=True)
+        await self._following.stop()
         await self._health.enter_graceful_shutdown()
         # Watchers never end by themselves, so there is no point in waiting for open calls.
         await self._server.stop(_LAST_MESSAGES_SECONDS)

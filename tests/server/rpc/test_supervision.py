@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from typing import Any
 
 import grpc
 import pytest
 
+from server.depth.autodepth import AutoDepth
+from server.depth.levels import Level
 from server.rpc.client import retry_delay
 from server.rpc.generated.fathom.v1 import control_pb2, inference_pb2
 from server.serving.service_state import State
@@ -236,3 +240,24 @@ async def test_a_server_that_is_stopped_while_it_starts_never_serves(
     assert await starting.service.drain() == 0
     await starting.open()
     assert starting.service.state is State.DRAINING
+
+
+async def test_what_follows_the_load_is_started_again(
+    starting: Deployment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    choose, calls = AutoDepth.choose, asyncio.Queue[bool]()
+
+    def failing_once(*arguments: Any, **options: Any) -> Level:
+        calls.put_nowait(True)
+        if not caplog.records:
+            raise ZeroDivisionError("a mistake")
+        return choose(*arguments, **options)
+
+    monkeypatch.setattr(AutoDepth, "choose", failing_once)
+    caplog.set_level(logging.CRITICAL)
+    await starting.open()
+    await calls.get()
+    await calls.get()
+    (record,) = caplog.records
+    assert record.getMessage() == "what follows the load has died; it is started again in 1 s"
+    assert "ZeroDivisionError: a mistake" in caplog.text
