@@ -16,6 +16,7 @@ import psutil
 
 from server.access.exposure import allows_anonymous_control, check_exposure
 from server.access.state_protection import protect_state
+from server.background import BackgroundTask
 from server.config import Settings, warn_of_old_names
 from server.engine.base import Engine
 from server.engine.dedicated.engine import DedicatedConfig, DedicatedEngine
@@ -112,6 +113,7 @@ class Application:
                 max_waiting_tokens=settings.max_waiting_tokens,
                 max_buffered_tokens=settings.max_buffered_tokens,
                 engine_timeout_seconds=settings.engine_timeout_seconds,
+                engine_stall_seconds=settings.engine_stall_seconds,
                 auto_rules=auto_rules(settings),
                 grace_seconds=settings.grace_seconds,
                 version=VERSION,
@@ -140,8 +142,13 @@ class Application:
             stack.push_async_callback(engine.shutdown)
             stack.push_async_callback(service.close)
             stack.push_async_callback(rpc_server.stop)
-            for following in (access.follow(), metrics_port.follow()):
-                stack.callback(asyncio.create_task(following).cancel)
+            for name, work in (
+                ("what reads certificates and clients again", access.follow),
+                ("what waits for the metrics' port", metrics_port.follow),
+            ):
+                task = BackgroundTask(name, work)
+                task.start()
+                stack.push_async_callback(task.stop)
             metrics.set_startup("inputs", inputs_seconds)
             with self._progress:
                 await Startup(settings, inputs, engine, service, self._progress).run()
@@ -154,8 +161,11 @@ class Application:
                 service=service,
                 set_log_level=self._logs.set_level,
             )
-            reloading = asyncio.create_task(self._reload_on_hangup(reload))
-            stack.callback(reloading.cancel)
+            reloading = BackgroundTask(
+                "what reads the settings again", lambda: reload.follow(self._hangup)
+            )
+            reloading.start()
+            stack.push_async_callback(reloading.stop)
             await self._stop.wait()
             logger.info("stopping; requests that run have %g s", settings.grace_seconds)
             await service.drain(for_good=True)
@@ -177,15 +187,6 @@ class Application:
         if not policy.any_depth:
             depth = policy.levels[-1].decode_layers
         print(f"Try: fathom generate{flag} --depth {depth} 'The list of'", flush=True)
-
-    async def _reload_on_hangup(self, reload: Reload) -> None:
-        while True:
-            await self._hangup.wait()
-            self._hangup.clear()
-            try:
-                await reload.run()
-            except Exception:
-                logger.exception("the settings could not be read again")
 
     def _on_hangup(self) -> None:
         if self._logs.has_lost_its_terminal:
@@ -229,6 +230,7 @@ def _engine(settings: Settings, inputs: Inputs) -> Engine:
             memory_shares=settings.memory_shares,
             state_dir=settings.state_dir,
             timeout_seconds=settings.engine_timeout_seconds,
+            stall_seconds=settings.engine_stall_seconds,
             ranked_model=inputs.source.directory,
         )
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from collections.abc import Sequence
 
@@ -10,6 +9,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from server.access.listening import cannot_listen
+from server.background import BackgroundTask
 from server.calls.call_record import CallRecord
 from server.errors import InvalidArgument
 from server.rpc.authentication import Authenticator
@@ -77,7 +77,7 @@ class RpcServer:
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         enable_reflection([INFERENCE, CONTROL, health.SERVICE_NAME], self._server)
-        self._following: asyncio.Task[None] | None = None
+        self._following = BackgroundTask("what tells health checks of the state", self._follow)
         self._port = 0
 
     @property
@@ -104,16 +104,14 @@ class RpcServer:
         await self._health.set(CONTROL, _SERVING)
         await self._publish(self._service.state)
         await self._server.start()
-        self._following = asyncio.create_task(self._follow())
+        self._following.start()
 
     async def stop(self) -> None:
         """Tell watchers of health that nothing is served, and end all open calls.
 
         Call :meth:`Service.drain` before, to let requests finish.
         """
-        if self._following is not None:
-            self._following.cancel()
-            await asyncio.gather(self._following, return_exceptions=True)
+        await self._following.stop()
         await self._health.enter_graceful_shutdown()
         # Calls that watch health never end, so there is no point in waiting for open calls.
         await self._server.stop(_LAST_MESSAGES_SECONDS)

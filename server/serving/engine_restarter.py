@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
+from server.background import BackgroundTask
 from server.engine.base import Engine, EngineDead
 from server.engine.supervisor import Supervisor
 from server.engine.watchdog import Watchdog
@@ -27,6 +27,7 @@ class EngineRestarter:
         metrics: Metrics,
         *,
         timeout_seconds: float,
+        stall_seconds: float,
         poll_seconds: float,
         first_delay: float,
         max_delay: float,
@@ -47,7 +48,7 @@ class EngineRestarter:
             max_delay=max_delay,
         )
         self._watchdog = (
-            Watchdog(engine, timeout_seconds)
+            Watchdog(engine, timeout_seconds, stall_seconds=stall_seconds)
             if timeout_seconds and not engine.restarts_itself
             else None
         )
@@ -57,12 +58,12 @@ class EngineRestarter:
     def num_restarts(self) -> int:
         return self._num_restarts
 
-    def watches(self) -> list[Coroutine[Any, Any, None]]:
+    def tasks(self) -> list[BackgroundTask]:
         """Return what is to run as long as the engine is to be kept alive."""
-        watches = [self._supervise()]
+        tasks = [BackgroundTask("the engine's supervisor", self._supervise)]
         if self._watchdog is not None:
-            watches.append(self._watchdog.run())
-        return watches
+            tasks.append(BackgroundTask("the engine's watchdog", self._watchdog.run))
+        return tasks
 
     @contextmanager
     def errors(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, aclosing, asynccontextmanager, contextmanager
 
+from server.background import BackgroundTask
 from server.calibration.calibrator import Calibrator
 from server.calibration.policy_in_force import PolicyInForce
 from server.calibration.policy_store import PolicyStore
@@ -69,6 +70,7 @@ class Service:
         max_buffered_tokens: int | None = None,
         grace_seconds: float = 30.0,
         engine_timeout_seconds: float = 0.0,
+        engine_stall_seconds: float = 0.0,
         auto_rules: AutoRules | None = None,
         max_logprobs: int = 20,
         version: str = "",
@@ -81,7 +83,8 @@ class Service:
         Each engine, of which the dedicated one has one for every depth among the levels, is given
         ``max_running`` requests at a time; None: all. A client may leave
         ``max_buffered_tokens`` of a stream unread, in tokens and log-probabilities. An engine that
-        does not answer for ``engine_timeout_seconds`` is started again, unless that is 0.
+        does not answer for ``engine_timeout_seconds`` is started again, unless that is 0, and
+        after ``engine_stall_seconds`` already, unless they are 0, where it does nothing at all.
         ``max_logprobs`` is the engine's limit.
         """
         self.metrics = metrics
@@ -106,12 +109,16 @@ class Service:
             self._queue,
             metrics,
             timeout_seconds=engine_timeout_seconds,
+            stall_seconds=engine_stall_seconds,
             poll_seconds=poll_seconds,
             first_delay=first_restart_delay,
             max_delay=max_restart_delay,
         )
         self._auto = AutoDepth(auto_rules or AutoRules())
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks = [
+            BackgroundTask("what follows the load", self._follow_load),
+            *self._restarter.tasks(),
+        ]
         metrics.watch_engine(lambda: engine.is_alive, self._load, engine.can_run)
 
     # State
@@ -142,8 +149,8 @@ class Service:
         self._state.startup_phase = ""
         loop = asyncio.get_running_loop()
         self.metrics.watch_tasks(lambda: len(asyncio.all_tasks(loop)))
-        for coroutine in (self._follow_load(), *self._restarter.watches()):
-            self._tasks.append(asyncio.create_task(coroutine))
+        for task in self._tasks:
+            task.start()
         if self.state is State.STARTING:
             self._state.turn_to(State.SERVING)
 
@@ -184,8 +191,7 @@ class Service:
         """Stop watching the engine, whose shutdown is up to the caller."""
         self._state.drain(for_good=True)
         for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+            await task.stop()
         self._prompts.close()
 
     def status(self) -> Status:

@@ -63,13 +63,16 @@ class DedicatedConfig(EngineConfig):
 
     ``memory_shares`` says by level which part of the memory its engine gets. Checkpoints are kept
     in ``state_dir``. An engine that does not answer for ``timeout_seconds`` is started again,
-    unless that is 0. ``ranked_model`` is the checkpoint whose layers are ranked, where that is
-    not ``model``: transformers does not load every quantized one.
+    unless that is 0; one that does nothing at all, after ``stall_seconds``. ``ranked_model`` is
+    the checkpoint whose layers are ranked, where that is not ``model``: transformers does not
+    load every quantized one.
     """
 
     memory_shares: Mapping[str, float] = field(default_factory=dict)
     state_dir: Path = Path()
     timeout_seconds: float = 0.0
+    # 0: no other time than timeout_seconds.
+    stall_seconds: float = 0.0
     ranked_model: Path | None = None
 
 
@@ -307,6 +310,7 @@ class DedicatedEngine:
             self._starting,
             lambda: self.on_restart(),
             self._config.timeout_seconds,
+            self._config.stall_seconds,
         )
         start = asyncio.create_task(engine.start())
         try:

@@ -19,6 +19,15 @@ from tests.server.rpc.toy_engine import ToyEngine
 
 BUSY = "print(flush=True)\nwhile True: pass"
 IDLE = "import signal\nprint(flush=True)\nsignal.pause()"
+# The kernel has a process wait for its child of vfork as it does for a disk. The child has the
+# memory of its parent, and so does nothing but wait, too.
+WAITS_FOR_DEVICE = """
+import ctypes
+libc = ctypes.CDLL(None)
+print(flush=True)
+libc.vfork()
+libc.sleep(1000)
+"""
 
 
 class EngineOfProcess(ToyEngine):
@@ -57,15 +66,23 @@ def engines() -> Iterator[list[EngineOfProcess]]:
     yield made
     for engine in made:
         with suppress(psutil.NoSuchProcess):
-            psutil.Process(engine.process.pid).kill()
+            process = psutil.Process(engine.process.pid)
+            for each in (*process.children(recursive=True), process):
+                each.kill()
         engine.process.wait()
+
+
+async def until_waiting_for_device(engine: EngineOfProcess) -> None:
+    process = psutil.Process(engine.process.pid)
+    while process.status() != psutil.STATUS_DISK_SLEEP:
+        await asyncio.sleep(0.01)
 
 
 async def killed(
     engine: EngineOfProcess, *, num_looks: int, timeout: float, still: float, stopped: float
 ) -> bool:
     """Return whether the watchdog kills the engine within so many looks at it."""
-    seconds = {"still_seconds": still, "stopped_seconds": stopped}
+    seconds = {"stall_seconds": still, "stopped_seconds": stopped}
     watchdog = Watchdog(engine, timeout, poll_seconds=0.05, **seconds)
     task = asyncio.create_task(watchdog.run())
     try:
@@ -106,6 +123,28 @@ async def test_one_that_does_nothing_at_all(
     engine.answers = False
     assert await killed(engine, num_looks=1000, timeout=1000, still=0.5, stopped=1000)
     assert "has not answered or done anything" in caplog.text
+
+
+async def test_one_that_waits_for_a_disk_has_the_whole_time(
+    engines: list[EngineOfProcess],
+) -> None:
+    engine = EngineOfProcess(WAITS_FOR_DEVICE)
+    engines.append(engine)
+    engine.answers = False
+    await until_waiting_for_device(engine)
+    assert not await killed(engine, num_looks=40, timeout=1000, still=0.5, stopped=1000)
+
+
+async def test_one_that_waits_for_a_disk_for_too_long(
+    engines: list[EngineOfProcess], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = EngineOfProcess(WAITS_FOR_DEVICE)
+    engines.append(engine)
+    engine.answers = False
+    await until_waiting_for_device(engine)
+    assert await killed(engine, num_looks=1000, timeout=1, still=0.2, stopped=1000)
+    assert "has not answered for 1" in caplog.text
+    assert "1 threads wait for a disk or another device" in caplog.text
 
 
 async def test_one_that_was_stopped(

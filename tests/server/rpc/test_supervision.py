@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from typing import Any
 
 import grpc
 import pytest
 
+from server.depth.autodepth import AutoDepth
+from server.depth.levels import Level
 from server.rpc.client import retry_delay
 from server.rpc.generated.fathom.v1 import control_pb2, inference_pb2
 from server.serving.service_state import State
@@ -289,3 +293,24 @@ async def test_a_drain_of_a_server_that_starts_can_be_taken_back(starting: Deplo
     assert starting.service.state is State.DRAINING
     await control.Resume(control_pb2.ResumeRequest())
     assert (await starting.client.inference.Generate(request())).HasField("finish_info")
+
+
+async def test_what_follows_the_load_is_started_again(
+    starting: Deployment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    choose, calls = AutoDepth.choose, asyncio.Queue[bool]()
+
+    def failing_once(*arguments: Any, **options: Any) -> Level:
+        calls.put_nowait(True)
+        if not caplog.records:
+            raise ZeroDivisionError("a mistake")
+        return choose(*arguments, **options)
+
+    monkeypatch.setattr(AutoDepth, "choose", failing_once)
+    caplog.set_level(logging.CRITICAL)
+    await starting.open()
+    await calls.get()
+    await calls.get()
+    (record,) = caplog.records
+    assert record.getMessage() == "what follows the load has died; it is started again in 1 s"
+    assert "ZeroDivisionError: a mistake" in caplog.text
