@@ -16,16 +16,15 @@ from typing import Any
 import psutil
 
 from pruning.checkpoint import CheckpointError
-from pruning.fingerprint import text_fingerprint
 from pruning.plan import Plan
 from pruning.quantization import QuantizationError, plan_of_base
 from pruning.surgery import SurgeryError
 from pruning.text import TextError
 from server.access.exposure import check_exposure
 from server.calibration.calibrator import Calibrator, Progress
-from server.calibration.hardware import describe_hardware
-from server.calibration.offline_plan import kept_plan, plan_key
-from server.calibration.policy_store import PlanFile, PolicyStore
+from server.calibration.offline_plan import kept_plan
+from server.calibration.policy_store import PolicyStore
+from server.calibration.state_keys import policy_store
 from server.calibration.versions import measuring_versions
 from server.config import Settings
 from server.depth.policy import DepthPolicy
@@ -42,7 +41,6 @@ from server.rpc.interceptors import Observer
 from server.rpc.server import RpcServer
 from server.serving.fair_queue import slots_for
 from server.serving.service import Service
-from server.state import StateDirectory
 from server.telemetry.log_format import with_fields
 from server.telemetry.logs import Logs
 from server.telemetry.metrics import Metrics
@@ -242,6 +240,7 @@ class Application:
         return Calibrator(
             engine,
             model_fingerprint=inputs.fingerprint,
+            tokenizer_fingerprint=inputs.tokenizer,
             versions=measuring_versions(),
             texts=inputs.texts,
             max_tokens=settings.calibration_tokens,
@@ -257,36 +256,17 @@ class Application:
         """
         if engine.serves_any_depth:
             return None
-        return kept_plan(self._settings, inputs.fingerprint, inputs.texts)
+        return kept_plan(self._settings, inputs.fingerprint, inputs.tokenizer, inputs.texts)
 
     def _policy_store(self, inputs: Inputs, model: ModelInfo) -> PolicyStore:
-        settings = self._settings
-        key = {
-            "model": inputs.fingerprint,
-            "dtype": model.dtype,
-            "max_context": model.max_context,
-        }
-        held_out = text_fingerprint(inputs.held_out_texts)
-        text = text_fingerprint(inputs.texts)
-        elastic = settings.engine == "elastic"
-        if not elastic:
-            # Compiled, it is another speed, and quality is measured in another way.
-            key["engine"] = settings.engine
-        return PolicyStore(
-            StateDirectory(settings.state_dir),
-            PlanFile(inputs.fingerprint, inputs.num_layers),
-            plan_key={**key, "text": text, "num_tokens": settings.calibration_tokens}
-            if elastic
-            else plan_key(settings, inputs.fingerprint, text),
-            quality_key={**key, "text": held_out, "num_tokens": settings.quality_tokens},
-            speed_key={
-                **key,
-                "text": held_out,
-                "hardware": describe_hardware(),
-                "versions": measuring_versions(),
-                "max_num_seqs": settings.max_num_seqs,
-                "engine_args": settings.engine_args,
-            },
+        return policy_store(
+            self._settings,
+            model,
+            fingerprint=inputs.fingerprint,
+            tokenizer=inputs.tokenizer,
+            num_layers=inputs.num_layers,
+            texts=inputs.texts,
+            held_out_texts=inputs.held_out_texts,
         )
 
     def _save(self, policy: DepthPolicy) -> None:

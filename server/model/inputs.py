@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pruning.checkpoint import CheckpointError, check_checkpoint, read_config
-from pruning.fingerprint import model_fingerprint
+from pruning.fingerprint import model_fingerprint, tokenizer_fingerprint
 from pruning.plan import Plan, PlanError
 from pruning.quantization import Order, QuantizationError, plan_of_base
 from pruning.surgery import SurgeryError, count_layers
@@ -19,6 +19,7 @@ from server.depth.levels import Level, check_levels, default_levels
 from server.engine.elastic.architectures import UnsupportedArchitecture, elastic_architecture
 from server.engine.elastic.compatibility import check_quantized_kernels
 from server.errors import FathomError, InvalidArgument
+from server.file_hashes import FileHashes
 from server.model.demo.corpus import Part, documents
 from server.model.quantized import QuantizedModel, checked_quantization
 from server.model.source import ModelSource, find_model
@@ -37,6 +38,8 @@ class Inputs:
 
     source: ModelSource
     fingerprint: str
+    # The fingerprint of whatever decides which tokens a text has.
+    tokenizer: str
     num_layers: int
     levels: tuple[Level, ...]
     default_level: str
@@ -57,7 +60,8 @@ def read_inputs(settings: Settings) -> Inputs:
     with refused_as("model", CheckpointError, UnsupportedArchitecture):
         source = find_model(settings.model, settings.revision)
         check_checkpoint(source.directory)
-        fingerprint = model_fingerprint(source.directory)
+        fingerprint = model_fingerprint(source.directory, FileHashes(settings.state_dir))
+        tokenizer = tokenizer_fingerprint(source.directory)
         num_layers = _num_layers(source.directory, elastic=settings.engine == "elastic")
     with refused_as("levels"):
         levels, default_level = chosen_levels(settings, num_layers)
@@ -78,6 +82,7 @@ def read_inputs(settings: Settings) -> Inputs:
     return Inputs(
         source=source,
         fingerprint=fingerprint,
+        tokenizer=tokenizer,
         num_layers=num_layers,
         levels=levels,
         default_level=default_level,
@@ -157,7 +162,8 @@ def _quantized(
             )
             raise InvalidArgument("order", settings.order, allowed)
         check_quantized_kernels(quantization.bits, settings.dtype)
-        return QuantizedModel(settings, source, fingerprint, texts, quantization)
+        with refused_as("calibration", TextError):
+            return QuantizedModel(settings, source, fingerprint, texts, quantization)
 
 
 def _num_layers(directory: Path, *, elastic: bool) -> int:

@@ -46,6 +46,7 @@ from server.engine.model_tokenizer import ModelTokenizer
 from server.engine.token_progress import TokenProgress
 from server.engine.vllm_client import model_info
 from server.errors import FailedPrecondition, FathomError, Unavailable
+from server.file_hashes import FileHashes
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -123,7 +124,9 @@ class DedicatedEngine:
             self._config.state_dir,
             self._config.model,
             self._config.name,
-            await asyncio.to_thread(model_fingerprint, self._config.model),
+            await asyncio.to_thread(
+                model_fingerprint, self._config.model, FileHashes(self._config.state_dir)
+            ),
             with_code=self._config.trust_remote_code,
         )
         self._publish_metrics()
