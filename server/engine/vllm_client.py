@@ -21,6 +21,7 @@ from server.engine.base import (
 )
 from server.engine.fork_server import forked_engines
 from server.engine.sampling import sampling_params, token_scores
+from server.engine.start_failure import named_failures
 from server.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class VllmClient:
         resource_tracker.ensure_running()  # when it is started, it resets the mask
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            with forked_engines():
+            with named_failures(), forked_engines():
                 self._llm = AsyncLLM.from_vllm_config(
                     config, stat_loggers=[load_logger, *stat_loggers]
                 )

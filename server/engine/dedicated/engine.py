@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from pruning.checkpoint import read_config
 from pruning.fingerprint import model_fingerprint
 from pruning.importance import BlockInfluence
@@ -280,7 +278,7 @@ class DedicatedEngine:
         try:
             engine_args = AsyncEngineArgs(**{**arguments, **config.engine_args})
             model_config = engine_args.create_engine_config().model_config
-        except ValidationError as error:
+        except Exception as error:  # its checks raise what they like
             raise refusal(error, config) from error
         return model_config, cached_tokenizer_from_config(model_config)
 
