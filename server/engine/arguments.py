@@ -15,6 +15,7 @@ import psutil
 from pydantic import ValidationError
 
 from pruning.weights import weight_files
+from server.engine.environment import check_directories, shorten_socket_directory
 from server.engine.start_failure import reason_of
 from server.errors import InvalidArgument
 
@@ -179,7 +180,12 @@ def cpu_kv_cache_bytes(gib: float | None) -> int:
 
 
 def prepare_environment() -> None:
-    """Set what vLLM and its processes read from the environment, where the operator has not."""
+    """Set what vLLM and its processes read from the environment, where the operator has not.
+
+    Raises :class:`InvalidArgument` for a variable that names a directory of no use.
+    """
+    check_directories()
+    shorten_socket_directory()
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -25,6 +25,7 @@ from server.depth.auto_rules import AutoRules
 from server.depth.levels import Level, check_levels, default_levels
 from server.engine.elastic.architectures import UnsupportedArchitecture, elastic_architecture
 from server.engine.elastic.compatibility import check_quantized_kernels
+from server.engine.environment import check_directories
 from server.engine.quantized_checkpoint import check_loadable, experts_problem
 from server.errors import FathomError, InvalidArgument
 from server.file_hashes import FileHashes
@@ -66,6 +67,8 @@ def read_inputs(settings: Settings) -> Inputs:
     Raises:
         StartError: something is missing, damaged, or does not fit the model.
     """
+    with refused_as("environment"):
+        check_directories()
     with refused_as("model", CheckpointError, UnsupportedArchitecture):
         source = find_model(settings.model, settings.revision)
         check_checkpoint(source.directory)

@@ -26,6 +26,7 @@ from pruning.quantization import (
     with_companions_of,
 )
 from pruning.surgery.companions import companions_fingerprint
+from pruning.text import TextError
 from pruning.transformers_model import load_tokenizer
 from server.calibration.calibrator import WINDOW, text_windows
 from server.config import Settings
@@ -256,7 +257,19 @@ def calibration_windows(
         return list(tokenizer(text, add_special_tokens=special_tokens).input_ids)
 
     context = max_context(settings, directory)
-    return text_windows(tokenize, texts, context, settings.calibration_tokens)
+    windows = text_windows(tokenize, texts, context, settings.calibration_tokens)
+    _check_known(windows, read_config(directory).get("vocab_size"))
+    return windows
+
+
+def _check_known(windows: Sequence[Sequence[int]], vocab_size: object) -> None:
+    """Raise :class:`TextError` for a token without an embedding: the model would fail at it."""
+    largest = max(map(max, windows))
+    if isinstance(vocab_size, int) and largest >= vocab_size:
+        raise TextError(
+            f"its tokenizer makes token {largest} of this text, allowed: below {vocab_size}, the "
+            "vocab_size of config.json"
+        )
 
 
 def max_context(settings: Settings, directory: Path) -> int:
