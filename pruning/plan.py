@@ -16,6 +16,9 @@ from pruning.importance import BlockInfluence
 
 FORMAT_VERSION = 1
 METRIC = "block_influence"
+_TOKENIZER = "tokenizer_fingerprint"
+# Missing in plans of earlier versions.
+_OPTIONAL = {_TOKENIZER}
 # Larger integers may have no exact float.
 _MAX_EXACT_INTEGER = 2**53
 
@@ -42,6 +45,8 @@ class Plan:
     num_tokens: int
     versions: dict[str, str]
     created_at: float
+    # Empty where it is not known.
+    tokenizer_fingerprint: str = ""
     metric: str = METRIC
     format_version: int = FORMAT_VERSION
 
@@ -77,6 +82,7 @@ class Plan:
         *,
         model_fingerprint: str,
         text_fingerprint: str,
+        tokenizer_fingerprint: str = "",
         versions: dict[str, str],
     ) -> Plan:
         """Return the plan that removes the layers with the lowest influence first."""
@@ -86,6 +92,7 @@ class Plan:
             stderrs=importance.stderrs,
             model_fingerprint=model_fingerprint,
             text_fingerprint=text_fingerprint,
+            tokenizer_fingerprint=tokenizer_fingerprint,
             num_tokens=importance.num_tokens,
             versions=versions,
             created_at=time.time(),
@@ -149,7 +156,7 @@ def _parse(data: bytes) -> dict[str, Any]:
     if (version := document.get("format_version")) != FORMAT_VERSION:
         _refuse("format_version", version, str(FORMAT_VERSION))
     names = {field.name for field in fields(Plan)}
-    if missing := sorted(names - document.keys()):
+    if missing := sorted(names - _OPTIONAL - document.keys()):
         raise PlanError(f"{missing[0]}: found nothing, allowed: a value")
     if unknown := sorted(document.keys() - names):
         raise PlanError(f"{unknown[0]}: unknown, allowed: {', '.join(sorted(names))}")
@@ -162,6 +169,7 @@ def _parse(data: bytes) -> dict[str, Any]:
         "num_tokens": _integer(document, "num_tokens"),
         "versions": _strings(document, "versions"),
         "created_at": _number(document, "created_at"),
+        "tokenizer_fingerprint": _string({_TOKENIZER: "", **document}, _TOKENIZER),
         "metric": _string(document, "metric"),
         "format_version": _integer(document, "format_version"),
     }

@@ -99,14 +99,20 @@ def _round_robin(documents: Iterable[Sequence[int]], window: int) -> Iterator[Se
 def _documents(source: str, max_characters: int | None) -> Iterator[str]:
     if not source:
         raise TextError(f"calibration text: got '', allowed: {_ALLOWED_SOURCE}")
-    path = Path(source).expanduser()
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if _is_text(file) and file.is_file())
+    try:
+        path = Path(source).expanduser()
+        files = sorted(filter(_is_text, path.rglob("*"))) if path.is_dir() else []
+        files = [file for file in files if file.is_file()]
+        is_directory, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no such user as in ~user
+        reason = getattr(error, "strerror", None) or error
+        raise TextError(f"{source!r}: {reason}, allowed: {_ALLOWED_SOURCE}") from None
+    if is_directory:
         if not files:
             raise TextError(f"{source}: no files in it, allowed: {', '.join(_SUFFIXES)}")
         for file in files:
             yield from _file_documents(file, max_characters)
-    elif path.exists():
+    elif exists:
         yield from _file_documents(path, max_characters)
     elif _is_text(path) or source.startswith((os.sep, "~", ".")):
         raise TextError(f"{source!r}: no such file or directory, allowed: {_ALLOWED_SOURCE}")
@@ -119,6 +125,8 @@ def _is_text(path: Path) -> bool:
 
 
 def _file_documents(path: Path, max_characters: int | None) -> Iterator[str]:
+    if not path.is_file():  # it could be a pipe that nobody writes to
+        raise TextError(f"{path}: not a file, allowed: {_ALLOWED_SOURCE}")
     match path.suffix.lower():
         case ".txt":
             # Each line has at least one character, so more lines are never needed.
@@ -165,6 +173,8 @@ def _parsed(text: str, path: Path, first_line: int) -> object:
         ) from None
     except RecursionError:
         raise TextError(f"{path}, line {first_line}: JSON nested too deeply") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise TextError(f"{path}, line {first_line}: not JSON: {error}") from None
 
 
 def _text_of(value: object, where: str) -> str:

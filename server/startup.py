@@ -6,15 +6,14 @@ import logging
 from dataclasses import replace
 
 from pruning.checkpoint import CheckpointError
-from pruning.fingerprint import text_fingerprint
 from pruning.plan import Plan
 from pruning.quantization import QuantizationError, plan_of_base
 from pruning.surgery import SurgeryError
 from pruning.text import TextError
 from server.calibration.calibrator import Calibrator, Progress
-from server.calibration.hardware import describe_hardware
-from server.calibration.offline_plan import kept_plan, plan_key
-from server.calibration.policy_store import PlanFile, PolicyStore
+from server.calibration.offline_plan import kept_plan
+from server.calibration.policy_store import PolicyStore
+from server.calibration.state_keys import policy_store
 from server.calibration.versions import measuring_versions
 from server.config import Settings
 from server.depth.policy import DepthPolicy
@@ -22,7 +21,6 @@ from server.engine.base import Engine, EngineDead
 from server.model.inputs import Inputs, refused_as
 from server.model.quantized import QuantizedModel
 from server.serving.service import Service
-from server.state import StateDirectory
 from server.telemetry.progress import ProgressReport
 
 # Models with more layers have their quality measured at the levels alone.
@@ -111,7 +109,8 @@ class Startup:
             plan = self._inputs.plan
             if plan is None and not self._engine.serves_any_depth:
                 # Such an engine loads a model only to rank its layers: any kept plan will do.
-                plan = kept_plan(self._settings, self._inputs.fingerprint, self._inputs.texts)
+                inputs = self._inputs
+                plan = kept_plan(self._settings, inputs.fingerprint, inputs.tokenizer, inputs.texts)
             return plan or await store.plan(lambda: calibrator.measure_plan(self._on_progress))
 
     async def _measure(
@@ -140,6 +139,7 @@ class Startup:
         return Calibrator(
             self._engine,
             model_fingerprint=inputs.fingerprint,
+            tokenizer_fingerprint=inputs.tokenizer,
             versions=measuring_versions(),
             texts=inputs.texts,
             max_tokens=settings.calibration_tokens,
@@ -149,33 +149,15 @@ class Startup:
         )
 
     def _policy_store(self) -> PolicyStore:
-        settings, inputs, model = self._settings, self._inputs, self._engine.model
-        key = {
-            "model": inputs.fingerprint,
-            "dtype": model.dtype,
-            "max_context": model.max_context,
-        }
-        held_out = text_fingerprint(inputs.held_out_texts)
-        text = text_fingerprint(inputs.texts)
-        elastic = settings.engine == "elastic"
-        if not elastic:
-            # Compiled, it is another speed, and quality is measured in another way.
-            key["engine"] = settings.engine
-        return PolicyStore(
-            StateDirectory(settings.state_dir),
-            PlanFile(inputs.fingerprint, inputs.num_layers),
-            plan_key={**key, "text": text, "num_tokens": settings.calibration_tokens}
-            if elastic
-            else plan_key(settings, inputs.fingerprint, text),
-            quality_key={**key, "text": held_out, "num_tokens": settings.quality_tokens},
-            speed_key={
-                **key,
-                "text": held_out,
-                "hardware": describe_hardware(),
-                "versions": measuring_versions(),
-                "max_num_seqs": settings.max_num_seqs,
-                "engine_args": settings.engine_args,
-            },
+        inputs = self._inputs
+        return policy_store(
+            self._settings,
+            self._engine.model,
+            fingerprint=inputs.fingerprint,
+            tokenizer=inputs.tokenizer,
+            num_layers=inputs.num_layers,
+            texts=inputs.texts,
+            held_out_texts=inputs.held_out_texts,
         )
 
     def _on_progress(self, progress: Progress) -> None:

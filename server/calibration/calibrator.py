@@ -62,6 +62,7 @@ class Calibrator:
         engine: Engine,
         *,
         model_fingerprint: str,
+        tokenizer_fingerprint: str = "",
         versions: Mapping[str, str],
         texts: Sequence[str],
         max_tokens: int,
@@ -76,6 +77,7 @@ class Calibrator:
         """
         self._engine = engine
         self._model_fingerprint = model_fingerprint
+        self._tokenizer_fingerprint = tokenizer_fingerprint
         self._versions = dict(versions)
         self._texts = texts
         self._max_tokens = max_tokens
@@ -105,6 +107,7 @@ class Calibrator:
             importance,
             model_fingerprint=self._model_fingerprint,
             text_fingerprint=text_fingerprint(texts or self._texts),
+            tokenizer_fingerprint=self._tokenizer_fingerprint,
             versions=self._versions,
         )
 

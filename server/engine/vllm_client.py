@@ -26,6 +26,7 @@ from server.engine.generation_defaults import GenerationDefaults
 from server.engine.model_tokenizer import ModelTokenizer
 from server.engine.partial_character import go_on_within_character
 from server.engine.sampling import sampling_params, token_scores
+from server.engine.start_failure import named_failures
 from server.engine.stops import Stops
 from server.errors import InvalidArgument
 
@@ -86,7 +87,7 @@ class VllmClient:
         resource_tracker.ensure_running()  # when it is started, it resets the mask
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            with forked_engines():
+            with named_failures(), forked_engines():
                 self._llm = AsyncLLM.from_vllm_config(
                     config, stat_loggers=[load_logger, *stat_loggers]
                 )

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from pruning.checkpoint import read_config
 from pruning.fingerprint import model_fingerprint
 from pruning.importance import BlockInfluence
@@ -46,6 +44,7 @@ from server.engine.model_tokenizer import ModelTokenizer
 from server.engine.token_progress import TokenProgress
 from server.engine.vllm_client import model_info
 from server.errors import FailedPrecondition, FathomError, Unavailable
+from server.file_hashes import FileHashes
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -126,7 +125,9 @@ class DedicatedEngine:
             self._config.state_dir,
             self._config.model,
             self._config.name,
-            await asyncio.to_thread(model_fingerprint, self._config.model),
+            await asyncio.to_thread(
+                model_fingerprint, self._config.model, FileHashes(self._config.state_dir)
+            ),
             with_code=self._config.trust_remote_code,
         )
         self._publish_metrics()
@@ -279,7 +280,7 @@ class DedicatedEngine:
         try:
             engine_args = AsyncEngineArgs(**{**arguments, **config.engine_args})
             model_config = engine_args.create_engine_config().model_config
-        except ValidationError as error:
+        except Exception as error:  # its checks raise what they like
             raise refusal(error, config) from error
         return model_config, cached_tokenizer_from_config(model_config)
 

@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from pruning.checkpoint import read_config
 from server.background import BackgroundTask
 from server.engine.arguments import (
@@ -150,7 +148,7 @@ class LevelEngine:
             arguments["gpu_memory_utilization"] = whole * resources.share
         try:
             vllm_config = AsyncEngineArgs(**{**arguments, **given}).create_engine_config()
-        except ValidationError as error:
+        except Exception as error:  # its checks raise what they like
             raise refusal(error, config) from error
         check_kv_cache(vllm_config, None)
         return vllm_config

@@ -9,8 +9,6 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
-
 from pruning.importance import BlockInfluence, block_influence, merge_sums
 from pruning.plan import Plan
 from pruning.quality import Quality, quality_of_windows
@@ -98,9 +96,10 @@ class ElasticEngine:
         from server.engine.elastic.plugin import register
 
         register()
+        arguments = vllm_arguments(self._config)
         try:
-            config = vllm_arguments(self._config).create_engine_config()
-        except ValidationError as error:
+            config = arguments.create_engine_config()
+        except Exception as error:  # its checks raise what they like
             raise refusal(error, self._config) from error
         check_kv_cache(config, self._config.kv_cache_gib)
         return config

@@ -17,6 +17,7 @@ from server.engine.arguments import (
     cpu_arguments,
     prepare_cpu_environment,
     prepare_environment,
+    refusal,
 )
 from server.engine.elastic.architectures import elastic_architecture
 
@@ -56,7 +57,8 @@ def vllm_arguments(config: ElasticConfig) -> AsyncEngineArgs:
     """Return vLLM's arguments for ``config``.
 
     Raises:
-        InvalidArgument: ``engine_args`` has a name that vLLM does not know, or that Fathom sets.
+        InvalidArgument: ``engine_args`` has a name that vLLM does not know, or that Fathom sets,
+            or transformers cannot read the model's configuration.
         UnsupportedArchitecture: The model cannot run at several depths.
     """
     from transformers import AutoConfig
@@ -64,9 +66,12 @@ def vllm_arguments(config: ElasticConfig) -> AsyncEngineArgs:
     from vllm.platforms import current_platform
 
     check_engine_args(config.engine_args, _RESERVED)
-    model_config = AutoConfig.from_pretrained(
-        config.model, trust_remote_code=config.trust_remote_code
-    )
+    try:
+        model_config = AutoConfig.from_pretrained(
+            config.model, trust_remote_code=config.trust_remote_code
+        )
+    except Exception as error:  # the package documents no base class of what it raises
+        raise refusal(error, config) from error
     overrides = dict(config.engine_args.get("hf_overrides", {}))
     overrides["architectures"] = [elastic_architecture(model_config.architectures or [])]
     arguments: dict[str, Any] = {
