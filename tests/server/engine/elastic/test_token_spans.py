@@ -45,13 +45,13 @@ def test_spans_say_of_each_token_what_its_position_says(
             seen.append(token)
             is_prompt = first + token - query_start[row] < num_prompt
             skips = layers.prefill_skips if is_prompt else layers.decode_skips
-            assert spans.runs[index].tolist() == [i not in skips for i in range(NUM_LAYERS)]
+            assert spans.active[index].tolist() == [i not in skips for i in range(NUM_LAYERS)]
             expected = [
                 is_prompt and i in layers.prefill_skips and i not in layers.decode_skips
                 for i in range(NUM_LAYERS)
             ]
-            left = spans.leaves_keys
-            assert (left[index].tolist() if left is not None else [False] * 4) == expected
+            kv_only = spans.kv_only
+            assert (kv_only[index].tolist() if kv_only is not None else [False] * 4) == expected
     assert seen == list(range(query_start[-1])), "every token of the step is in one span, in order"
 
 
@@ -94,7 +94,7 @@ def test_row_table_follows_the_batch(operations: list[tuple[str, int, object]]) 
                 table.swap(row, argument)
                 model[row], model[argument] = model.get(argument, ()), model.get(row, ())
         for each in range(5):
-            skips = tuple(np.flatnonzero(~table.prefill_runs[each]).tolist())
+            skips = tuple(np.flatnonzero(~table.prefill_active[each]).tolist())
             assert skips == model.get(each, ())
 
 
