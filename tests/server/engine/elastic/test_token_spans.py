@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.engine.base import LayerSelection
-from server.engine.elastic.payload import Payload, cache_salt
+from server.engine.elastic.payload import Payload
 from server.engine.elastic.row_table import RowTable
 from server.engine.elastic.token_spans import TokenSpans, token_indices
 
@@ -104,13 +104,3 @@ def test_payload_survives_the_way_through_vllm(
 ) -> None:
     payload = Payload(LayerSelection(prefill, decode), num_context)
     assert Payload.from_extra_args(payload.to_extra_args()) == payload
-
-
-@given(layer_sets, layer_sets)
-def test_cache_is_shared_by_equal_layers_alone(a: tuple[int, ...], b: tuple[int, ...]) -> None:
-    uniform = [LayerSelection(layers, layers) for layers in (a, b)]
-    salts = [cache_salt(layers, request) for layers, request in zip(uniform, "xy", strict=True)]
-    assert (salts[0] == salts[1]) == (a == b)
-    if a != b:
-        split = LayerSelection(a, b)
-        assert cache_salt(split, "x") != cache_salt(split, "y")
