@@ -112,6 +112,7 @@ class Application:
                 max_waiting=settings.max_waiting,
                 max_waiting_tokens=settings.max_waiting_tokens,
                 max_buffered_tokens=settings.max_buffered_tokens,
+                share_prefix_cache=settings.share_prefix_cache,
                 engine_timeout_seconds=settings.engine_timeout_seconds,
                 engine_stall_seconds=settings.engine_stall_seconds,
                 auto_rules=auto_rules(settings),

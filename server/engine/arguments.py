@@ -188,6 +188,8 @@ def prepare_environment() -> None:
     shorten_socket_directory()
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
+        # Tells of each request whether the model computed what is not a number.
+        "VLLM_COMPUTE_NANS_IN_LOGITS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "TORCH_CPP_LOG_LEVEL": "ERROR",

@@ -39,15 +39,18 @@ class ModelTokenizer:
     def max_characters_per_token(self) -> int:
         return int(self._tokenizer.max_chars_per_token)
 
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id that there may be a token for."""
+        return int(self._tokenizer.max_token_id) + 1
+
     @cached_property
     def special_tokens(self) -> dict[str, int]:
         """The id of each special token, which never shows in a text, by its name."""
         added = getattr(self._tokenizer, "added_tokens_decoder", {})
         named = {token.content: number for number, token in added.items() if token.special}
-        pairs = zip(
-            self._tokenizer.all_special_tokens, self._tokenizer.all_special_ids, strict=True
-        )
-        return named | dict(pairs)
+        names, ids = self._tokenizer.all_special_tokens, self._tokenizer.all_special_ids
+        return named | dict(zip(names, ids, strict=True))
 
     def tokenize(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Return the ids of ``text``, after the special tokens that begin every text."""

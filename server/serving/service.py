@@ -27,6 +27,8 @@ from server.depth.auto_rules import AutoRules, check_rules
 from server.depth.autodepth import AutoDepth
 from server.depth.policy import DepthPolicy, ServedDepth
 from server.engine.base import (
+    EVERYONE,
+    CacheNamespace,
     Engine,
     EngineDead,
     GenerationDelta,
@@ -68,6 +70,7 @@ class Service:
         max_waiting: int = 1024,
         max_waiting_tokens: int | None = None,
         max_buffered_tokens: int | None = None,
+        share_prefix_cache: bool = False,
         grace_seconds: float = 30.0,
         engine_timeout_seconds: float = 0.0,
         engine_stall_seconds: float = 0.0,
@@ -82,7 +85,8 @@ class Service:
 
         Each engine, of which the dedicated one has one for every depth among the levels, is given
         ``max_running`` requests at a time; None: all. A client may leave
-        ``max_buffered_tokens`` of a stream unread, in tokens and log-probabilities. An engine that
+        ``max_buffered_tokens`` of a stream unread, in tokens and log-probabilities.
+        ``share_prefix_cache``: clients trust each other, and share what is cached. An engine that
         does not answer for ``engine_timeout_seconds`` is started again, unless that is 0, and
         after ``engine_stall_seconds`` already, unless they are 0, where it does nothing at all.
         ``max_logprobs`` is the engine's limit.
@@ -96,6 +100,7 @@ class Service:
             self._queue, max_waiting, max_waiting_tokens, other_queues=self._prompts.queues
         )
         self._max_buffered_tokens = max_buffered_tokens
+        self._share_prefix_cache = share_prefix_cache
         self._grace_seconds = grace_seconds
         self._max_logprobs = max_logprobs
         self._version = version
@@ -247,7 +252,9 @@ class Service:
                     preface.append(GenerationDelta(text, ()))
                 runner = RequestRunner(
                     self._engine,
-                    GenerationRequest(admitted.engine_id, prompt_ids, layers, sampling),
+                    GenerationRequest(
+                        admitted.engine_id, prompt_ids, layers, sampling, self._cache_namespace()
+                    ),
                     served,
                     arrived,
                     Attempts(self._restarter, slot, admitted, may_repeat=may_repeat),
@@ -276,7 +283,11 @@ class Service:
                     attempts.begin()
                     try:
                         scores = await self._engine.score(
-                            admitted.engine_id, context_ids + ids, len(context_ids) or 1, layers
+                            admitted.engine_id,
+                            context_ids + ids,
+                            len(context_ids) or 1,
+                            layers,
+                            self._cache_namespace(),
                         )
                         return ScoringResult(tuple(scores), served)
                     except EngineDead as error:
@@ -353,6 +364,9 @@ class Service:
         self._in_force.install(policy)
 
     # Inside
+
+    def _cache_namespace(self) -> CacheNamespace | None:
+        return EVERYONE if self._share_prefix_cache else current_caller().cache_namespace
 
     def _admit(self, request_id: str) -> AbstractContextManager[Admitted]:
         return self._admission.admit(request_id, current_caller().client)
