@@ -205,6 +205,27 @@ class VllmClient:
                     _check_finite(output, delta.scores, depth)
                     yield delta
 
+    async def prefill(
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        extra_args: dict[str, Any],
+        *,
+        cache_salt: str,
+        depth: str,
+    ) -> None:
+        """Run all of ``token_ids``, uncached; raise what :meth:`generate` does."""
+        params = self.sampling_params(SamplingOptions(max_tokens=1), extra_args)
+        params.detokenize = False
+        # A token that is found in the prefix cache is not run, and so not measured.
+        params.skip_reading_prefix_cache = True
+        with self._errors() as llm:
+            outputs = llm.generate(_prompt(token_ids, cache_salt), params, request_id)
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    _finish_reason(output.outputs[0].finish_reason)
+                    _check_finite(output, (), depth)
+
     async def prompt_scores(
         self,
         request_id: str,

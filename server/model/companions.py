@@ -76,7 +76,7 @@ def _check_tokenizer(directory: Path) -> None:
         _check_tokenizer_file(whole)
         return
     found = [name for name in _TOKENIZERS if (directory / name).is_file()]
-    if "auto_map" in config or found or list(directory.glob(_TIKTOKEN)):
+    if "auto_map" in config or found or any(directory.glob(_TIKTOKEN)):
         return
     raise CheckpointError(
         f"{directory}: holds no tokenizer, allowed: one of {', '.join(_TOKENIZERS)}"

@@ -186,7 +186,7 @@ class Service:
         Raises :class:`FailedPrecondition` where the server is not draining, or is being stopped.
         """
         self._state.require_draining()
-        if self._policy is None:
+        if not self._in_force.is_known:
             self._state.turn_to(State.STARTING)
         else:
             self._restarter.resume()

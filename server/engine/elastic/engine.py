@@ -249,22 +249,13 @@ class ElasticEngine:
 
         async def prefill(token_ids: Sequence[int], payload: Payload) -> None:
             async with slots:
-                params = self._llm.sampling_params(
-                    SamplingOptions(max_tokens=1), payload.to_extra_args()
-                )
-                params.detokenize = False
-                # A hit in the prefix cache would be a token that is not measured.
-                params.skip_reading_prefix_cache = True
-                request_id = f"measure-{next(self._numbers)}"
-                deltas = self._llm.generate(
-                    request_id,
+                await self._llm.prefill(
+                    f"measure-{next(self._numbers)}",
                     token_ids,
-                    params,
+                    payload.to_extra_args(),
                     cache_salt=cache_salt(payload.layers, None),
                     depth=payload.layers.depth_text(self.model.num_layers),
                 )
-                async for _ in deltas:
-                    pass
                 progress.advance(len(token_ids))
 
         try:
