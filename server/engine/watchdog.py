@@ -14,14 +14,14 @@ from server.engine.base import EngineDead
 
 logger = logging.getLogger(__name__)
 
-# Without an answer, and without the least use of a processor: nothing is being computed.
+# Processes that neither answer nor use a processor for so long compute nothing.
 _STILL_SECONDS = 10.0
-# Stopped by a signal: it cannot even begin to answer.
+# Processes that a signal has stopped cannot answer at all.
 _STOPPED_SECONDS = 3.0
 
 
 class Pingable(Protocol):
-    """What can fall silent."""
+    """What the watchdog watches."""
 
     @property
     def is_alive(self) -> bool: ...
