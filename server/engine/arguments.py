@@ -1,4 +1,4 @@
-"""What every engine tells vLLM: arguments, environment, and checks before it is started."""
+"""vLLM's arguments and environment for every engine, and checks before one is started."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 GIB = 1 << 30
 _SMALL_MODEL_BYTES = 64 << 20
-# What Fathom sets itself, with the setting to use instead, where there is one.
+# vLLM's arguments that Fathom sets itself, each with the setting to use instead, if there is one.
 RESERVED: Mapping[str, str | None] = {
     "model": "model",
     "revision": "revision",

@@ -1,4 +1,4 @@
-"""The interface between the service and whatever runs tokens."""
+"""The interface between the service and the engines, which run tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pruning.importance import BlockInfluence
 from pruning.plan import Plan
 from pruning.quality import Quality
 
-# Called with (done, total): tokens, or engines that are started.
+# Called with (done, total), in tokens or in engines that have been started.
 ProgressCallback = Callable[[int, int], None]
 
 
@@ -128,13 +128,13 @@ class ModelInfo:
     # Ids below it have a row in the model's embedding and are within the tokenizer's vocabulary.
     vocab_size: int
     max_context: int
-    # The longest text that one token stands for.
+    # The length of the longest text that one token stands for.
     max_characters_per_token: int
 
 
 @dataclass(frozen=True, slots=True)
 class LoadInfo:
-    """Requests in the engine at this moment."""
+    """The number of requests in the engine at this moment."""
 
     num_running: int
     num_waiting: int

@@ -1,4 +1,4 @@
-"""Between the service's sampling options and scores and vLLM's."""
+"""Sampling options and scores, turned into vLLM's and back."""
 
 from __future__ import annotations
 

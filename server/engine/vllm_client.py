@@ -1,4 +1,4 @@
-"""One engine of vLLM in a process of its own, with its errors in the server's terms."""
+"""vLLM's client of one engine, with errors turned into the server's own."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class VllmClient:
 
     @property
     def process_ids(self) -> list[int]:
-        """The processes that vLLM's client has started; empty where that is not for it to know."""
+        """The processes that vLLM's client has started; empty if it does not know them."""
         if self._llm is None:
             return []
         resources = getattr(self._llm.engine_core, "resources", None)

@@ -15,12 +15,14 @@ from server.engine.process_activity import activity_of
 
 logger = logging.getLogger(__name__)
 
+# Processes that neither answer nor do anything for so long hang.
 _STALL_SECONDS = 10.0
+# Processes that a signal has stopped cannot answer at all.
 _STOPPED_SECONDS = 3.0
 
 
 class Pingable(Protocol):
-    """What can fall silent."""
+    """What the watchdog watches."""
 
     @property
     def is_alive(self) -> bool: ...

@@ -38,7 +38,7 @@ _THREADS_VARIABLE = "OMP_NUM_THREADS"
 
 
 class LevelEngine:
-    """Runs one depth; is started again with back-off when its process has ended."""
+    """The engine of one depth; it is started again, with back-off, when its process has ended."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class LevelEngine:
 
     @contextmanager
     def in_use(self) -> Iterator[VllmClient]:
-        """Use the engine for a request; raise :class:`Unavailable` where it is, or dies, down."""
+        """Use the engine for a request; raise :class:`Unavailable` if it is down or dies."""
         message = f"the engine of depth {self.depth} has died; it is being started again"
         if not self.is_alive:
             raise Unavailable(message)

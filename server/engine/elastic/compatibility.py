@@ -36,6 +36,7 @@ _NAMES = {
         "CommonAttentionMetadata",
         "subclass_attention_backend",
     ),
+    "vllm.v1.kv_cache_interface": ("KVCacheConfig", "KVCacheConfig.needs_kv_cache_zeroing"),
     "vllm.v1.sample.logits_processor": ("LogitsProcessor",),
     "vllm.v1.sample.logits_processor.interface": ("BatchUpdate", "MoveDirectionality"),
     "vllm.model_executor.layers.attention.attention": ("unified_kv_cache_update",),

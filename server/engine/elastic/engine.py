@@ -129,7 +129,7 @@ class ElasticEngine:
         """Do nothing: every depth can be run at any time."""
 
     def release_others(self, selections: Iterable[LayerSelection]) -> None:
-        """Do nothing: no depth takes anything that could be given up."""
+        """Do nothing: no depth holds anything of its own."""
 
     def can_run(self, layers: LayerSelection) -> bool:
         return self.is_alive
