@@ -177,6 +177,7 @@ async def test_a_client_of_v1alpha_finds_all_it_needs_to_call(deployment: Deploy
         "SetPolicy",
         "GetStatus",
         "Drain",
+        "Resume",
     }
     seen = pool.FindMessageTypeByName("fathom.v1.GenerateRequest")
     expected = inference_pb2.GenerateRequest.DESCRIPTOR.fields_by_name

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pytest
 
-from server.calls.generation import ScoringResult
 from server.depth.policy import Reason, ServedDepth
 from server.engine.base import GenerationDelta, TokenScore
 from server.rpc import replies
@@ -42,8 +41,9 @@ def test_generate(num_tokens: int, num_top: int) -> None:
 
 def test_score() -> None:
     def scored(num_tokens: int) -> int:
-        result = ScoringResult(scores(num_tokens), SERVED)
-        return replies.score_message(result).ByteSize()
+        response = replies.score_message(scores(num_tokens), SERVED)
+        response.logprobs.extend(map(replies.logprob_message, scores(num_tokens)))
+        return response.ByteSize()
 
     assert scored(160_000) <= CLIENT_LIMIT < scored(200_000)
 
