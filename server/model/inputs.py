@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -177,4 +178,5 @@ def _num_layers(directory: Path, *, elastic: bool) -> int:
 def _texts(source: str | None, part: Part, max_tokens: int) -> Sequence[str]:
     if source is None:
         return list(documents([part]))
-    return load_texts(source, max_characters=max_tokens * _CHARACTERS_PER_TOKEN)
+    max_characters = min(max_tokens * _CHARACTERS_PER_TOKEN, sys.maxsize)
+    return load_texts(source, max_characters=max_characters)
