@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from typing import Any
 
@@ -105,38 +105,14 @@ class Application:
                 metrics_port = MetricsPort(metrics, settings.metrics_host, settings.metrics_port)
             stack.callback(metrics_port.close)
             engine = _engine(settings, inputs)
-            service = Service(
-                engine,
-                metrics,
-                max_running=slots_for(settings.max_num_seqs),
-                max_waiting=settings.max_waiting,
-                max_waiting_tokens=settings.max_waiting_tokens,
-                max_buffered_tokens=settings.max_buffered_tokens,
-                share_prefix_cache=settings.share_prefix_cache,
-                engine_timeout_seconds=settings.engine_timeout_seconds,
-                engine_stall_seconds=settings.engine_stall_seconds,
-                auto_rules=auto_rules(settings),
-                grace_seconds=settings.grace_seconds,
-                version=VERSION,
-            )
+            service = make_service(settings, engine, metrics)
             observers: list[Observer] = [log_request]
             with refused_as("otlp_endpoint"):
                 tracing = open_tracing(settings.otlp_endpoint, VERSION)
             if tracing is not None:
                 stack.callback(tracing.close)
                 observers.append(tracing.observer(lambda: service.model_name))
-            rpc_server = RpcServer(
-                service,
-                settings.host,
-                settings.port,
-                max_message_bytes=settings.max_message_bytes
-                or default_message_bytes(settings.max_context or inputs.source.max_context()),
-                max_concurrent_streams=settings.max_streams_per_connection,
-                max_connection_age_seconds=settings.max_connection_seconds,
-                tls=access.tls,
-                authenticator=access.authenticator,
-                observers=observers,
-            )
+            rpc_server = make_rpc_server(settings, inputs, service, access, observers)
             with refused_as("port"):
                 await rpc_server.start()
             start_fork_server()  # what it takes long for is done by the time it is needed
@@ -203,6 +179,46 @@ class Application:
         self._logs.console.show_cursor(True)
         self._logs.close()
         _end_now(128 + number if self._serving else 0)
+
+
+def make_service(settings: Settings, engine: Engine, metrics: Metrics) -> Service:
+    """Return the service that the settings describe, of an engine that has not been started."""
+    return Service(
+        engine,
+        metrics,
+        max_running=slots_for(settings.max_num_seqs),
+        max_waiting=settings.max_waiting,
+        max_waiting_tokens=settings.max_waiting_tokens,
+        max_buffered_tokens=settings.max_buffered_tokens,
+        share_prefix_cache=settings.share_prefix_cache,
+        engine_timeout_seconds=settings.engine_timeout_seconds,
+        engine_stall_seconds=settings.engine_stall_seconds,
+        auto_rules=auto_rules(settings),
+        grace_seconds=settings.grace_seconds,
+        version=VERSION,
+    )
+
+
+def make_rpc_server(
+    settings: Settings,
+    inputs: Inputs,
+    service: Service,
+    access: Access,
+    observers: Sequence[Observer] = (),
+) -> RpcServer:
+    """Return the gRPC server that the settings describe; it does not listen yet."""
+    max_context = settings.max_context or inputs.source.max_context()
+    return RpcServer(
+        service,
+        settings.host,
+        settings.port,
+        max_message_bytes=settings.max_message_bytes or default_message_bytes(max_context),
+        max_concurrent_streams=settings.max_streams_per_connection,
+        max_connection_age_seconds=settings.max_connection_seconds,
+        tls=access.tls,
+        authenticator=access.authenticator,
+        observers=observers,
+    )
 
 
 def _engine(settings: Settings, inputs: Inputs) -> Engine:

@@ -62,6 +62,9 @@ class BackgroundTask:
                     raise
                 problem: BaseException = error  # of something that it waited for
             except Exception as error:
+                if self._is_stopping():
+                    logger.warning("%s has failed as it was stopped", self._name, exc_info=error)
+                    return
                 problem = error
             if loop.time() - started > self._max_delay:
                 delay = self._first_delay

@@ -173,10 +173,17 @@ def cpu_dtype(dtype: DtypeName, *, quantized: bool) -> DtypeName:
 
 
 def cpu_kv_cache_bytes(gib: float | None) -> int:
-    """Return the size of the KV cache on a CPU."""
-    if gib is not None:
-        return int(gib * GIB)
-    return min(4 * GIB, psutil.virtual_memory().available // 4)
+    """Return the size of the KV cache on a CPU.
+
+    Raises :class:`InvalidArgument` for more than the machine has.
+    """
+    memory = psutil.virtual_memory()
+    if gib is None:
+        return min(4 * GIB, memory.available // 4)
+    if gib * GIB > memory.total:
+        allowed = f"at most {memory.total / GIB:.3g}, the memory of this machine"
+        raise InvalidArgument("kv_cache_gib", gib, allowed)
+    return int(gib * GIB)
 
 
 def prepare_environment() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -213,4 +214,5 @@ def _num_layers(directory: Path, *, elastic: bool) -> int:
 def _texts(source: str | None, part: Part, max_tokens: int) -> Sequence[str]:
     if source is None:
         return list(documents([part]))
-    return load_texts(source, max_characters=max_tokens * _CHARACTERS_PER_TOKEN)
+    max_characters = min(max_tokens * _CHARACTERS_PER_TOKEN, sys.maxsize)
+    return load_texts(source, max_characters=max_characters)

@@ -140,6 +140,8 @@ _LAST_MESSAGES_SECONDS = 0.1
 # Calls that gRPC holds until the event loop takes them, some 16 KiB each. By default gRPC cancels
 # some calls beyond a thousand, which a burst of streams reaches; admission refuses with a reason.
 _MAX_PENDING_CALLS = 2**13
+# The largest value of an option; gRPC takes it for no limit.
+_MAX_INT = 2**31 - 1
 
 
 def _options(
@@ -168,7 +170,8 @@ def _options(
         options.append(("grpc.http.overload_protection", 0))
     if max_connection_age_seconds is not None:
         # Running calls are finished on the old connection: its grace has no limit.
-        options.append(("grpc.max_connection_age_ms", int(max_connection_age_seconds * 1000)))
+        milliseconds = int(min(max_connection_age_seconds * 1000, _MAX_INT))
+        options.append(("grpc.max_connection_age_ms", milliseconds))
     return options
 
 

@@ -70,5 +70,22 @@ async def test_one_that_waits_to_be_started_again_can_be_stopped() -> None:
     assert work.num_runs == 1
 
 
+async def test_one_that_fails_as_it_is_stopped_has_ended(caplog: pytest.LogCaptureFixture) -> None:
+    is_waiting = asyncio.Event()
+
+    async def work() -> None:
+        is_waiting.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise ValueError("at the end")
+
+    task = BackgroundTask("the work", work, first_delay=1e9, max_delay=1e9)
+    task.start()
+    await is_waiting.wait()
+    await task.stop()
+    assert caplog.messages == ["the work has failed as it was stopped"]
+
+
 async def test_one_that_was_never_started_can_be_stopped() -> None:
     await BackgroundTask("the work", lambda: Work()()).stop()
