@@ -28,7 +28,7 @@ INSTALLED_DEV := $(VENV)/.installed-dev-$(KEY)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install -qq --progress-bar off
 
-.PHONY: help serve bench soak fuzz test test-gpu lint format proto setup clean
+.PHONY: help serve bench soak fuzz test test-deploy test-gpu lint format proto setup clean
 
 help: ## Say what the targets do.
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
@@ -51,6 +51,10 @@ test: lint ## Check style and types and run the tests; ARGS go to pytest.
 
 test-gpu: $(INSTALLED_DEV) ## Run the tests that need a GPU; they are skipped where there is none.
 	@$(VENV)/bin/python -m pytest -m gpu -rs $(ARGS)
+
+test-deploy: $(INSTALLED_DEV) ## Install what the tests of deploy/ need, and run them.
+	@.ci/install
+	@$(VENV)/bin/python -m pytest tests/deploy $(ARGS)
 
 lint: $(INSTALLED_DEV) ## Check style and types.
 	@$(VENV)/bin/ruff check
