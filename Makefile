@@ -19,6 +19,9 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 # every process that imports it would complain that its libraries for CUDA cannot be loaded.
 NOT_ON_CPU := torchvision torchaudio torchcodec torchao
 
+# What builds and runs containers: docker, where its daemon answers, else podman.
+CONTAINERS ?= $(shell docker info >/dev/null 2>&1 && echo docker || echo podman)
+
 # Coverage leads its cases; there are wheels for few platforms, and it can be done without.
 ATHERIS := atheris>=3,<4
 
@@ -28,7 +31,7 @@ INSTALLED_DEV := $(VENV)/.installed-dev-$(KEY)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install -qq --progress-bar off
 
-.PHONY: help serve bench soak fuzz test test-deploy test-gpu lint format proto setup clean
+.PHONY: help serve bench soak fuzz test test-deploy test-gpu image lint format proto setup clean
 
 help: ## Say what the targets do.
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
@@ -55,6 +58,11 @@ test-gpu: $(INSTALLED_DEV) ## Run the tests that need a GPU; they are skipped wh
 test-deploy: $(INSTALLED_DEV) ## Install what the tests of deploy/ need, and run them.
 	@.ci/install
 	@$(VENV)/bin/python -m pytest tests/deploy $(ARGS)
+
+image: ## Build the container image localhost/fathom:EXTRA; ARGS go to docker or podman.
+	@$(CONTAINERS) build $(if $(findstring podman,$(CONTAINERS)),--format docker) \
+		--file deploy/Dockerfile --target $(EXTRA) --tag localhost/fathom:$(EXTRA) \
+		--build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) $(ARGS) .
 
 lint: $(INSTALLED_DEV) ## Check style and types.
 	@$(VENV)/bin/ruff check

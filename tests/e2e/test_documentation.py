@@ -48,7 +48,7 @@ OTHER_PROGRAMS = {"curl", "grpcurl"}
 SHELLS = {"sh", "bash", "shell"}
 SUFFIXES = {".py", ".md", ".toml", ".proto", ".yaml", ".yml", ".json", ".jinja", ".mjs"}
 # Stand for something of the reader's own.
-PLACEHOLDER = re.compile(r"path/to/|organization/|^NAME\.|^[A-Z_/=]+$")
+PLACEHOLDER = re.compile(r"path/to/|organization/|localhost/|^NAME\.|^[A-Z_/=]+$")
 # Made by what the documents tell of.
 PRODUCTS = (".venv", "bench-results/")
 
@@ -152,6 +152,8 @@ def check_command(words: list[str], server: RunningServer, directory: Path) -> N
                 load_settings({**context.params, "config": None, "plan": None})
         case ["kubectl", "apply", "-k", directory]:
             assert (ROOT / directory / "kustomization.yaml").is_file()
+        case ["docker", "compose", "-f", file, *_]:
+            assert (ROOT / file).is_file()
         case ["kubectl", "-n", "fathom", *_]:
             pass
         case ["make", *arguments]:
