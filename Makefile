@@ -19,6 +19,9 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 # every process that imports it would complain that its libraries for CUDA cannot be loaded.
 NOT_ON_CPU := torchvision torchaudio torchcodec torchao
 
+# What builds and runs containers: docker, where its daemon answers, else podman.
+CONTAINERS ?= $(shell docker info >/dev/null 2>&1 && echo docker || echo podman)
+
 # Coverage leads its cases; there are wheels for few platforms, and it can be done without.
 ATHERIS := atheris>=3,<4
 
@@ -34,7 +37,7 @@ COMPILE := $(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib >/dev/null 2>&1
 # runs in this one; ARGS="-n 0" has all of them do so.
 PYTEST := $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: help serve bench soak fuzz test test-gpu lint style format proto setup clean
+.PHONY: help serve bench soak fuzz test test-deploy test-gpu image lint style format proto setup clean
 
 help: ## Say what the targets do.
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
@@ -65,6 +68,15 @@ test: style ## Check style and types and run the tests; ARGS go to pytest.
 
 test-gpu: $(INSTALLED_DEV) ## Run the tests that need a GPU; they are skipped where there is none.
 	@$(VENV)/bin/python -m pytest -m gpu -rs $(ARGS)
+
+test-deploy: $(INSTALLED_DEV) ## Install what the tests of deploy/ need, and run them.
+	@.ci/install
+	@$(VENV)/bin/python -m pytest tests/deploy $(ARGS)
+
+image: ## Build the container image localhost/fathom:EXTRA; ARGS go to docker or podman.
+	@$(CONTAINERS) build $(if $(findstring podman,$(CONTAINERS)),--format docker) \
+		--file deploy/Dockerfile --target $(EXTRA) --tag localhost/fathom:$(EXTRA) \
+		--build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) $(ARGS) .
 
 lint: style ## Check style and types.
 	@$(VENV)/bin/mypy
