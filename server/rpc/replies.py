@@ -158,7 +158,7 @@ def progress_message(progress: Progress) -> control_pb2.Progress:
     return control_pb2.Progress(phase=progress.phase, done=progress.done, total=progress.total)
 
 
-def state_message(state: State) -> control_pb2.GetStatusResponse.State.ValueType:
+def state_message(state: State) -> control_pb2.GetStatusResponse.State:
     return _STATES[state]
 
 
