@@ -25,10 +25,14 @@ _LEAST_LIMIT = 2**22
 # Bytes of a token's text: more than the longest tokens of common vocabularies have.
 _BYTES_PER_TOKEN = 128
 
-# Of an id and its tag, as clients write them that pack nothing.
+# Bytes of an id with its tag, as clients write them that pack nothing.
 _ID_BYTES = 6
-# Of a character in UTF-8.
+# Numbers of an id, which are its tag and itself, and of what is around all of them.
+_ID_NUMBERS, _OTHER_NUMBERS = 2, 16
+# Bytes of a character in UTF-8.
 _CHARACTER_BYTES = 4
+# Every number of protobuf ends with a byte that is none of these.
+_INNER_BYTES = bytes(range(0x80, 0x100))
 _TEXTS = frozenset({"prompt", "text", "context_text", "chat.messages.content"})
 _IDS = frozenset({"token_ids", "context_ids"})
 _PARTS = frozenset({"chat", "chat.messages"})
@@ -52,14 +56,19 @@ def check_size(data: bytes, message: Descriptor, model: ModelInfo) -> None:
     if len(data) <= _SMALL_MESSAGE:
         return
     sizes: dict[str, int] = {}
+    numbers: dict[str, int] = {}
     try:
-        for number, (path, size) in enumerate(_fields(memoryview(data), message, "")):
+        for number, (path, part) in enumerate(_fields(memoryview(data), message, "")):
+            size = len(part)
             if number >= _MAX_FIELDS:
                 raise InvalidArgument(
                     "request", f"more than {_MAX_FIELDS} fields", f"at most {_MAX_FIELDS}"
                 )
             sizes[path] = size = sizes.get(path, 0) + size
             _check(path, size, model)
+            if path in _IDS:
+                numbers[path] = numbers.get(path, 0) + _num_numbers(part)
+                _check_numbers(path, numbers[path], model)
     except _Malformed:
         return
 
@@ -72,16 +81,28 @@ def _check(path: str, size: int, model: ModelInfo) -> None:
             allowed = f"at most {longest} characters: the context holds {model.max_context} tokens"
             raise InvalidArgument(field, f"{size} bytes", allowed)
     elif path in _IDS:
-        longest = model.max_context - 1
         if size > model.max_context * _ID_BYTES:
-            allowed = f"at most {longest} tokens: the context holds {longest + 1}"
-            raise InvalidArgument(f"{path}.ids", f"{size} bytes", allowed)
+            raise InvalidArgument(f"{path}.ids", f"{size} bytes", _allowed_ids(model))
     elif path not in _PARTS and size > _MAX_OTHER_BYTES:
         raise InvalidArgument(path, f"{size} bytes", f"at most {_MAX_OTHER_BYTES} bytes")
 
 
-def _fields(data: memoryview, message: Descriptor, prefix: str) -> Iterator[tuple[str, int]]:
-    """Yield path and size of each field, those of parts after the part itself."""
+def _check_numbers(path: str, num_numbers: int, model: ModelInfo) -> None:
+    if num_numbers > model.max_context * _ID_NUMBERS + _OTHER_NUMBERS:
+        raise InvalidArgument(f"{path}.ids", f"{num_numbers} numbers", _allowed_ids(model))
+
+
+def _allowed_ids(model: ModelInfo) -> str:
+    longest = model.max_context - 1
+    return f"at most {longest} tokens: the context holds {longest + 1}"
+
+
+def _num_numbers(data: memoryview) -> int:
+    return len(bytes(data).translate(None, _INNER_BYTES))
+
+
+def _fields(data: memoryview, message: Descriptor, prefix: str) -> Iterator[tuple[str, memoryview]]:
+    """Yield path and content of each field, those of parts after the part itself."""
     position = 0
     while position < len(data):
         tag, position = _varint(data, position)
@@ -101,7 +122,7 @@ def _fields(data: memoryview, message: Descriptor, prefix: str) -> Iterator[tupl
                 raise InvalidArgument("request", f"type {tag & 7} in {path}", "a message of proto3")
         if end > len(data):
             raise _Malformed
-        yield path, end - position
+        yield path, data[position:end]
         if field is not None and path in _PARTS and tag & 7 == 2:
             assert field.message_type is not None
             yield from _fields(data[position:end], field.message_type, f"{path}.")
