@@ -11,8 +11,10 @@ def register() -> None:
     from server.engine.elastic.architectures import ELASTIC_ARCHITECTURES
     from server.engine.elastic.model import ELASTIC_CLASSES
     from server.engine.elastic.orphan import end_with_parent
+    from server.engine.token_ranks import count_uncompiled
 
     end_with_parent()
+    count_uncompiled()
     if torch.cpu._is_amx_tile_supported():
         # A process has to ask the kernel for AMX. Matrix products that are not quantized do, but
         # where vLLM's attention comes first, it would end with an illegal instruction.
