@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # Rows that are compared at a time: of the largest vocabularies, some 16 MiB.
 _ROWS = 64
+_FUNCTION = "batched_count_greater_than"
 
 
 def count_uncompiled() -> None:
@@ -22,7 +23,8 @@ def count_uncompiled() -> None:
     if current_platform.is_cpu():
         from vllm.v1.sample import sampler
 
-        sampler.batched_count_greater_than = ranks
+        assert _FUNCTION in vars(sampler), f"this vLLM's sampler has no {_FUNCTION}"
+        vars(sampler)[_FUNCTION] = ranks
 
 
 def ranks(logprobs: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

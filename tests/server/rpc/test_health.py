@@ -113,6 +113,7 @@ async def test_reflection_is_enough_to_call(deployment: Deployment) -> None:
         "SetPolicy",
         "GetStatus",
         "Drain",
+        "Resume",
     }
     seen = pool.FindMessageTypeByName("fathom.v1.GenerateRequest")
     expected = inference_pb2.GenerateRequest.DESCRIPTOR.fields_by_name
