@@ -53,7 +53,10 @@ def test_what_the_context_could_hold_is_decoded(message: Message) -> None:
 @pytest.mark.parametrize(
     ("message", "problem"),
     [
-        (pb.GenerateRequest(prompt="x" * 2**18), "prompt: got '262144 bytes', allowed: at most 32"),
+        (
+            pb.GenerateRequest(prompt="x" * 2**18),
+            "prompt: got '262144 characters', allowed: at most 3",
+        ),
         (
             pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * 2**18)),
             "token_ids.ids: got '26214. bytes', allowed: at most 32767 tokens: the context holds",
@@ -62,12 +65,15 @@ def test_what_the_context_could_hold_is_decoded(message: Message) -> None:
             pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * 2**17)),
             "token_ids.ids: got '13107. numbers', allowed: at most 32767 tokens: the context holds",
         ),
-        (pb.GenerateRequest(chat=chat(2, "x" * 2**17)), "chat.messages: got '262144 bytes'"),
+        (pb.GenerateRequest(chat=chat(2, "x" * 2**17)), "chat.messages: got '131072 characters'"),
         (pb.GenerateRequest(chat=chat(2**16, "")), "request: got 'more than 8192 fields'"),
         (pb.GenerateRequest(request_id="x" * 2**18), "request_id: got '262144 bytes', allowed: at"),
         (pb.ScoreRequest(context_ids=pb.TokenIds(ids=[1] * 2**18)), "context_ids.ids: got"),
         (pb.ScoreRequest(text="x", context_text="x" * 2**18), "context_text: got"),
-        (pb.TokenizeRequest(text="x" * 2**18), "text: got '262144 bytes', allowed: at most 32768 "),
+        (
+            pb.TokenizeRequest(text="x" * 2**18),
+            "text: got '262144 characters', allowed: at most 32",
+        ),
     ],
     ids=lambda value: "" if isinstance(value, str) else type(value).__name__,
 )
