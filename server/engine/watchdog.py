@@ -1,4 +1,4 @@
-"""Ends an engine that has stopped answering, so that it is started again."""
+"""Kills an engine that has stopped answering, so that it is started again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STOPPED_SECONDS = 3.0
 
 
 class Pingable(Protocol):
-    """What can fall silent."""
+    """An engine that can stop answering."""
 
     @property
     def is_alive(self) -> bool: ...
