@@ -89,7 +89,7 @@ def _link_weights(view: Path, loaded: list[Path]) -> None:
     if len(loaded) == 1:
         (view / WEIGHTS).symlink_to(loaded[0].resolve())
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, path in enumerate(loaded, start=1):
         # Names whose order is that of the files: the last of equal tensors stays here, too.
         shard = f"model-{number:05d}-of-{len(loaded):05d}{_SUFFIX}"
