@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from server.engine.load_logger import LoadLogger
 
 _RPC_TIMEOUT_SECONDS = 120.0
+# The attribute of a tokenizer that accepts ids which it does not know.
+_MARK = "_fathom_accepts_unknown_ids"
 
 
 class VllmClient:
@@ -286,6 +288,8 @@ def _accept_unknown_ids(tokenizer: Any) -> None:
     and name them among the most likely ones. Where the tokenizer marks words, vLLM looks into
     the text of each, and None would end the client of the engine.
     """
+    if _MARK in vars(tokenizer):  # vLLM keeps tokenizers, and gives the same one to the next engine
+        return
     known: Callable[..., Any] = tokenizer.convert_ids_to_tokens
 
     def convert(ids: int | Sequence[int], *others: Any, **more: Any) -> Any:
@@ -295,6 +299,7 @@ def _accept_unknown_ids(tokenizer: Any) -> None:
         return "" if tokens is None else tokens
 
     tokenizer.convert_ids_to_tokens = convert
+    setattr(tokenizer, _MARK, True)
 
 
 def _finish_reason(reason: str | None) -> FinishReason | None:

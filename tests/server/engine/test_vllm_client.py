@@ -10,7 +10,7 @@ import pytest
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from server.engine.base import EngineDead, FinishReason, GenerationDelta, TokenScore
-from server.engine.vllm_client import VllmClient
+from server.engine.vllm_client import VllmClient, _accept_unknown_ids
 from server.errors import FathomError, InvalidArgument, NonFiniteResult, RequestFailed
 
 
@@ -113,3 +113,19 @@ async def test_what_vllm_raises_is_told_in_the_terms_of_the_server(
 async def test_what_is_not_finite_names_the_depth(call: Any, bad: object) -> None:
     with pytest.raises(NonFiniteResult, match=r"at depth 3 .* not finite"):
         await call(client_of(bad))
+
+
+def test_tokenizer_calls_tokens_that_it_does_not_know_empty() -> None:
+    class Tokenizer:
+        num_calls = 0
+
+        def convert_ids_to_tokens(self, ids: Any) -> Any:
+            self.num_calls += 1
+            return None if ids == 9 else ids if isinstance(ids, int) else ["a", None]
+
+    tokenizer = Tokenizer()
+    for _ in range(3):  # as many engines are started, one after another, with the same one
+        _accept_unknown_ids(tokenizer)
+    convert: Any = tokenizer.convert_ids_to_tokens
+    assert (convert([1, 9]), convert(9), convert(3)) == (["a", ""], "", 3)
+    assert tokenizer.num_calls == 3
