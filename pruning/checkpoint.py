@@ -1,4 +1,4 @@
-"""Whether a directory holds a whole model: configuration, weights, every shard of them."""
+"""Checks that a directory holds a whole model: configuration, weights, all shards."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Which files a model's weights are loaded from: those that vLLM loads, whoever asks.
+"""The files that a model's weights are loaded from: the same ones that vLLM loads.
 
-vLLM reads every ``*.safetensors`` of the directory, or, where there is a
-``model.safetensors.index.json``, those of them that the index names. No other index counts, and
-of a file that is read, every tensor does, whatever the index says of it. Files are read in the
-natural order of their names, so of a tensor that is in several of them, the last one stays.
-transformers has other rules; :func:`loadable_view` shows it the same weights.
+vLLM reads every ``*.safetensors`` of the directory, or only those that a
+``model.safetensors.index.json`` names, if there is one. It reads no other index, and it reads
+every tensor of a file, whatever the index says. Files are read in the natural order of their
+names; if several files have a tensor, that of the last one is used. transformers has other rules,
+so :func:`loadable_view` shows it the same weights.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ _SUFFIX = ".safetensors"
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """Return the files that are loaded, at least one, in the order in which they are.
+    """Return the files that are loaded, at least one, in the order of loading.
 
-    Raises :class:`CheckpointError` where there are none and where the index names others than
-    there are.
+    Raises :class:`CheckpointError` if there are none, or if the index names files that are missing.
     """
     present = _present(directory)
     if not present:

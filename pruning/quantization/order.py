@@ -1,4 +1,4 @@
-"""Pruning and quantization one after the other."""
+"""The order of pruning and quantization."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pruning.surgery.output_directory import check_space, output_directory
 
 
 class Order(enum.StrEnum):
-    """What comes first; the results differ (Men et al., arXiv 2403.03853, table 5)."""
+    """Which comes first; the results differ (Men et al., arXiv 2403.03853, table 5)."""
 
     QUANTIZE_THEN_PRUNE = "quantize-then-prune"
     PRUNE_THEN_QUANTIZE = "prune-then-quantize"
@@ -51,8 +51,8 @@ def prune_then_quantize(
 ) -> Export:
     """Write ``depth`` layers of the model in ``source``, quantized without the others, to ``out``.
 
-    GPTQ compensates, layer by layer, for what quantization does to the inputs of a layer; here
-    these are the inputs in the pruned model. So each depth is quantized anew. The other order
+    GPTQ compensates, layer by layer, for the change of a layer's inputs by quantization. Here
+    these are the inputs in the pruned model, so each depth is quantized anew. The other order
     is an export (:mod:`pruning.surgery`) of a model that has been quantized once.
 
     Arguments and errors are those of :func:`pruning.surgery.export_checkpoint` and

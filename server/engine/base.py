@@ -51,7 +51,7 @@ class CacheNamespace:
     name: str = ""
 
 
-# Of requests whose clients trust each other.
+# The namespace of clients that trust each other.
 EVERYONE = CacheNamespace("everyone")
 
 
