@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pruning.checkpoint_file import CheckpointError, read_object, refuse
+from pruning.tensor_header import tensor_names
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -47,6 +48,11 @@ def weight_files(directory: Path) -> list[Path]:
     return [path for path in present if path.name in named]
 
 
+def weight_bytes(directory: Path) -> int:
+    """Return the size of the files that are loaded."""
+    return sum(path.stat().st_size for path in weight_files(directory))
+
+
 def stray_weight_files(directory: Path) -> list[Path]:
     """Return the safetensors files of the directory that are not loaded."""
     loaded = set(weight_files(directory))
@@ -62,10 +68,10 @@ def indexed_tensors(directory: Path) -> frozenset[str]:
 
 @contextmanager
 def loadable_view(directory: Path) -> Iterator[Path]:
-    """Yield a directory from which transformers loads the weights that vLLM does.
+    """Yield a directory from which transformers loads the same weights as vLLM.
 
-    That is ``directory`` itself, unless it holds other weights besides or has no index of its
-    shards: then it is a temporary one of links.
+    It is ``directory`` itself if there are no other weights in it, and an index if there are
+    several files. Otherwise it is a temporary directory of links.
     """
     loaded = weight_files(directory)
     names = {path.name for path in loaded}
@@ -83,14 +89,12 @@ def loadable_view(directory: Path) -> Iterator[Path]:
 
 
 def _link_weights(view: Path, loaded: list[Path]) -> None:
-    from pruning.checkpoint import tensor_names
-
     if len(loaded) == 1:
         (view / WEIGHTS).symlink_to(loaded[0].resolve())
         return
     weight_map: dict[str, str] = {}
     for number, path in enumerate(loaded, start=1):
-        # Names whose order is that of the files: the last of equal tensors stays here, too.
+        # The names keep the order of the files, so the last of equal tensors is used here, too.
         shard = f"model-{number:05d}-of-{len(loaded):05d}{_SUFFIX}"
         (view / shard).symlink_to(path.resolve())
         weight_map |= dict.fromkeys(tensor_names(path), shard)
@@ -109,7 +113,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _named(directory: Path) -> set[str] | None:
-    # A directory of that name, or a link to nothing, is no index to vLLM.
+    # vLLM takes neither a directory of that name nor a broken link for an index.
     return set(_weight_map(directory).values()) if (directory / INDEX).is_file() else None
 
 

@@ -22,7 +22,7 @@ from pruning.quantization.settings import QuantizationSettings, check_not_quanti
 from pruning.quantization.worker_process import Request, Stop, gptqmodel_version, run_worker
 from pruning.surgery.companions import copy_companions
 from pruning.surgery.output_directory import check_replaceable, check_space, output_directory
-from pruning.weights import INDEX, loadable_view, weight_files
+from pruning.weights import INDEX, loadable_view, weight_bytes, weight_files
 
 # Called with (layers done, all layers).
 OnLayers = Callable[[int, int], None]
@@ -105,8 +105,8 @@ def quantize_checkpoint(
         directory=out,
         settings=settings,
         fingerprint=model_fingerprint(out),
-        num_source_bytes=num_weight_bytes(source),
-        num_bytes=num_weight_bytes(out),
+        num_source_bytes=weight_bytes(source),
+        num_bytes=weight_bytes(out),
     )
 
 
@@ -243,7 +243,7 @@ def _assemble(source: Path, raw: Path, directory: Path, *, with_code: bool) -> N
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Say that what is not quantized is of that type now."""
+    """Set the data type of the weights that are not quantized."""
     found = False
     for section in (config, *(value for value in config.values() if isinstance(value, dict))):
         for name in ("dtype", "torch_dtype"):
@@ -277,8 +277,3 @@ def _check_groups_are_in_order(raw: Path, group_size: int) -> None:
 
 def _holds_groups(name: str) -> bool:
     return name.endswith(".g_idx")
-
-
-def num_weight_bytes(directory: Path) -> int:
-    """Return the size of the safetensors files."""
-    return sum(path.stat().st_size for path in weight_files(directory))

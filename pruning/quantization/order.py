@@ -16,7 +16,6 @@ from pruning.quantization.checkpoint import (
     absolute,
     check_quantizable,
     num_bytes_needed,
-    num_weight_bytes,
     quantize_into,
 )
 from pruning.quantization.settings import QuantizationSettings
@@ -24,6 +23,7 @@ from pruning.quantization.worker_process import Stop
 from pruning.surgery import PLAN_FILE, Export, check_output, export_checkpoint
 from pruning.surgery.model_config import num_layers_of
 from pruning.surgery.output_directory import check_space, output_directory
+from pruning.weights import weight_bytes
 
 
 class Order(enum.StrEnum):
@@ -63,7 +63,7 @@ def prune_then_quantize(
     num_layers = num_layers_of(read_config(source))
     base_model = base_model or source.resolve().name
     check_output(out, overwrite=overwrite)
-    check_space(out, num_weight_bytes(source) + num_bytes_needed(source, settings))
+    check_space(out, weight_bytes(source) + num_bytes_needed(source, settings))
     with output_directory(out, replaceable_with=PLAN_FILE if overwrite else None) as directory:
         pruned = directory / "pruned"
         written = export_checkpoint(
@@ -89,4 +89,4 @@ def prune_then_quantize(
             pruned_from=num_layers,
         )
         shutil.rmtree(pruned)
-    return replace(written, directory=out, num_bytes=num_weight_bytes(out))
+    return replace(written, directory=out, num_bytes=weight_bytes(out))

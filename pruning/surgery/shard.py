@@ -12,9 +12,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pruning.checkpoint import CheckpointError, read_header
+from pruning.checkpoint import CheckpointError
+from pruning.tensor_header import LENGTH_BYTES, read_header
 
-_LENGTH_BYTES = 8
 _ALIGNMENT = 8
 # Tensors are copied in chunks of this size.
 _CHUNK_BYTES = 8 << 20
@@ -43,7 +43,7 @@ class Shard:
     def read(cls, path: Path) -> Shard:
         """Read the header; raises :class:`CheckpointError` for a file that is not whole."""
         header = read_header(path)
-        data_start = _LENGTH_BYTES + len(header)
+        data_start = LENGTH_BYTES + len(header)
         document = json.loads(header)
         metadata = document.pop("__metadata__", {})
         tensors = [
@@ -122,4 +122,4 @@ def _head(tensors: Sequence[tuple[str, Tensor]], metadata: dict[str, str]) -> by
         offset += size
     header = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % _ALIGNMENT)
-    return len(header).to_bytes(_LENGTH_BYTES, "little") + header
+    return len(header).to_bytes(LENGTH_BYTES, "little") + header

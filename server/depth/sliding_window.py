@@ -18,7 +18,7 @@ class SlidingWindow:
     ) -> None:
         """Forget what is older than ``seconds``, and the oldest of more than ``max_grains``.
 
-        ``grain`` is in seconds; 0: each measurement is one by itself.
+        ``grain`` is in seconds; 0: each measurement is a grain.
         """
         self._seconds = seconds
         self._grain = grain

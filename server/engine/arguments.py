@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import psutil
 from pydantic import ValidationError
 
-from pruning.weights import weight_files
+from pruning.weights import weight_bytes
 from server.engine.environment import check_directories
 from server.engine.start_failure import reason_of
 from server.errors import InvalidArgument
@@ -231,8 +231,3 @@ def num_cpu_threads(model: Path, num_cores: int | None = None) -> int:
     if weight_bytes(model) < _SMALL_MODEL_BYTES:
         return 1
     return num_cores or len(os.sched_getaffinity(0))
-
-
-def weight_bytes(model: Path) -> int:
-    """Return the size of a checkpoint's weights."""
-    return sum(path.stat().st_size for path in weight_files(model))

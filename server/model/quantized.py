@@ -9,7 +9,7 @@ import logging
 import math
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -267,19 +267,22 @@ def calibration_windows(
 
 def _vocab_size(directory: Path) -> int:
     """Return the size of the vocabulary; a very large number if the configuration names none."""
-    config = read_config(directory)
-    sections = (config, *(value for value in config.values() if isinstance(value, dict)))
-    sizes = [section.get("vocab_size") for section in sections]
-    return next((size for size in sizes if isinstance(size, int) and size > 0), sys.maxsize)
+    return next((size for size in _numbers(directory, "vocab_size") if size > 0), sys.maxsize)
 
 
 def max_context(settings: Settings, directory: Path) -> int:
     """Return the length of the longest window plus one, or the model's context if it is shorter."""
-    config = read_config(directory)
-    sections = (config, *(value for value in config.values() if isinstance(value, dict)))
-    limits = [section.get("max_position_embeddings") for section in sections]
-    known = [limit for limit in limits if isinstance(limit, int) and limit > 1]
+    known = [limit for limit in _numbers(directory, "max_position_embeddings") if limit > 1]
     return min([WINDOW + 1, *known[:1], *filter(None, [settings.max_context])])
+
+
+def _numbers(directory: Path, field: str) -> Iterator[int]:
+    """Yield the numbers that the configuration and then its sections have in ``field``."""
+    config = read_config(directory)
+    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
+        value = section.get(field)
+        if isinstance(value, int):
+            yield value
 
 
 def _directory_of(record: Path) -> Path:

@@ -107,7 +107,7 @@ class Service:
         )
         follower = LoadFollower(self._auto, self._queue, self._in_force, metrics)
         self._tasks = [
-            BackgroundTask("what follows the load", follower.run),
+            BackgroundTask("automatic depth", follower.run),
             *self._restarter.tasks(),
         ]
         metrics.watch_engine(lambda: engine.is_alive, self._load, engine.can_run)

@@ -26,7 +26,7 @@ def _unreadable(path: Path) -> None:
     path.touch(0)
 
 
-# Each makes a file that is no object of JSON; with a part of what is said of it.
+# Functions that write a file which is no JSON object, each with a part of the error.
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "empty": (lambda path: path.write_bytes(b""), "not a complete JSON document"),
     "cut short": (lambda path: path.write_text('{"a": [1, '), "not a complete JSON document"),

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import psutil
 
-from server.engine.arguments import GIB, num_cpu_threads, weight_bytes
+from pruning.weights import weight_bytes
+from server.engine.arguments import GIB, num_cpu_threads
 from server.errors import FailedPrecondition
 
 # Memory of vLLM's process apart from weights and KV cache.

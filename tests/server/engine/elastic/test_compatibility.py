@@ -139,7 +139,7 @@ class Model(nn.Module):
         self.norm = nn.Identity()
 
     def embed_input_ids(self) -> None:
-        """Stand for what is only looked up."""
+        """A method that is looked up, but never called."""
 
 
 def test_model_with_everything_is_accepted() -> None:
