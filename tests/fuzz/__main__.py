@@ -1,4 +1,4 @@
-"""Throw many requests at what reads them.
+"""Throw many requests at the code that reads them.
 
     python -m tests.fuzz [--cases 100000] [--seed 0] [--random]
 

@@ -1,4 +1,4 @@
-"""The small files of a checkpoint: whatever is wrong with one is said, with its path."""
+"""The small files of a checkpoint: every fault is reported with the path."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_any_bytes_are_read_or_refused(
 
 
 def outcome(read: Callable[[], object]) -> str:
-    """Return what a file is refused with, or that it is read."""
+    """Return the error of a file, or that it is read."""
     try:
         read()
     except CheckpointError as error:

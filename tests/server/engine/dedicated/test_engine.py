@@ -29,7 +29,7 @@ LEVELS = {"full": FULL, "half": HALF}
 
 @dataclass
 class Expected:
-    """What the elastic engine gives."""
+    """Results of the elastic engine."""
 
     prompts: list[list[int]]
     windows: list[list[int]]
