@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable
 
 import pytest
 from hypothesis import given
@@ -31,7 +31,7 @@ def delta(number: int, *, num_top: int | None = None, last: bool = False) -> Gen
 class Source:
     """Deltas as fast as they are taken; ``closed`` once they are closed."""
 
-    def __init__(self, deltas: Sequence[GenerationDelta], error: Exception | None = None) -> None:
+    def __init__(self, deltas: Iterable[GenerationDelta], error: Exception | None = None) -> None:
         self._deltas = deltas
         self._error = error
         self.num_taken = 0
@@ -106,7 +106,7 @@ async def test_what_came_before_an_error_is_delivered_first() -> None:
 
 
 async def test_leaving_closes_the_source() -> None:
-    source = Source([delta(i) for i in range(10**6)])
+    source = Source(delta(i) for i in range(10**6))
     async with OutputBuffer(lambda _: None).running(source()) as buffer:
         await anext(buffer)
     assert source.closed
@@ -114,7 +114,7 @@ async def test_leaving_closes_the_source() -> None:
 
 
 async def test_a_client_that_leaves_too_much_unread_loses_its_stream() -> None:
-    source = Source([delta(i, num_top=3) for i in range(10**6)])
+    source = Source(delta(i, num_top=3) for i in range(10**6))
     async with OutputBuffer(lambda _: None, max_buffered_tokens=100).running(source()) as buffer:
         await settle()
         assert (source.num_taken, source.closed) == (21, True)
