@@ -127,6 +127,19 @@ class ForwardPasses:
             return states.flatten(0, -2)
         return states[self._valid.to(states.device)]
 
+    def last_tokens(self) -> torch.Tensor:
+        """Return where in :meth:`valid_tokens` the last token of each row is, int64 [batch].
+
+        Rows without a valid token have none.
+        """
+        import torch
+
+        if self._valid is None:
+            batch, length = self._shape or (0, 0)
+            return torch.arange(1, batch + 1) * length - 1
+        lengths = self._valid.sum(-1)
+        return lengths.cumsum(0)[lengths > 0] - 1
+
 
 def inference_options(model: nn.Module) -> dict[str, Any]:
     """Return the arguments with which ``model`` runs without a cache.

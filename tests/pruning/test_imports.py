@@ -14,6 +14,8 @@ MODULES = (
     "plan",
     "checkpoint",
     "fingerprint",
+    "layer_means",
+    "metrics",
     "quantization",
     "surgery",
     "text",
