@@ -8,7 +8,7 @@ or by keyword and return it alone or first in a tuple. All of that is settled he
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,8 @@ _CONTAINERS = (
     "text_model",
     "base_model",
 )
+# What a skipped layer does to the stream instead, [batch, length, hidden].
+StandIn = Callable[["torch.Tensor"], "torch.Tensor"]
 # Norm of the embeddings that RWKV keeps in its first layer. It is no part of what the layer adds.
 _EMBEDDING_NORM = "pre_ln"
 
@@ -194,14 +196,21 @@ def on_stream_into(
 
 
 @contextmanager
-def without_layers(layers: Sequence[nn.Module], skipped: Collection[int]) -> Iterator[None]:
+def without_layers(
+    layers: Sequence[nn.Module],
+    skipped: Collection[int],
+    stand_ins: Mapping[int, StandIn] | None = None,
+) -> Iterator[None]:
     """Make ``skipped`` of the layers return the stream as they receive it, while in context.
 
     They still run, so that attention fills its cache and generation works. What the model
-    computes is what :func:`pruning.surgery.export_checkpoint` without them does.
+    computes is what :func:`pruning.surgery.export_checkpoint` without them does. Where
+    ``stand_ins`` has a layer, such as :class:`pruning.repair.LayerMap`, the skipped layer
+    returns what that makes of the stream.
 
     Raises :class:`ValueError` for a layer that does not exist.
     """
+    stand_ins = {} if stand_ins is None else stand_ins
     for layer in skipped:
         if not 0 <= layer < len(layers):
             raise ValueError(f"skipped: got layer {layer}, allowed: 0 to {len(layers) - 1}")
@@ -214,19 +223,21 @@ def without_layers(layers: Sequence[nn.Module], skipped: Collection[int]) -> Ite
     with ExitStack() as hooks:
         for layer in skipped:
             hooks.enter_context(on_stream_into(layers[layer], layer, on_input))
-            hook = _passing_on(layer, received)
+            hook = _passing_on(layer, received, stand_ins.get(layer))
             hooks.callback(layers[layer].register_forward_hook(hook).remove)
         yield
 
 
 def _passing_on(
-    layer: int, received: dict[int, torch.Tensor]
+    layer: int, received: dict[int, torch.Tensor], stand_in: StandIn | None
 ) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         states = received.pop(layer)
         norm = getattr(module, _EMBEDDING_NORM, None)
         if norm is not None:
             states = norm(states)
+        if stand_in is not None:
+            states = stand_in(states)
         return type(output)((states, *output[1:])) if isinstance(output, tuple | list) else states
 
     return hook

@@ -17,6 +17,7 @@ MODULES = (
     "layer_means",
     "metrics",
     "quantization",
+    "repair",
     "surgery",
     "text",
 )
