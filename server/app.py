@@ -127,6 +127,7 @@ class Application:
                 max_waiting=settings.max_waiting,
                 max_waiting_tokens=settings.max_waiting_tokens,
                 max_unread=settings.max_unread,
+                share_prefix_cache=settings.share_prefix_cache,
                 engine_timeout_seconds=settings.engine_timeout_seconds,
                 auto_rules=auto_rules(settings),
                 grace_seconds=settings.grace_seconds,

@@ -46,6 +46,24 @@ class Unavailable(FathomError):
         super().__init__(message)
 
 
+class RequestFailed(FathomError):
+    """The engine has given up one request; others run on, and trying again may help."""
+
+
+class NonFiniteResult(FathomError):
+    """The model has computed something that is not a finite number.
+
+    ``depth`` says at which depth, in words such as "depth 8".
+    """
+
+    def __init__(self, depth: str) -> None:
+        self.depth = depth
+        super().__init__(
+            f"at {depth} the model computes values that are not finite numbers: its weights are "
+            "damaged, or beyond the range of the dtype"
+        )
+
+
 class FailedPrecondition(FathomError):
     """The request is sound, but the server is not in a state to do it."""
 

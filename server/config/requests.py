@@ -17,6 +17,12 @@ class RequestSettings(BaseModel):
         description="Prompt tokens of the requests that wait at most; more are refused with "
         "RESOURCE_EXHAUSTED.",
     )
+    share_prefix_cache: bool = Field(
+        False,
+        description="Whether all clients share one prefix cache, which is faster where their "
+        "prompts begin alike, and lets each find out what the others have sent. Otherwise each "
+        "client has its own, and so has each machine of callers without a name.",
+    )
     max_unread: Annotated[int, Ge(1)] = Field(
         2**18,
         description="Tokens and log-probabilities of a stream that its client may leave unread; "

@@ -171,6 +171,8 @@ def prepare_environment() -> None:
     """Set what vLLM and its processes read from the environment, where the operator has not."""
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
+        # Tells of each request whether the model computed what is not a number.
+        "VLLM_COMPUTE_NANS_IN_LOGITS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "TORCH_CPP_LOG_LEVEL": "ERROR",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from pruning.importance import BlockInfluence
 from pruning.plan import Plan
@@ -30,6 +30,29 @@ class LayerSelection:
 
     prefill_skips: tuple[int, ...] = ()
     decode_skips: tuple[int, ...] = ()
+
+    def depth_text(self, num_layers: int) -> str:
+        """Return the depth that is left of ``num_layers`` in words, such as "depth 8"."""
+        prefill = num_layers - len(self.prefill_skips)
+        decode = num_layers - len(self.decode_skips)
+        if self.prefill_skips == self.decode_skips:
+            return f"depth {decode}"
+        return f"prefill depth {prefill} and decode depth {decode}"
+
+
+@dataclass(frozen=True, slots=True)
+class CacheNamespace:
+    """Whom a request shares entries of the prefix cache with: requests of an equal namespace.
+
+    ``name`` may be anything, also what clients choose: names of different kinds are different.
+    """
+
+    kind: Literal["everyone", "client", "address"]
+    name: str = ""
+
+
+# Of requests whose clients trust each other.
+EVERYONE = CacheNamespace("everyone")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +79,16 @@ class SamplingOptions:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One request to generate from ``prompt_ids`` with some layers left out."""
+    """One request to generate from ``prompt_ids`` with some layers left out.
+
+    Without a ``cache_namespace`` it shares entries of the prefix cache with no other request.
+    """
 
     request_id: str
     prompt_ids: Sequence[int]
     layers: LayerSelection
     sampling: SamplingOptions
+    cache_namespace: CacheNamespace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +125,7 @@ class ModelInfo:
     dtype: str
     quantization: str
     num_layers: int
+    # Ids below it have a row in the model's embedding and are within the tokenizer's vocabulary.
     vocab_size: int
     max_context: int
     # The longest text that one token stands for.
@@ -185,22 +213,37 @@ class Engine(Protocol):
         ...
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
-        """Raise :class:`server.errors.InvalidArgument` for options the model cannot serve."""
+        """Yield what each step adds to the request.
+
+        Raises:
+            InvalidArgument: The model cannot serve an option.
+            RequestFailed: The engine has given up this request.
+            NonFiniteResult: The model computes what is not a finite number.
+        """
         ...
 
     async def score(
-        self, request_id: str, token_ids: Sequence[int], num_context: int, layers: LayerSelection
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        num_context: int,
+        layers: LayerSelection,
+        cache_namespace: CacheNamespace | None = None,
     ) -> list[TokenScore]:
         """Return the scores of ``token_ids[num_context:]``; ``num_context`` is at least 1.
 
-        The context runs as a prompt would, the scored tokens as generated ones.
+        The context runs as a prompt would, the scored tokens as generated ones. See
+        :class:`GenerationRequest` for the namespace. Raises the same as :meth:`generate`.
         """
         ...
 
     async def measure_importance(
         self, windows: Sequence[Sequence[int]], progress: ProgressCallback
     ) -> BlockInfluence:
-        """Measure every layer's Block Influence over ``windows`` of token ids, at full depth."""
+        """Measure every layer's Block Influence over ``windows`` of token ids, at full depth.
+
+        Raises :class:`InvalidArgument` for an id that is not below the model's ``vocab_size``.
+        """
         ...
 
     async def measure_quality(
@@ -211,6 +254,7 @@ class Engine(Protocol):
     ) -> list[Quality]:
         """Measure each selection on the second half of each window, given the first half.
 
-        What the engine cannot know is None in the quality.
+        What the engine cannot know is None in the quality. Raises :class:`InvalidArgument` for an
+        id that is not below the model's ``vocab_size``, and :class:`NonFiniteResult`.
         """
         ...

@@ -21,6 +21,11 @@ class ModelTokenizer:
     def max_characters_per_token(self) -> int:
         return int(self._tokenizer.max_chars_per_token)
 
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id that there may be a token for."""
+        return int(self._tokenizer.max_token_id) + 1
+
     def tokenize(self, text: str, *, special_tokens: bool = True) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=special_tokens))
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import math
 import signal
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,9 @@ from server.engine.base import (
     TokenScore,
 )
 from server.engine.fork_server import forked_engines
+from server.engine.model_tokenizer import ModelTokenizer
 from server.engine.sampling import sampling_params, token_scores
-from server.errors import InvalidArgument
+from server.errors import InvalidArgument, NonFiniteResult, RequestFailed
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -52,6 +54,7 @@ class VllmClient:
         """Start the engine with what ``configure``, called in a thread, returns."""
         await self.shutdown()
         await asyncio.to_thread(self._start, configure, stat_loggers)
+        _accept_unknown_ids(self.tokenizer)
         self._defaults = self.model_config.get_diff_sampling_param()
         # The server's own limit on the length of an answer comes from the request or the context.
         self._defaults.pop("max_tokens", None)
@@ -134,69 +137,75 @@ class VllmClient:
         request_id: str,
         prompt_ids: Sequence[int],
         params: SamplingParams,
-        cache_salt: str | None = None,
+        *,
+        cache_salt: str,
+        depth: str,
     ) -> AsyncGenerator[GenerationDelta, None]:
-        """Yield what each step adds. Closing the iterator ends the request in the engine."""
+        """Yield what each step adds. Closing the iterator ends the request in the engine.
+
+        ``depth`` is what errors call the depth that the request runs at.
+
+        Raises:
+            InvalidArgument: vLLM refuses the request.
+            RequestFailed: The engine has given up this request and runs on.
+            NonFiniteResult: The model computes what is not a finite number.
+        """
         num_top = params.logprobs or 0
-        async with contextlib.aclosing(
-            self.run(request_id, prompt_ids, params, cache_salt)
-        ) as outputs:
-            async for output in outputs:
-                yield _delta(output, num_top)
+        with self._errors() as llm:
+            outputs = llm.generate(_prompt(prompt_ids, cache_salt), params, request_id)
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    delta = _delta(output, num_top)
+                    _check_finite(output, delta.scores, depth)
+                    yield delta
 
     async def prompt_scores(
         self,
         request_id: str,
         token_ids: Sequence[int],
         params: SamplingParams,
-        cache_salt: str | None = None,
         *,
+        cache_salt: str,
+        depth: str,
         num_top: int = 0,
     ) -> list[TokenScore]:
-        """Return the scores of all tokens but the first."""
+        """Return the scores of all tokens but the first; raise what :meth:`generate` does."""
         params.prompt_logprobs = num_top
         # A token that is found in the prefix cache is not run, and so has no score.
         params.skip_reading_prefix_cache = True
         scores: list[TokenScore] = []
-        async with contextlib.aclosing(
-            self.run(request_id, token_ids, params, cache_salt)
-        ) as outputs:
-            async for output in outputs:
-                if output.prompt_logprobs:
-                    scores.extend(token_scores(token_ids, output.prompt_logprobs, num_top))
+        with self._errors() as llm:
+            outputs = llm.generate(_prompt(token_ids, cache_salt), params, request_id)
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    _finish_reason(output.outputs[0].finish_reason)
+                    if output.prompt_logprobs:
+                        scores.extend(token_scores(token_ids, output.prompt_logprobs, num_top))
+                    _check_finite(output, scores, depth)
         return scores
 
-    async def run(
-        self,
-        request_id: str,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        cache_salt: str | None = None,
-    ) -> AsyncGenerator[RequestOutput, None]:
-        """Yield vLLM's own outputs of a request.
-
-        Raises :class:`InvalidArgument` for what vLLM refuses.
-        """
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[AsyncLLM]:
+        """Give the running vLLM; turn what is raised within into the server's errors."""
         from vllm.exceptions import VLLMClientError
-        from vllm.inputs.engine import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         llm = self._require_llm()
-        prompt = tokens_input(list(prompt_ids), cache_salt=cache_salt)
         try:
-            async with contextlib.aclosing(llm.generate(prompt, params, request_id)) as outputs:
-                async for output in outputs:
-                    yield output
+            yield llm
         except EngineDeadError as error:
             raise EngineDead("the engine's process has ended") from error
         except VLLMClientError as error:
             raise _invalid(error) from error
-        except EngineGenerateError as error:
+        except (EngineGenerateError, RequestFailed) as error:
             if llm.errored:
                 raise EngineDead("the engine's process has ended") from error
+            if isinstance(error, RequestFailed):
+                raise
             if isinstance(error.__cause__, ValueError):
                 raise _invalid(error.__cause__) from error
-            raise
+            reason = error.__cause__ or error
+            raise RequestFailed(f"the engine could not run the request: {reason}") from error
 
     async def call_workers(
         self, method: str, timeout: float | None = _RPC_TIMEOUT_SECONDS
@@ -221,7 +230,7 @@ class VllmClient:
 
 
 def model_info(
-    name: str, config: ModelConfig, architecture: str, max_characters_per_token: int
+    name: str, config: ModelConfig, architecture: str, tokenizer: ModelTokenizer
 ) -> ModelInfo:
     """Return what clients are told of a model."""
     return ModelInfo(
@@ -230,9 +239,9 @@ def model_info(
         dtype=str(config.dtype).removeprefix("torch."),
         quantization=config.quantization or "",
         num_layers=config.hf_text_config.num_hidden_layers,
-        vocab_size=config.get_vocab_size(),
+        vocab_size=min(config.get_vocab_size(), tokenizer.vocab_size),
         max_context=config.max_model_len,
-        max_characters_per_token=max_characters_per_token,
+        max_characters_per_token=tokenizer.max_characters_per_token,
     )
 
 
@@ -254,6 +263,40 @@ def _delta(output: RequestOutput, num_top: int) -> GenerationDelta:
     )
 
 
+def _prompt(token_ids: Sequence[int], cache_salt: str) -> Any:
+    from vllm.inputs.engine import tokens_input
+
+    return tokens_input(list(token_ids), cache_salt=cache_salt)
+
+
+def _check_finite(output: RequestOutput, scores: Sequence[TokenScore], depth: str) -> None:
+    """Raise :class:`NonFiniteResult` if the model has computed what is not a finite number.
+
+    Logits are looked at for each generated token, whether or not its score is asked for.
+    """
+    is_corrupted = output.metrics is not None and output.metrics.is_corrupted
+    if is_corrupted or not all(math.isfinite(score.logprob) for score in scores):
+        raise NonFiniteResult(depth)
+
+
+def _accept_unknown_ids(tokenizer: Any) -> None:
+    """Let a tokenizer call tokens that it does not know empty, as vLLM does elsewhere.
+
+    A model whose embedding has more rows than the tokenizer has tokens may generate such ids,
+    and name them among the most likely ones. Where the tokenizer marks words, vLLM looks into
+    the text of each, and None would end the client of the engine.
+    """
+    known: Callable[..., Any] = tokenizer.convert_ids_to_tokens
+
+    def convert(ids: int | Sequence[int], *others: Any, **more: Any) -> Any:
+        tokens = known(ids, *others, **more)
+        if isinstance(tokens, list):
+            return ["" if token is None else token for token in tokens]
+        return "" if tokens is None else tokens
+
+    tokenizer.convert_ids_to_tokens = convert
+
+
 def _finish_reason(reason: str | None) -> FinishReason | None:
     match reason:
         case None:
@@ -263,7 +306,7 @@ def _finish_reason(reason: str | None) -> FinishReason | None:
         case "length":
             return FinishReason.LENGTH
         case _:
-            raise EngineDead(f"the engine ended the request: {reason}")
+            raise RequestFailed(f"the engine has given up the request, with the reason '{reason}'")
 
 
 def _invalid(error: Exception) -> InvalidArgument:

@@ -58,7 +58,9 @@ class Authenticator:
 def caller_of(context: Context, client: Client | None) -> Caller:
     """Return who makes a call: the client, or the machine of one that is not known."""
     peer = peer_address(context.peer())
-    return Caller(client=host_of(peer) if client is None else client.name, peer=peer)
+    if client is None:
+        return Caller(client=host_of(peer), peer=peer)
+    return Caller(client=client.name, peer=peer, is_known=True)
 
 
 def require(permission: Permission, client: Client | None) -> None:

@@ -26,6 +26,8 @@ from server.depth.autodepth import AutoDepth
 from server.depth.levels import LevelSpec
 from server.depth.policy import DepthPolicy, ServedDepth
 from server.engine.base import (
+    EVERYONE,
+    CacheNamespace,
     Engine,
     EngineDead,
     GenerationDelta,
@@ -69,6 +71,7 @@ class Service:
         max_waiting: int = 1024,
         max_waiting_tokens: int | None = None,
         max_unread: int | None = None,
+        share_prefix_cache: bool = False,
         grace_seconds: float = 30.0,
         engine_timeout_seconds: float = 0.0,
         auto_rules: AutoRules | None = None,
@@ -82,7 +85,8 @@ class Service:
         """Serve with ``engine``, once it has been started.
 
         The engine is given ``max_running`` requests at a time; None: all. ``max_unread`` is what
-        a client may leave unread of a stream, in tokens and log-probabilities. An engine that
+        a client may leave unread of a stream, in tokens and log-probabilities.
+        ``share_prefix_cache``: clients trust each other, and share what is cached. An engine that
         does not answer for ``engine_timeout_seconds`` is started again, unless that is 0.
         ``max_logprobs`` is the engine's limit. ``save`` is called, in a thread, with every
         policy that :meth:`calibrate` and :meth:`set_levels` have measured, to keep it.
@@ -92,6 +96,7 @@ class Service:
         self._queue = FairQueue(max_running)
         self._admission = Admission(self._queue, max_waiting, max_waiting_tokens)
         self._max_unread = max_unread
+        self._share_prefix_cache = share_prefix_cache
         self._grace_seconds = grace_seconds
         self._max_logprobs = max_logprobs
         self._version = version
@@ -222,7 +227,9 @@ class Service:
                     slot.charge(cost * num_tokens)
 
                 run = RequestRunner(
-                    GenerationRequest(admitted.request_id, prompt_ids, layers, sampling),
+                    GenerationRequest(
+                        admitted.request_id, prompt_ids, layers, sampling, self._cache_namespace()
+                    ),
                     served,
                     arrived,
                     self.metrics,
@@ -252,7 +259,11 @@ class Service:
                     num_restarts = self._restarter.num_restarts
                     try:
                         scores = await self._engine.score(
-                            admitted.request_id, context_ids + ids, len(context_ids) or 1, layers
+                            admitted.request_id,
+                            context_ids + ids,
+                            len(context_ids) or 1,
+                            layers,
+                            self._cache_namespace(),
                         )
                         return ScoringResult(tuple(scores), served)
                     except EngineDead as error:
@@ -371,6 +382,9 @@ class Service:
             # Once: what has killed two engines may be this request.
             resubmit = False
             await slot.again()
+
+    def _cache_namespace(self) -> CacheNamespace | None:
+        return EVERYONE if self._share_prefix_cache else current_caller().cache_namespace
 
     def _admit(self, request_id: str) -> AbstractContextManager[Admitted]:
         return self._admission.admit(request_id, current_caller().client)

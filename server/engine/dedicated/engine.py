@@ -17,7 +17,7 @@ from pruning.checkpoint import read_config
 from pruning.fingerprint import model_fingerprint
 from pruning.importance import BlockInfluence
 from pruning.plan import Plan
-from pruning.quality import Quality, quality_of_windows
+from pruning.quality import Quality
 from server.engine.arguments import (
     EngineConfig,
     base_arguments,
@@ -28,6 +28,7 @@ from server.engine.arguments import (
     refusal,
 )
 from server.engine.base import (
+    CacheNamespace,
     GenerationDelta,
     GenerationRequest,
     LayerSelection,
@@ -42,7 +43,9 @@ from server.engine.dedicated.importance import measure_in_process
 from server.engine.dedicated.level_engine import LevelEngine
 from server.engine.dedicated.quality import WindowStatistics, window_statistics
 from server.engine.dedicated.resources import Resources, cpu_resources, divide_memory
+from server.engine.measuring import check_windows, finite_quality
 from server.engine.model_tokenizer import ModelTokenizer
+from server.engine.prefix_cache import cache_salt
 from server.engine.token_progress import TokenProgress
 from server.engine.vllm_client import model_info
 from server.errors import FailedPrecondition, FathomError, Unavailable
@@ -117,7 +120,7 @@ class DedicatedEngine:
             self._config.name,
             config,
             config.architectures[0],
-            self._tokenizer.max_characters_per_token,
+            self._tokenizer,
         )
         self._checkpoints = CheckpointStore(
             self._config.state_dir,
@@ -210,22 +213,40 @@ class DedicatedEngine:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         with self._engine_for(request.layers).in_use() as llm:
             params = llm.sampling_params(request.sampling)
-            deltas = llm.generate(request.request_id, request.prompt_ids, params)
+            deltas = llm.generate(
+                request.request_id,
+                request.prompt_ids,
+                params,
+                cache_salt=cache_salt(request.layers, request.cache_namespace),
+                depth=request.layers.depth_text(self.model.num_layers),
+            )
             async with aclosing(deltas):
                 async for delta in deltas:
                     yield delta
 
     async def score(
-        self, request_id: str, token_ids: Sequence[int], num_context: int, layers: LayerSelection
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        num_context: int,
+        layers: LayerSelection,
+        cache_namespace: CacheNamespace | None = None,
     ) -> list[TokenScore]:
         with self._engine_for(layers).in_use() as llm:
             params = llm.sampling_params(SamplingOptions(max_tokens=1, temperature=0.0))
-            scores = await llm.prompt_scores(request_id, token_ids, params)
+            scores = await llm.prompt_scores(
+                request_id,
+                token_ids,
+                params,
+                cache_salt=cache_salt(layers, cache_namespace),
+                depth=layers.depth_text(self.model.num_layers),
+            )
         return scores[num_context - 1 :]
 
     async def measure_importance(
         self, windows: Sequence[Sequence[int]], progress: ProgressCallback
     ) -> BlockInfluence:
+        check_windows(windows, self.model)
         return await measure_in_process(
             self._config.ranked_model or self._config.model,
             windows,
@@ -243,20 +264,23 @@ class DedicatedEngine:
         """Measure as the protocol says; there is no divergence, and where no level is dense, no
         agreement.
         """
+        check_windows(windows, self.model)
         has_dense = _DENSE in self._engines
         order = list(dict.fromkeys([_DENSE, *selections] if has_dense else selections))
         reporter = TokenProgress(progress, windows, num_passes=len(order))
         found: dict[LayerSelection, list[WindowStatistics]] = {}
         for layers in order:
             with self._engine_for(layers).in_use() as llm:
-                found[layers] = await window_statistics(llm, windows, reporter)
+                depth = layers.depth_text(self.model.num_layers)
+                found[layers] = await window_statistics(llm, windows, depth, reporter)
         references = found[_DENSE] if has_dense else [None] * len(windows)
         return [
-            quality_of_windows(
+            finite_quality(
                 [
                     window.sums(reference)
                     for window, reference in zip(found[layers], references, strict=True)
-                ]
+                ],
+                layers.depth_text(self.model.num_layers),
             )
             for layers in selections
         ]

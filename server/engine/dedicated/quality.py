@@ -8,7 +8,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from server.engine.base import SamplingOptions
+from server.engine.base import LayerSelection, SamplingOptions
+from server.engine.prefix_cache import cache_salt
 from server.engine.token_progress import TokenProgress, first_failure
 from server.engine.vllm_client import VllmClient
 
@@ -41,9 +42,9 @@ class WindowStatistics:
 
 
 async def window_statistics(
-    llm: VllmClient, windows: Sequence[Sequence[int]], progress: TokenProgress
+    llm: VllmClient, windows: Sequence[Sequence[int]], depth: str, progress: TokenProgress
 ) -> list[WindowStatistics]:
-    """Run the windows through the engine; return the statistics of each."""
+    """Run the windows through the engine of a depth; return the statistics of each."""
     slots = asyncio.Semaphore(_MEASURING_REQUESTS)
 
     async def measure(window: Sequence[int]) -> WindowStatistics:
@@ -51,7 +52,14 @@ async def window_statistics(
             params = llm.sampling_params(SamplingOptions(max_tokens=1, temperature=0.0))
             params.detokenize = False
             request_id = f"measure-{next(_numbers)}"
-            scores = await llm.prompt_scores(request_id, window, params, num_top=1)
+            scores = await llm.prompt_scores(
+                request_id,
+                window,
+                params,
+                cache_salt=cache_salt(LayerSelection(), None),
+                depth=depth,
+                num_top=1,
+            )
             scored = scores[len(window) // 2 - 1 :]
             progress.advance(len(window))
             return WindowStatistics(

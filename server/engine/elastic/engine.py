@@ -13,9 +13,10 @@ from pydantic import ValidationError
 
 from pruning.importance import BlockInfluence, block_influence, merge_sums
 from pruning.plan import Plan
-from pruning.quality import Quality, quality_of_windows
+from pruning.quality import Quality
 from server.engine.arguments import check_kv_cache, refusal, wants_huge_pages
 from server.engine.base import (
+    CacheNamespace,
     GenerationDelta,
     GenerationRequest,
     LayerSelection,
@@ -37,9 +38,10 @@ from server.engine.elastic.payload import (
     Payload,
     Probe,
     QualityProbe,
-    cache_salt,
 )
+from server.engine.measuring import check_windows, finite_quality
 from server.engine.model_tokenizer import ModelTokenizer
+from server.engine.prefix_cache import cache_salt
 from server.engine.token_progress import TokenProgress, first_failure
 from server.engine.vllm_client import VllmClient, model_info
 from server.errors import InvalidArgument
@@ -89,7 +91,7 @@ class ElasticEngine:
             self._config.name,
             config,
             config.architectures[0].removeprefix("FathomElastic"),
-            self._tokenizer.max_characters_per_token,
+            self._tokenizer,
         )
 
     def _configure(self) -> VllmConfig:
@@ -167,23 +169,39 @@ class ElasticEngine:
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         payload = Payload(request.layers)
         params = self._llm.sampling_params(request.sampling, payload.to_extra_args())
-        salt = cache_salt(request.layers, request.request_id)
-        return self._llm.generate(request.request_id, request.prompt_ids, params, salt)
+        return self._llm.generate(
+            request.request_id,
+            request.prompt_ids,
+            params,
+            cache_salt=cache_salt(request.layers, request.cache_namespace),
+            depth=request.layers.depth_text(self.model.num_layers),
+        )
 
     async def score(
-        self, request_id: str, token_ids: Sequence[int], num_context: int, layers: LayerSelection
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        num_context: int,
+        layers: LayerSelection,
+        cache_namespace: CacheNamespace | None = None,
     ) -> list[TokenScore]:
         params = self._llm.sampling_params(
             SamplingOptions(max_tokens=1, temperature=0.0),
             Payload(layers, num_context).to_extra_args(),
         )
-        salt = cache_salt(layers, request_id)
-        scores = await self._llm.prompt_scores(request_id, token_ids, params, salt)
+        scores = await self._llm.prompt_scores(
+            request_id,
+            token_ids,
+            params,
+            cache_salt=cache_salt(layers, cache_namespace),
+            depth=layers.depth_text(self.model.num_layers),
+        )
         return scores[num_context - 1 :]
 
     async def measure_importance(
         self, windows: Sequence[Sequence[int]], progress: ProgressCallback
     ) -> BlockInfluence:
+        check_windows(windows, self.model)
         async with self._measuring:
             await self._llm.call_workers("fathom_reset_importance")
             payload = Payload(LayerSelection(), probe=ImportanceProbe())
@@ -203,6 +221,7 @@ class ElasticEngine:
         selections: Sequence[LayerSelection],
         progress: ProgressCallback,
     ) -> list[Quality]:
+        check_windows(windows, self.model)
         sums: list[list[list[float]]] = [[] for _ in selections]
         reporter = TokenProgress(progress, windows, num_passes=len(selections) + 1)
         group_size = max(1, _QUALITY_GROUP_TOKENS // max(map(len, windows)))
@@ -220,7 +239,10 @@ class ElasticEngine:
                     for _, selection, window_sums in answer:
                         sums[selection].append(window_sums)
             await self._llm.call_workers("fathom_reset_quality")
-        return [quality_of_windows(window_sums) for window_sums in sums]
+        return [
+            finite_quality(window_sums, layers.depth_text(self.model.num_layers))
+            for layers, window_sums in zip(selections, sums, strict=True)
+        ]
 
     async def _prefill_all(
         self, requests: Sequence[tuple[Sequence[int], Payload]], progress: TokenProgress
@@ -236,8 +258,14 @@ class ElasticEngine:
                 # A hit in the prefix cache would be a token that is not measured.
                 params.skip_reading_prefix_cache = True
                 request_id = f"measure-{next(self._numbers)}"
-                salt = cache_salt(payload.layers, request_id)
-                async for _ in self._llm.run(request_id, token_ids, params, salt):
+                deltas = self._llm.generate(
+                    request_id,
+                    token_ids,
+                    params,
+                    cache_salt=cache_salt(payload.layers, None),
+                    depth=payload.layers.depth_text(self.model.num_layers),
+                )
+                async for _ in deltas:
                     pass
                 progress.advance(len(token_ids))
 

@@ -1,4 +1,4 @@
-"""From Fathom's configuration of the engine to vLLM's arguments."""
+"""vLLM's arguments and environment for the elastic engine."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from server.engine.arguments import (
     prepare_environment,
 )
 from server.engine.elastic.architectures import elastic_architecture
+from server.engine.elastic.unsupported_arguments import check_supported
 
 if TYPE_CHECKING:
     from vllm import AsyncEngineArgs
@@ -27,9 +28,8 @@ _RESERVED = {
     **RESERVED,
     "enforce_eager": None,
     "logits_processors": None,
-    "speculative_config": None,
 }
-# About what the compiled layers of one model take.
+# About the size of one model's compiled layers.
 _COMPILED_BYTES = 4 << 20
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,8 @@ def vllm_arguments(config: ElasticConfig) -> AsyncEngineArgs:
     """Return vLLM's arguments for ``config``.
 
     Raises:
-        InvalidArgument: ``engine_args`` has a name that vLLM does not know, or that Fathom sets.
+        InvalidArgument: ``engine_args`` has a name that vLLM does not know or that Fathom sets,
+            or asks for what the elastic engine cannot do.
         UnsupportedArchitecture: The model cannot run at several depths.
     """
     from transformers import AutoConfig
@@ -64,6 +65,7 @@ def vllm_arguments(config: ElasticConfig) -> AsyncEngineArgs:
     from vllm.platforms import current_platform
 
     check_engine_args(config.engine_args, _RESERVED)
+    check_supported(config.engine_args, on_cpu=current_platform.is_cpu())
     model_config = AutoConfig.from_pretrained(
         config.model, trust_remote_code=config.trust_remote_code
     )

@@ -8,9 +8,9 @@ import torch
 
 from pruning.importance import BlockInfluenceEstimator
 from pruning.quality import token_statistics
-from server.engine.elastic.attention import ElasticStep
 from server.engine.elastic.payload import ImportanceProbe, QualityProbe
 from server.engine.elastic.row_table import RowTable
+from server.engine.elastic.step import ElasticStep
 
 # Positions whose logits exist at one time: 512 x 128k x 4 bytes are 256 MiB.
 _CHUNK = 512

@@ -1,4 +1,4 @@
-"""The model classes that walk their layers by the choice of each token."""
+"""The model classes whose layers run on their active tokens alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.forward_context import ForwardContext, get_forward_context, set_forward_context
-from vllm.model_executor.layers.attention.attention import unified_kv_cache_update
 from vllm.model_executor.models.gemma import GemmaForCausalLM
 from vllm.model_executor.models.gemma2 import Gemma2ForCausalLM
 from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
@@ -23,19 +22,22 @@ from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
-from server.engine.elastic.attention import ElasticStep, Runners, TokenSubset, elastic_backend
+from server.engine.elastic.attention import attention_without_cache, elastic_backend
+from server.engine.elastic.compatibility import check_model
 from server.engine.elastic.compiled_layers import CompiledLayers
+from server.engine.elastic.kv_only import write_keys_and_values
 from server.engine.elastic.measurement import ImportanceMeter, QualityMeter
 from server.engine.elastic.residual_stream import ResidualStream
+from server.engine.elastic.row_table import RowTable
 from server.engine.elastic.row_tracker import row_table
+from server.engine.elastic.step import ElasticStep, TokenSubset, Whole
 
 
 class ElasticCausalLM:
-    """Mixed into a model of vLLM's before its class; takes over the walk through its layers.
+    """Mixed into a model of vLLM's before its class; runs the model's layers in its stead.
 
-    It counts on what the supported families share: ``model.layers``, each of which is called
-    with (positions, hidden, residual) and has ``input_layernorm`` and ``self_attn`` with
-    ``qkv_proj``, ``rotary_emb`` and ``attn``, and ``model.norm``. `compatibility.py` checks it.
+    It relies on what the supported families have in common, which
+    :func:`server.engine.elastic.compatibility.check_model` checks when the model is made.
     """
 
     model: Any
@@ -47,6 +49,7 @@ class ElasticCausalLM:
         self.quality = QualityMeter(cast(Any, self).compute_logits)
         indices = range(self.model.start_layer, self.model.end_layer)
         self._layers = [(index, self.model.layers[index]) for index in indices]
+        check_model(self.model, [layer for _, layer in self._layers])
         self._compiled = CompiledLayers()
         for _, layer in self._layers:
             attention = layer.self_attn.attn
@@ -59,18 +62,24 @@ class ElasticCausalLM:
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
-        stream = self._entering_stream(input_ids, positions, intermediate_tensors, inputs_embeds)
+        """Return the hidden states after the last norm, [num_tokens, hidden_size]."""
         context = get_forward_context()
         step = _step_of(context, self._layers[0][1])
+        if step is not None and not self.rows.is_tracked:
+            raise RuntimeError(
+                "vLLM gave the row tracker another configuration object than the model: the "
+                "layers that requests skip would not be known, and all would run at full depth"
+            )
         probed = step is not None and bool(self.rows.probed)
+        stream = self._entering_stream(input_ids, positions, intermediate_tensors, inputs_embeds)
         if step is None:  # vLLM is profiling memory or warming up
             for _, layer in self._layers:
-                stream.run(Runners.EVERY, layer)
+                stream.add(layer, Whole.ALL)
         elif step.is_uniform and not probed:
             for index, layer in self._layers:
-                stream.run(step.runners(index), layer)
+                stream.add(layer, step.active_tokens(index))
         else:
-            self._walk(stream, positions, context)
+            self._run_step(stream, positions, context)
 
         hidden: torch.Tensor
         hidden, residual = stream.parts()
@@ -82,20 +91,23 @@ class ElasticCausalLM:
         return hidden
 
     def compile_layers(self, vllm_config: VllmConfig) -> int:
-        """Compile the layers and return how many share the compiled code.
+        """Compile the layers, and return how many share the compiled code.
 
-        Raises what torch.compile raises; the layers run uncompiled then.
+        Raises what :meth:`CompiledLayers.compile` raises; the layers run uncompiled then.
         """
         config = vllm_config.model_config
+        layers = [layer for _, layer in self._layers]
         with (
             set_forward_context(None, vllm_config, slot_mapping={}),
             cast(Any, current_platform).inference_mode(),
         ):
             return self._compiled.compile(
-                [layer for _, layer in self._layers],
+                layers,
                 self.model.norm,
                 config.get_hidden_size(),
                 cast(torch.dtype, config.dtype),
+                max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+                comparing=attention_without_cache(layers),
             )
 
     def _entering_stream(
@@ -116,30 +128,47 @@ class ElasticCausalLM:
         # Zero and the embeddings: so the first layer is called as the others are.
         return ResidualStream(run_layers, positions, torch.zeros_like(inputs_embeds), inputs_embeds)
 
-    def _walk(
+    def _run_step(
         self, stream: ResidualStream, positions: torch.Tensor, context: ForwardContext
     ) -> None:
-        """Run every layer on the tokens that run it, and measure where that is asked for."""
-        marked: torch.Tensor | slice | None = None
-        before: torch.Tensor | None = None
+        """Run every layer on its active tokens, and measure where that is asked for."""
+        importance = _ImportanceOfStep(self.importance, stream)
         for index, layer in self._layers:
             step = _step_of(context, layer)
             assert step is not None
-            if self.rows.probed and marked is None:
-                marked = self.importance.marked_tokens(step, self.rows)
-            if marked is not None and before is None:
-                before = stream.total(marked)
-            leavers = step.key_leavers(index)
-            if leavers is not None:
-                _leave_keys_and_values(layer, stream.total(leavers), positions[leavers], leavers)
-            runners = step.runners(index)
-            if isinstance(runners, TokenSubset):
-                runners.install(context, layer.self_attn.attn.layer_name)
-            stream.run(runners, layer)
-            if marked is not None and before is not None:
-                after = stream.total(marked)
-                self.importance.update(index, before, after)
-                before = after
+            if self.rows.probed:
+                importance.before(step, self.rows)
+            kv_only = step.kv_only_tokens(index)
+            if kv_only is not None:
+                write_keys_and_values(layer, stream.total(kv_only), positions[kv_only], kv_only)
+            active = step.active_tokens(index)
+            if isinstance(active, TokenSubset):
+                active.install(context, layer.self_attn.attn.layer_name)
+            stream.add(layer, active)
+            importance.after(index)
+
+
+class _ImportanceOfStep:
+    """Block Influence of a step's layers, on the tokens of the requests that are marked for it."""
+
+    def __init__(self, meter: ImportanceMeter, stream: ResidualStream) -> None:
+        self._meter = meter
+        self._stream = stream
+        self._tokens: torch.Tensor | slice | None = None
+        self._before: torch.Tensor | None = None
+
+    def before(self, step: ElasticStep, rows: RowTable) -> None:
+        """Note the stream before the first layer; later layers begin where the last one ended."""
+        if self._tokens is None:
+            self._tokens = self._meter.marked_tokens(step, rows)
+        if self._tokens is not None and self._before is None:
+            self._before = self._stream.total(self._tokens)
+
+    def after(self, layer: int) -> None:
+        if self._tokens is not None and self._before is not None:
+            after = self._stream.total(self._tokens)
+            self._meter.update(layer, self._before, after)
+            self._before = after
 
 
 def _step_of(context: ForwardContext, layer: Any) -> ElasticStep | None:
@@ -148,32 +177,6 @@ def _step_of(context: ForwardContext, layer: Any) -> ElasticStep | None:
     assert isinstance(context.attn_metadata, dict)
     metadata = context.attn_metadata[layer.self_attn.attn.layer_name]
     return cast(ElasticStep, cast(Any, metadata).elastic_step)
-
-
-def _leave_keys_and_values(
-    layer: Any, stream: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor
-) -> None:
-    """Write what ``layer`` would cache for tokens that do not run it.
-
-    This is what the first half of the layer computes from the ``stream``, [num_tokens,
-    hidden_size], as it passes by.
-    """
-    attention = layer.self_attn
-    qkv, _ = attention.qkv_proj(layer.input_layernorm(stream))
-    sizes = [attention.q_size, attention.kv_size, attention.kv_size]
-    query, key, value = qkv.split(sizes, dim=-1)
-    if hasattr(attention, "k_norm"):
-        by_head = key.view(-1, attention.num_kv_heads, attention.head_dim)
-        key = attention.k_norm(by_head).view(key.shape)
-    _, key = attention.rotary_emb(positions, query, key)
-    slots = get_forward_context().slot_mapping
-    assert isinstance(slots, dict)
-    name = attention.attn.layer_name
-    whole = slots[name]
-    slots[name] = whole[tokens]
-    shape = (-1, attention.num_kv_heads, attention.head_dim)
-    unified_kv_cache_update(key.view(shape), value.view(shape), name)
-    slots[name] = whole
 
 
 class ElasticLlamaForCausalLM(ElasticCausalLM, LlamaForCausalLM):

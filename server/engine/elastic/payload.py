@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,19 +74,3 @@ class Payload:
             data.get("num_context"),
             probe,
         )
-
-
-def cache_salt(layers: LayerSelection, request_id: str) -> str:
-    """Return what a request's entries in the prefix cache are keyed by, beside its tokens.
-
-    Keys and values depend on the layers that made them. Where prompt and generated tokens skip
-    different layers they also depend on where the prompt ended, which the cache does not know:
-    such a request shares with none but itself.
-    """
-    if layers.prefill_skips == layers.decode_skips:
-        return f"fathom-{_listed(layers.prefill_skips)}"
-    return f"fathom-{request_id}"
-
-
-def _listed(layers: Sequence[int]) -> str:
-    return ",".join(map(str, layers))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from server.engine.elastic.attention import Runners, TokenSubset
+from server.engine.elastic.step import ActiveTokens, TokenSubset, Whole
 
 # (layers, positions [num_tokens], hidden, residual) -> (hidden, residual), each
 # [num_tokens, hidden_size], after all of the layers
@@ -17,11 +17,14 @@ RunLayers = Callable[
 
 
 class ResidualStream:
-    """Holds the step's tokens and lends layers those that run them.
+    """The stream of all tokens of a step, from which layers are given their active ones.
 
-    The stream is ``hidden + residual``, as vLLM's layers keep it. Layers wait until other tokens
-    are asked for or the stream is: then those that the same tokens run are run together. Layers
-    that are pruned together lie together, so a subset is rarely gathered twice.
+    The stream is ``hidden + residual``, as vLLM's layers keep it; both are
+    [num_tokens, hidden_size].
+
+    Layers are not run one at a time: those in a row with the same active tokens are collected,
+    and run together as soon as a layer has other active tokens or the stream is asked for. So
+    the tokens of a subset are gathered and scattered once for all of these layers.
     """
 
     def __init__(
@@ -35,23 +38,23 @@ class ResidualStream:
         self._positions = positions
         self._hidden = hidden
         self._residual = residual
-        self._waiting: list[Any] = []
-        # None: every token of the step
+        self._collected: list[Any] = []
+        # The active tokens of the collected layers; None: all tokens of the step.
         self._subset: TokenSubset | None = None
 
-    def run(self, runners: Runners | TokenSubset, layer: Any) -> None:
-        """Run ``layer`` on the tokens that run it, at the latest when the stream is asked for."""
-        if runners is Runners.NONE:
+    def add(self, layer: Any, active: ActiveTokens) -> None:
+        """Run ``layer`` on its active tokens, at the latest when the stream is asked for."""
+        if active is Whole.NONE:
             return
-        subset = runners if isinstance(runners, TokenSubset) else None
+        subset = active if isinstance(active, TokenSubset) else None
         if not _same_tokens(subset, self._subset):
-            self._catch_up()
+            self._run_collected()
             self._subset = subset
-        self._waiting.append(layer)
+        self._collected.append(layer)
 
     def parts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ``(hidden, residual)`` of all tokens; the caller may overwrite them."""
-        self._catch_up()
+        self._run_collected()
         return self._hidden, self._residual
 
     def total(self, tokens: torch.Tensor | slice) -> torch.Tensor:
@@ -59,10 +62,10 @@ class ResidualStream:
         hidden, residual = self.parts()
         return hidden[tokens] + residual[tokens]
 
-    def _catch_up(self) -> None:
-        if not self._waiting:
+    def _run_collected(self) -> None:
+        if not self._collected:
             return
-        layers, self._waiting = self._waiting, []
+        layers, self._collected = self._collected, []
         if self._subset is None:
             self._hidden, self._residual = self._run_layers(
                 layers, self._positions, self._hidden, self._residual

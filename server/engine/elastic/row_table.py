@@ -1,4 +1,4 @@
-"""Which layers the request in each row of the batch runs."""
+"""The layers that the request in each row of the batch runs."""
 
 from __future__ import annotations
 
@@ -22,23 +22,25 @@ class ProbedRequest:
 class RowTable:
     """The layer choices of the batch's rows; a row without a request runs every layer.
 
-    ``prefill_runs`` and ``decode_runs``: [num_rows, num_layers] of bool. ``num_context``:
-    [num_rows], how many of the row's tokens run as prompt. ``is_split``: [num_rows], whether
-    prompt and generated tokens run different layers.
+    ``prefill_active`` and ``decode_active``: [num_rows, num_layers] of bool, the layers that run
+    prompt tokens and generated ones. ``num_context``: [num_rows], how many of the row's tokens
+    are prompt. ``is_split``: [num_rows], whether prompt and generated tokens run different
+    layers. ``is_tracked``: whether a row tracker keeps this table.
     """
 
     def __init__(self, num_rows: int, num_layers: int) -> None:
-        self.prefill_runs: npt.NDArray[np.bool_] = np.ones((num_rows, num_layers), np.bool_)
-        self.decode_runs: npt.NDArray[np.bool_] = np.ones((num_rows, num_layers), np.bool_)
+        self.prefill_active: npt.NDArray[np.bool_] = np.ones((num_rows, num_layers), np.bool_)
+        self.decode_active: npt.NDArray[np.bool_] = np.ones((num_rows, num_layers), np.bool_)
         self.num_context: npt.NDArray[np.int64] = np.zeros(num_rows, np.int64)
         self.is_split: npt.NDArray[np.bool_] = np.zeros(num_rows, np.bool_)
         self.probed: dict[int, ProbedRequest] = {}
+        self.is_tracked = False
 
     def put(self, row: int, payload: Payload, prompt_ids: Sequence[int] | None) -> None:
         """Place a request; ``prompt_ids`` excludes what was generated before a preemption."""
         self.clear(row)
-        self.prefill_runs[row, list(payload.layers.prefill_skips)] = False
-        self.decode_runs[row, list(payload.layers.decode_skips)] = False
+        self.prefill_active[row, list(payload.layers.prefill_skips)] = False
+        self.decode_active[row, list(payload.layers.decode_skips)] = False
         self.is_split[row] = payload.layers.prefill_skips != payload.layers.decode_skips
         num_prompt = len(prompt_ids or ())
         self.num_context[row] = num_prompt if payload.num_context is None else payload.num_context
@@ -46,8 +48,8 @@ class RowTable:
             self.probed[row] = ProbedRequest(payload.probe, tuple(prompt_ids or ()))
 
     def clear(self, row: int) -> None:
-        self.prefill_runs[row] = True
-        self.decode_runs[row] = True
+        self.prefill_active[row] = True
+        self.decode_active[row] = True
         self.num_context[row] = 0
         self.is_split[row] = False
         self.probed.pop(row, None)
@@ -68,4 +70,4 @@ class RowTable:
                 self.probed[row] = probed
 
     def _columns(self) -> tuple[npt.NDArray[np.bool_] | npt.NDArray[np.int64], ...]:
-        return self.prefill_runs, self.decode_runs, self.num_context, self.is_split
+        return self.prefill_active, self.decode_active, self.num_context, self.is_split

@@ -14,31 +14,32 @@ from server.engine.elastic.row_table import RowTable
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# vLLM makes the tracker and the model apart from each other, both from the same configuration;
-# it is what they find each other by. A process loads one model, seldom more. The configuration
-# is kept, so that its identity is not given to another.
-_tables: dict[int, tuple[VllmConfig, RowTable]] = {}
+# vLLM makes the tracker and the model apart from each other, but gives both the same
+# configuration object, by which they find their common table. A process loads one model, seldom
+# more, so a search through a list will do.
+_tables: list[tuple[VllmConfig, RowTable]] = []
 
 
 def row_table(config: VllmConfig) -> RowTable:
-    """Return the table of the engine with this configuration, the same one every time."""
-    if id(config) not in _tables:
-        table = RowTable(
-            config.scheduler_config.max_num_seqs,
-            config.model_config.hf_text_config.num_hidden_layers,
-        )
-        _tables[id(config)] = config, table
-    return _tables[id(config)][1]
+    """Return the table of the engine with this configuration object, the same one every time."""
+    for known, table in _tables:
+        if known is config:
+            return table
+    num_layers = config.model_config.hf_text_config.num_hidden_layers
+    table = RowTable(config.scheduler_config.max_num_seqs, num_layers)
+    _tables.append((config, table))
+    return table
 
 
 class RowTracker(LogitsProcessor):
-    """Keeps the row table current; logits it leaves alone.
+    """Keeps the row table current, and leaves logits alone.
 
     vLLM calls ``update_state`` before every forward pass, with the rows that changed.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self._table = row_table(vllm_config)
+        self._table.is_tracked = True
 
     def is_argmax_invariant(self) -> bool:
         return True

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,58 +22,73 @@ _OPTIONS: dict[str, Any] = {
     # The processor's instructions are known from its flags; trying out whether the compiler
     # knows them takes longer than all that is compiled.
     "cpp.vec_isa_ok": True,
-    # How many C++ compilers run at a time; vLLM asks for one.
+    # The number of C++ compilers that run at a time; vLLM asks for one.
     "compile_threads": os.cpu_count() or 1,
 }
+# What torch says of a module that is not built like the first one; the error has no class.
+_OTHER_MODULE = "fail_on_recompile"
 
 
 class SharedCode:
     """What a function does with a module and some tensors, compiled once for many modules.
 
-    A module's weights, and whatever else of it may differ from one to the next, are inputs of
-    the code. They are found by torch.compile, whose guards tell which modules are alike. When it
-    runs, neither guards nor any of the wrappers around the code are in the way: for a layer of a
-    small model those take as long as the layer.
+    torch.compile turns the function into bare code, whose inputs are the module's weights and
+    whatever else of it may differ from one module to the next, the tensors, and their size. It
+    surrounds this code with guards, which tell whether the code is right for a module, and with
+    wrappers, which hand the inputs on. Both are used once for each module, when its inputs are
+    collected. From then on the bare code is called with these: for a layer of a small model,
+    guards and wrappers take as long as the layer.
     """
 
     def __init__(
-        self, run: Run, modules: Sequence[nn.Module], tensors: Sequence[torch.Tensor]
+        self,
+        run: Run,
+        modules: Sequence[nn.Module],
+        tensors: Sequence[torch.Tensor],
+        *,
+        max_size: int,
     ) -> None:
-        """Compile ``run`` for the first of ``modules``, and for those that are alike.
+        """Compile ``run`` for the first of ``modules``, and for those that are built like it.
 
-        The first dimension of ``tensors``, two or more, is taken for a variable. Raises what
-        torch.compile raises, for example where there is no C++ compiler, and RuntimeError where
-        the wrappers are needed, as they are for a module that writes into what it is given.
+        The first dimension of ``tensors``, two or more in these examples, is a variable of up to
+        ``max_size``.
+
+        Raises:
+            ConstraintViolationError: The code depends on the size, for example on whether it is
+                even; without guards it would be wrong for the other sizes.
+            RuntimeError: The bare code needs its wrappers, as that of a module does which writes
+                into what it is given, or has another variable than the size.
+            Exception: What else torch.compile raises, for example without a C++ compiler.
         """
         for tensor in tensors:
-            torch._dynamo.mark_dynamic(tensor, 0)
+            # With a range, torch refuses code that holds for a part of it only. It takes sizes
+            # to be two or more, so the caller has to compare the code with `run` at one.
+            torch._dynamo.mark_dynamic(tensor, 0, min=1, max=max_size)
         self._call = _Call()
+
         # A function of its own: what has been compiled of a function is kept with it.
-        trace: Any = torch.compile(
-            lambda module, *given: run(module, *given),
-            backend=self._compile,
-            fullgraph=True,
-            dynamic=False,
-        )
+        def function(module: nn.Module, *given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            for tensor in given[1:]:
+                # Else the sizes would be several variables where no operation needs them equal.
+                torch._check(tensor.shape[0] == given[0].shape[0])
+            return run(module, *given)
+
+        trace: Any = torch.compile(function, backend=self._compile, fullgraph=True, dynamic=False)
         results = trace(modules[0], *tensors)
         if not self._call.is_bare(results):
             raise RuntimeError("the compiled code does not stand alone")
-        inputs = self._call.arguments
-        self._sizes = [place for place, value in enumerate(inputs) if isinstance(value, int)]
-        self._places = [
-            (place, number)
-            for place, value in enumerate(inputs)
+        # Which inputs change from call to call: the size, and the tensors.
+        first = self._call.arguments
+        self._size_indices = [index for index, value in enumerate(first) if isinstance(value, int)]
+        self._tensor_indices = [
+            (index, number)
+            for index, value in enumerate(first)
             for number, tensor in enumerate(tensors)
             if value is tensor
         ]
-        self._inputs = {id(modules[0]): inputs}
+        self._inputs = {id(modules[0]): first}
         for module in modules[1:]:
-            # The error has no class of its own.
-            with (
-                contextlib.suppress(RuntimeError),
-                torch.compiler.set_stance("fail_on_recompile"),
-            ):
-                trace(module, *tensors)
+            if self._is_alike(trace, module, tensors):
                 self._inputs[id(module)] = self._call.arguments
         del self._call
 
@@ -91,29 +105,48 @@ class SharedCode:
         """Run a module that is contained on tensors of equal first dimension."""
         inputs = self._inputs[id(module)].copy()
         size = len(tensors[0])
-        for place in self._sizes:
-            inputs[place] = size
-        for place, number in self._places:
-            inputs[place] = tensors[number]
+        for index in self._size_indices:
+            inputs[index] = size
+        for index, number in self._tensor_indices:
+            inputs[index] = tensors[number]
         first, second = self._code(inputs)
         return first, second
 
+    @staticmethod
+    def _is_alike(trace: Any, module: nn.Module, tensors: Sequence[torch.Tensor]) -> bool:
+        """Run the module through guards and wrappers; return whether the guards let it pass."""
+        try:
+            with torch.compiler.set_stance("fail_on_recompile"):
+                trace(module, *tensors)
+        except RuntimeError as error:
+            if _OTHER_MODULE in str(error):
+                return False
+            raise
+        return True
+
     def _compile(self, graph: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
-        compiled: list[Any] = []
+        """Compile a graph and return it wrapped; torch.compile's backend.
+
+        Keeps the bare code, and lets calls of the wrapped graph be recorded in ``self._call``.
+        """
+        bare: list[Any] = []
 
         def compile_inner(*arguments: Any, **options: Any) -> Any:
-            compiled.append(compile_fx_inner(*arguments, **options))
-            return compiled[-1]
+            bare.append(compile_fx_inner(*arguments, **options))
+            return bare[-1]
 
-        # It would keep the wrappers, too, and not ask for the code alone.
+        # With its cache, torch would keep the wrapped graph and not ask for the bare code.
         with functorch_config.patch(enable_autograd_cache=False):
             wrapped: Any = compile_fx(
                 graph, examples, inner_compile=compile_inner, config_patches=dict(_OPTIONS)
             )
-        code = self._code = compiled[0].current_callable
+        if len(variables := set(_variables(examples))) != 1:
+            names = ", ".join(sorted(map(str, variables))) or "none"
+            raise RuntimeError(f"the size is not the only variable of the compiled code: {names}")
+        code = self._code = bare[0].current_callable
 
         def run_code(inputs: list[Any]) -> Any:
-            self._call.inputs = inputs.copy()  # it empties them
+            self._call.inputs = inputs.copy()  # the code empties the list
             self._call.outputs = code(inputs)
             return self._call.outputs
 
@@ -121,12 +154,22 @@ class SharedCode:
             self._call.arguments = list(arguments)
             return wrapped(*arguments)
 
-        compiled[0].current_callable = run_code
+        bare[0].current_callable = run_code
         return run
 
 
+def _variables(examples: Sequence[Any]) -> Iterator[object]:
+    """Yield what is variable in a graph's inputs, once for each place where it occurs."""
+    for example in examples:
+        sizes = example.shape if isinstance(example, torch.Tensor) else [example]
+        for size in sizes:
+            if isinstance(size, torch.SymInt):
+                expression = size.node.shape_env.simplify(size.node.expr)
+                yield from expression.free_symbols or [expression]
+
+
 class _Call:
-    """What went into the code and came out of it, within its wrappers and outside of them."""
+    """What went into the bare code and came out of it, within its wrappers and outside of them."""
 
     arguments: list[Any]
     inputs: list[Any]

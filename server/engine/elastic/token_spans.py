@@ -17,24 +17,24 @@ Ints = npt.NDArray[np.int64]
 class TokenSpans:
     """Spans of consecutive tokens of one row that run the same layers, in token order.
 
-    A row has one span, or two where it is recomputed after a preemption: prompt tokens, then
-    generated ones, if they run different layers. Whether a token is one or the other depends on
-    its position alone, so a recomputed request does what it did before.
+    A row has one span. It has two in the step that recomputes it after a preemption: its prompt
+    tokens, then its generated ones, if these run different layers. Whether a token is one or the
+    other follows from its position alone, so a recomputed request does what it did before.
 
-    ``rows``, ``starts``, ``stops``: [num_spans]; ``runs``: [num_spans, num_layers], the layers
-    that the span's tokens run; ``leaves_keys``: likewise, the layers that they skip but leave
-    keys and values in.
+    ``rows``, ``starts``, ``stops``: [num_spans]. ``active``: [num_spans, num_layers], whether the
+    span's tokens run the layer. ``kv_only``: [num_spans, num_layers], whether they skip the
+    layer but write keys and values there; None if no span does in any layer.
     """
 
     rows: Ints
     starts: Ints
     stops: Ints
-    runs: Bools
-    leaves_keys: Bools | None
+    active: Bools
+    kv_only: Bools | None
 
     @classmethod
     def of_step(cls, table: RowTable, query_start: Ints, first_position: Ints) -> TokenSpans:
-        """Make the spans of a step.
+        """Return the spans of a step.
 
         Args:
             table: The layer choices of the batch's rows.
@@ -43,28 +43,35 @@ class TokenSpans:
         """
         num_rows = len(first_position)
         starts, stops = query_start[:-1], query_start[1:]
-        is_split = table.is_split[:num_rows]
-        if not is_split.any():
+        if not table.is_split[:num_rows].any():  # true of most steps
             rows = np.flatnonzero(stops > starts)
-            return cls(rows, starts[rows], stops[rows], table.prefill_runs[rows], None)
+            return cls(rows, starts[rows], stops[rows], table.prefill_active[rows], None)
 
-        lengths = stops - starts
-        num_prompt = np.clip(table.num_context[:num_rows] - first_position, 0, lengths)
-        num_prompt = np.where(is_split, num_prompt, lengths)
-        middles = starts + num_prompt
-        both_starts = np.stack([starts, middles], axis=1).ravel()
-        both_stops = np.stack([middles, stops], axis=1).ravel()
-        kept = np.flatnonzero(both_stops > both_starts)
-        rows, is_generated = kept // 2, (kept % 2).astype(np.bool_)
-        prefill_runs, decode_runs = table.prefill_runs[rows], table.decode_runs[rows]
-        runs = np.where(is_generated[:, None], decode_runs, prefill_runs)
+        # Each row is cut where its prompt ends, and the empty parts are dropped.
+        cuts = _prompt_stops(table, starts, stops, first_position)
+        part_starts = np.stack([starts, cuts], axis=1)  # [num_rows, 2]
+        part_stops = np.stack([cuts, stops], axis=1)
+        rows, parts = np.nonzero(part_stops > part_starts)  # in token order
+        is_prompt = (parts == 0)[:, None]
+        prefill_active, decode_active = table.prefill_active[rows], table.decode_active[rows]
         return cls(
             rows,
-            both_starts[kept],
-            both_stops[kept],
-            runs,
-            ~is_generated[:, None] & decode_runs & ~prefill_runs,
+            part_starts[rows, parts],
+            part_stops[rows, parts],
+            active=np.where(is_prompt, prefill_active, decode_active),
+            kv_only=is_prompt & decode_active & ~prefill_active,
         )
+
+
+def _prompt_stops(table: RowTable, starts: Ints, stops: Ints, first_position: Ints) -> Ints:
+    """Return where each row's prompt tokens stop in the step, [num_rows].
+
+    All tokens of a row that does not tell prompt from generated tokens count as prompt.
+    """
+    num_rows = len(first_position)
+    num_tokens = stops - starts
+    num_prompt = np.clip(table.num_context[:num_rows] - first_position, 0, num_tokens)
+    return starts + np.where(table.is_split[:num_rows], num_prompt, num_tokens)
 
 
 def token_indices(starts: Ints, stops: Ints) -> Ints:

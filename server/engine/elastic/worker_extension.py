@@ -11,6 +11,7 @@ from typing import Any
 from vllm.distributed import get_tensor_model_parallel_rank
 
 from server.engine.elastic.model import ElasticCausalLM
+from server.engine.elastic.out_of_memory import is_out_of_memory
 from server.engine.worker_extension import WorkerExtension
 
 
@@ -25,12 +26,17 @@ class ElasticWorkerExtension(WorkerExtension):
         return model
 
     def fathom_compile_layers(self) -> tuple[int, str]:
-        """Return how many layers were compiled, and why none were."""
+        """Return how many layers were compiled, and why none were.
+
+        Raises what says that memory has run out: uncompiled layers need no less of it.
+        """
         model = self._elastic_model()
         try:
             return model.compile_layers(self.model_runner.vllm_config), ""
         except Exception as error:  # there is no telling what a compiler may find
-            return 0, (str(error) or repr(error)).strip().partition("\n")[0]
+            if is_out_of_memory(error):
+                raise
+            return 0, _reason(error)
 
     def fathom_reset_importance(self) -> None:
         self._elastic_model().importance.reset()
@@ -49,3 +55,10 @@ class ElasticWorkerExtension(WorkerExtension):
         if get_tensor_model_parallel_rank() != 0:
             return []
         return self._elastic_model().quality.sums()
+
+
+def _reason(error: BaseException) -> str:
+    """Return one line that says what went wrong; torch.compile wraps what its parts raise."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error) or repr(error)).strip().partition("\n")[0]

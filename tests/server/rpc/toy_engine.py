@@ -17,6 +17,7 @@ from pruning.importance import BlockInfluence
 from pruning.plan import Plan
 from pruning.quality import Quality
 from server.engine.base import (
+    CacheNamespace,
     EngineDead,
     FinishReason,
     GenerationDelta,
@@ -72,6 +73,7 @@ class ToyEngine:
         self.on_restart: Callable[[], None] = lambda: None
         # What it was prepared for beside what is in force, and has not released since.
         self.prepared: set[LayerSelection] = set()
+        self.score_namespaces: list[CacheNamespace | None] = []
         # So many of the next preparations fail.
         self.num_failing_preparations = 0
         # While it is clear, no token is made and nothing is measured.
@@ -180,8 +182,14 @@ class ToyEngine:
             await self._leave(request.request_id, finished)
 
     async def score(
-        self, request_id: str, token_ids: Sequence[int], num_context: int, layers: LayerSelection
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        num_context: int,
+        layers: LayerSelection,
+        cache_namespace: CacheNamespace | None = None,
     ) -> list[TokenScore]:
+        self.score_namespaces.append(cache_namespace)
         await self._enter(request_id)
         finished = False
         try:

@@ -10,11 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from server.engine.base import GenerationRequest, LayerSelection, SamplingOptions
+from server.engine.base import CacheNamespace, GenerationRequest, LayerSelection, SamplingOptions
 from server.engine.elastic.engine import ElasticEngine
 from server.engine.elastic.engine_arguments import ElasticConfig
 
 T = TypeVar("T")
+
+# Of all requests that the tests make of one client.
+NAMESPACE = CacheNamespace("client", "tests")
 
 
 class RunningEngine:
@@ -47,7 +50,8 @@ class RunningEngine:
         )
 
         async def one(prompt: Sequence[int], layers: LayerSelection) -> list[int]:
-            request = GenerationRequest(f"test-{next(self._numbers)}", prompt, layers, options)
+            name = f"test-{next(self._numbers)}"
+            request = GenerationRequest(name, prompt, layers, options, NAMESPACE)
             return [i async for delta in self.engine.generate(request) for i in delta.token_ids]
 
         async def everything() -> list[list[int]]:

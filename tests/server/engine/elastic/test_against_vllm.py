@@ -5,8 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import pytest
-
 from server.engine.base import LayerSelection
 from tests.conftest import data_path
 from tests.server.engine.elastic import reference
@@ -33,22 +31,3 @@ def test_depth_equals_vllm_on_the_cut_checkpoint(stories_model: Path, tmp_path: 
     assert generated[::2] == generate_with_vllm(tmp_path, prompts, NUM_TOKENS)
     assert generated[1::2] == generate_with_vllm(stories_model, prompts, NUM_TOKENS)
     assert generated[::2] != generated[1::2]
-
-
-@pytest.mark.parametrize("missing", ["vllm.v1.attention.backend", "vllm.inputs.engine"])
-def test_missing_names_of_vllm_are_listed(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from server.engine.elastic import compatibility
-
-    monkeypatch.setitem(compatibility._NAMES, missing, ("no_such_name",))
-    with pytest.raises(compatibility.IncompatibleVllm, match=f"{missing}.no_such_name"):
-        compatibility.check_vllm()
-
-
-def test_other_version_of_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from server.engine.elastic import compatibility
-
-    monkeypatch.setattr(compatibility, "vllm_version", lambda: "0.99.1")
-    with pytest.raises(compatibility.IncompatibleVllm, match=r"0\.99\.1.*tested on 0\.32"):
-        compatibility.check_vllm()
-    monkeypatch.setenv(compatibility.UNTESTED_VARIABLE, "1")
-    compatibility.check_vllm()

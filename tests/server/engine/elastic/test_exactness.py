@@ -16,7 +16,7 @@ from pruning.quality import quality_of_windows, token_statistics
 from server.engine.base import LayerSelection, LoadInfo
 from tests.conftest import data_path
 from tests.server.engine.elastic import reference
-from tests.server.engine.elastic.running_engine import RunningEngine, running_engine
+from tests.server.engine.elastic.running_engine import NAMESPACE, RunningEngine, running_engine
 
 NUM_TOKENS = 40
 # Least important first; what matters here is only that it is an order.
@@ -143,7 +143,7 @@ def num_cached(engine: RunningEngine, prompt: list[int], layers: LayerSelection)
 
     async def cached() -> int:
         request = GenerationRequest(
-            f"cached-{layers}", prompt, layers, SamplingOptions(max_tokens=1)
+            f"cached-{layers}", prompt, layers, SamplingOptions(max_tokens=1), NAMESPACE
         )
         return max([d.num_cached_tokens async for d in engine.engine.generate(request)])
 

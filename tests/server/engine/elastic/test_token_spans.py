@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.engine.base import LayerSelection
-from server.engine.elastic.payload import Payload, cache_salt
+from server.engine.elastic.payload import Payload
 from server.engine.elastic.row_table import RowTable
 from server.engine.elastic.token_spans import TokenSpans, token_indices
 
@@ -45,13 +45,13 @@ def test_spans_say_of_each_token_what_its_position_says(
             seen.append(token)
             is_prompt = first + token - query_start[row] < num_prompt
             skips = layers.prefill_skips if is_prompt else layers.decode_skips
-            assert spans.runs[index].tolist() == [i not in skips for i in range(NUM_LAYERS)]
+            assert spans.active[index].tolist() == [i not in skips for i in range(NUM_LAYERS)]
             expected = [
                 is_prompt and i in layers.prefill_skips and i not in layers.decode_skips
                 for i in range(NUM_LAYERS)
             ]
-            left = spans.leaves_keys
-            assert (left[index].tolist() if left is not None else [False] * 4) == expected
+            kv_only = spans.kv_only
+            assert (kv_only[index].tolist() if kv_only is not None else [False] * 4) == expected
     assert seen == list(range(query_start[-1])), "every token of the step is in one span, in order"
 
 
@@ -94,7 +94,7 @@ def test_row_table_follows_the_batch(operations: list[tuple[str, int, object]]) 
                 table.swap(row, argument)
                 model[row], model[argument] = model.get(argument, ()), model.get(row, ())
         for each in range(5):
-            skips = tuple(np.flatnonzero(~table.prefill_runs[each]).tolist())
+            skips = tuple(np.flatnonzero(~table.prefill_active[each]).tolist())
             assert skips == model.get(each, ())
 
 
@@ -104,13 +104,3 @@ def test_payload_survives_the_way_through_vllm(
 ) -> None:
     payload = Payload(LayerSelection(prefill, decode), num_context)
     assert Payload.from_extra_args(payload.to_extra_args()) == payload
-
-
-@given(layer_sets, layer_sets)
-def test_cache_is_shared_by_equal_layers_alone(a: tuple[int, ...], b: tuple[int, ...]) -> None:
-    uniform = [LayerSelection(layers, layers) for layers in (a, b)]
-    salts = [cache_salt(layers, request) for layers, request in zip(uniform, "xy", strict=True)]
-    assert (salts[0] == salts[1]) == (a == b)
-    if a != b:
-        split = LayerSelection(a, b)
-        assert cache_salt(split, "x") != cache_salt(split, "y")

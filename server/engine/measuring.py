@@ -1,0 +1,38 @@
+"""What engines check of texts to measure on, and of what they have measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from pruning.quality import Quality, quality_of_windows
+from server.engine.base import ModelInfo
+from server.errors import InvalidArgument, NonFiniteResult
+
+
+def check_windows(windows: Sequence[Sequence[int]], model: ModelInfo) -> None:
+    """Raise :class:`InvalidArgument` for a token id that the model has no embedding for.
+
+    Such an id ends the engine. A text has one where the tokenizer knows more tokens than the
+    model.
+    """
+    for window in windows:
+        for token_id in window:
+            if not 0 <= token_id < model.vocab_size:
+                raise InvalidArgument(
+                    "text",
+                    f"token id {token_id}",
+                    f"text whose tokens the model knows, which are 0 to {model.vocab_size - 1}; "
+                    "the tokenizer has more of them than the model",
+                )
+
+
+def finite_quality(sums: Sequence[Sequence[float | None]], depth: str) -> Quality:
+    """Return what :func:`pruning.quality.quality_of_windows` does.
+
+    Raises :class:`NonFiniteResult`, naming the depth, for a sum that is not finite.
+    """
+    for window in sums:
+        if not all(math.isfinite(value) for value in window if value is not None):
+            raise NonFiniteResult(depth)
+    return quality_of_windows(sums)

@@ -1,0 +1,27 @@
+"""What the prefix cache tells requests apart by, beside their tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+
+from server.engine.base import CacheNamespace, LayerSelection
+
+
+def cache_salt(layers: LayerSelection, namespace: CacheNamespace | None) -> str:
+    """Return the salt of a request's entries in the prefix cache.
+
+    Keys and values depend on the layers that made them. Where prompt and generated tokens skip
+    different layers, they also depend on where the prompt ended, which the cache does not know:
+    such a request shares entries with none but itself, and so does one without a namespace. What
+    makes its salt unique is drawn here, not given by the client.
+
+    A salt is the hash of a list, so that no text of a client can imitate another kind of salt.
+    """
+    content: list[object]
+    if namespace is None or layers.prefill_skips != layers.decode_skips:
+        content = ["alone", secrets.token_hex(16)]
+    else:
+        content = ["shared", namespace.kind, namespace.name, layers.prefill_skips]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -1,0 +1,146 @@
+"""The example drawn in the package's documentation is what the code does."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from server.engine import elastic
+from server.engine.base import LayerSelection
+from server.engine.elastic.metadata_fields import FieldKind, fields_of
+from server.engine.elastic.payload import Payload
+from server.engine.elastic.residual_stream import ResidualStream
+from server.engine.elastic.row_table import RowTable
+from server.engine.elastic.step import ElasticStep, TokenSubset, Whole
+
+NUM_LAYERS = 4
+# Rows A, B, C: the layers they skip, the length of their prompts, the tokens that their requests
+# have in all, and the tokens that the step computes.
+ROWS = [
+    (LayerSelection(), 3, 9, 1),
+    (LayerSelection((1, 2), (1, 2)), 2, 5, 1),
+    (LayerSelection((3,), ()), 2, 3, 3),
+]
+
+
+class PlainBuilder:
+    """Builds metadata that is what it is made of."""
+
+    def build_plain(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+        return common
+
+
+def metadata(**changes: Any) -> CommonAttentionMetadata:
+    lengths = torch.tensor([length for _, _, length, _ in ROWS], dtype=torch.int32)
+    query_start = torch.tensor([0, 1, 2, 5], dtype=torch.int32)
+    fields: dict[str, Any] = {
+        "query_start_loc": query_start,
+        "query_start_loc_cpu": query_start,
+        "seq_lens": lengths,
+        "seq_lens_cpu_upper_bound": lengths,
+        "num_reqs": 3,
+        "num_actual_tokens": 5,
+        "max_query_len": 3,
+        "max_seq_len": 9,
+        "block_table_tensor": torch.tensor([[10], [11], [12]]),
+        "slot_mapping": torch.arange(100, 105),
+        "is_prefilling": torch.tensor([False, False, True]),
+    }
+    return CommonAttentionMetadata(**{**fields, **changes})
+
+
+def step(**changes: Any) -> ElasticStep:
+    table = RowTable(len(ROWS), NUM_LAYERS)
+    for row, (layers, num_prompt, _, _) in enumerate(ROWS):
+        table.put(row, Payload(layers), range(num_prompt))
+    return ElasticStep(PlainBuilder(), metadata(**changes), table)
+
+
+def drawn() -> list[tuple[list[int] | Whole, list[int]]]:
+    """Return each layer's active and KV-only tokens as the table draws them."""
+    lines = re.findall(
+        r"^    layer (\d) ((?: +[xk.]){5}) +(.+?)  +(.+)$", elastic.__doc__ or "", re.M
+    )
+    assert [int(layer) for layer, *_ in lines] == list(range(NUM_LAYERS))
+    found: list[tuple[list[int] | Whole, list[int]]] = []
+    for _, marks, active, kv_only in lines:
+        tokens = [[i for i, mark in enumerate(marks.split()) if mark == kind] for kind in "xk"]
+        assert (kv_only == "none") == (not tokens[1])
+        if tokens[1]:
+            assert kv_only == ", ".join(map(str, tokens[1]))
+        if active == "Whole.ALL":
+            assert len(tokens[0]) == 5
+            found.append((Whole.ALL, tokens[1]))
+        else:
+            assert active == f"subset {', '.join(map(str, tokens[0]))}"
+            found.append((tokens[0], tokens[1]))
+    return found
+
+
+def test_tokens_of_each_layer_are_those_of_the_table() -> None:
+    example = step()
+    assert example.spans.rows.tolist() == [0, 1, 2, 2], "the spans of the table"
+    for layer, (active, kv_only) in enumerate(drawn()):
+        tokens = example.active_tokens(layer)
+        found = tokens.tokens.tolist() if isinstance(tokens, TokenSubset) else tokens
+        assert found == active, f"layer {layer}"
+        left = example.kv_only_tokens(layer)
+        assert ([] if left is None else left.tolist()) == kv_only, f"layer {layer}"
+    assert example.active_tokens(1) is example.active_tokens(2), "one subset for both"
+    assert not example.is_uniform
+
+
+def test_attention_sees_the_rows_that_the_example_says() -> None:
+    example = step()
+    two_rows, three_rows = example.active_tokens(1), example.active_tokens(3)
+    assert isinstance(two_rows, TokenSubset)
+    assert isinstance(three_rows, TokenSubset)
+    common = two_rows.metadata
+    assert common.query_start_loc.tolist() == common.query_start_loc_cpu.tolist() == [0, 1, 4]
+    assert common.seq_lens.tolist() == common.seq_lens_cpu_upper_bound.tolist() == [9, 3]
+    assert (common.num_reqs, common.num_actual_tokens, common.max_query_len) == (2, 4, 3)
+    assert common.block_table_tensor.tolist() == [[10], [12]]
+    assert common.slot_mapping.tolist() == [100, 102, 103, 104]
+    assert common.is_prefilling.tolist() == [False, True]
+    common = three_rows.metadata
+    assert common.query_start_loc.tolist() == [0, 1, 2, 3]
+    assert common.seq_lens.tolist() == [9, 5, 3]
+    assert common.block_table_tensor.tolist() == [[10], [11], [12]]
+    assert common.slot_mapping.tolist() == [100, 101, 104]
+
+
+def test_tokens_that_come_after_a_subset_have_no_keys_in_its_layer_yet() -> None:
+    """The prompt of row C runs a layer that its generated tokens skip."""
+    table = RowTable(len(ROWS), NUM_LAYERS)
+    table.put(2, Payload(LayerSelection((), (1,))), range(2))
+    subset = ElasticStep(PlainBuilder(), metadata(), table).active_tokens(1)
+    assert isinstance(subset, TokenSubset)
+    assert subset.tokens.tolist() == [0, 1, 2, 3]
+    assert subset.metadata.seq_lens.tolist() == [9, 5, 2]
+
+
+def test_layers_with_the_same_active_tokens_run_together() -> None:
+    example = step()
+    ran: list[tuple[list[int], list[int]]] = []
+
+    def run(layers: Any, positions: Any, hidden: Any, residual: Any) -> Any:
+        ran.append((list(layers), positions.tolist()))
+        return hidden + 1, residual
+
+    stream = ResidualStream(run, torch.arange(5), torch.zeros(5, 1), torch.zeros(5, 1))
+    for layer in range(NUM_LAYERS):
+        stream.add(layer, example.active_tokens(layer))
+    hidden, _ = stream.parts()
+    assert ran == [([0], [0, 1, 2, 3, 4]), ([1, 2], [0, 2, 3, 4]), ([3], [0, 1, 4])]
+    assert hidden.flatten().tolist() == [3, 2, 2, 2, 3], "once for each time it was run"
+
+
+def test_field_that_cannot_be_cut_is_an_error() -> None:
+    for name in fields_of(FieldKind.UNUSED):
+        example = step(**{name: torch.zeros(1)})
+        with pytest.raises(RuntimeError, match=f"has set {name} of"):
+            example.active_tokens(1)
