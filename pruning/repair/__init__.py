@@ -10,7 +10,7 @@ from pruning.repair.errors import RepairError
 from pruning.repair.fit import FittedMap, fit_map, min_fit_tokens
 from pruning.repair.gram import GramEstimator
 from pruning.repair.maps import LayerMap, RepairMaps
-from pruning.repair.storage import load_maps, save_maps
+from pruning.repair.storage import load_maps, maps_fingerprint, save_maps
 from pruning.repair.transformers_fit import fit_repair, split_windows
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "fit_map",
     "fit_repair",
     "load_maps",
+    "maps_fingerprint",
     "min_fit_tokens",
     "save_maps",
     "split_windows",

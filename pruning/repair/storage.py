@@ -64,6 +64,21 @@ def load_maps(path: Path) -> RepairMaps:
         raise RepairError(f"{path}: {error}") from None
 
 
+def maps_fingerprint(path: Path) -> str:
+    """Return what tells the maps in ``path`` from all others, without reading all of them.
+
+    Raises as :func:`load_maps` does for a file whose header is none of maps.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return f"sha256:{_metadata(read_header(path))[1]}"
+    except CheckpointError as error:
+        raise RepairError(str(error)) from None
+    except RepairError as error:
+        raise RepairError(f"{path}: {error}") from None
+
+
 def _metadata(header: bytes) -> tuple[str, str]:
     """Return the description of the maps, as text, and the digest."""
     try:

@@ -26,10 +26,15 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class LayerSelection:
-    """The layers that a request leaves out, in ascending order."""
+    """The layers that a request leaves out, in ascending order, and what does their work.
+
+    ``repair`` is the fingerprint of the maps that stand in for skipped layers
+    (:mod:`pruning.repair`); None: a skipped layer leaves the residual stream as it is.
+    """
 
     prefill_skips: tuple[int, ...] = ()
     decode_skips: tuple[int, ...] = ()
+    repair: str | None = None
 
     def depth_text(self, num_layers: int) -> str:
         """Return the depth that is left of ``num_layers`` in words, such as "depth 8"."""

@@ -7,6 +7,8 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
@@ -14,6 +16,7 @@ from pydantic import ValidationError
 from pruning.importance import BlockInfluence, block_influence, merge_sums
 from pruning.plan import Plan
 from pruning.quality import Quality
+from pruning.repair import RepairError, maps_fingerprint
 from server.engine.arguments import check_kv_cache, refusal, wants_huge_pages
 from server.engine.base import (
     CacheNamespace,
@@ -44,7 +47,7 @@ from server.engine.model_tokenizer import ModelTokenizer
 from server.engine.prefix_cache import cache_salt
 from server.engine.token_progress import TokenProgress, first_failure
 from server.engine.vllm_client import VllmClient, model_info
-from server.errors import InvalidArgument
+from server.errors import FailedPrecondition, InvalidArgument
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -73,6 +76,7 @@ class ElasticEngine:
         self._model: ModelInfo | None = None
         self._numbers = itertools.count()
         self._measuring = asyncio.Lock()
+        self._repair: _InstalledRepair | None = None
 
     async def start(self) -> None:
         """Load the model, or load it again after its process has ended.
@@ -84,6 +88,8 @@ class ElasticEngine:
         """
         await self._llm.start(self._configure)
         await self._compile_layers()
+        if self._repair is not None:
+            await self._load_stand_ins(self._repair.path)
         if wants_huge_pages(self._config):
             await self._llm.use_huge_pages()
         config = self._llm.model_config
@@ -120,6 +126,35 @@ class ElasticEngine:
                 raise InvalidArgument("compile_layers", True, f"false here ({problem})")
             else:
                 logger.warning("layers run uncompiled, which is slower: %s", problem)
+
+    async def install_repair(self, path: Path) -> str:
+        """Let the maps in ``path`` stand in for the layers that a request skips.
+
+        Returns their fingerprint, which requests that want them carry in
+        :attr:`LayerSelection.repair`. No request may be under way with other maps. They are
+        loaded again, from the same file, after the engine's process has ended.
+
+        Raises:
+            RepairError: The maps are damaged, or do not fit the model.
+            OSError: The file cannot be read.
+        """
+        installed = _InstalledRepair(path, maps_fingerprint(path))
+        await self._load_stand_ins(path)
+        self._repair = installed
+        return installed.fingerprint
+
+    async def _load_stand_ins(self, path: Path) -> None:
+        for problem in await self._llm.call_workers("fathom_load_stand_ins", args=(str(path),)):
+            if problem:
+                raise RepairError(problem)
+
+    def _check_repair(self, layers: LayerSelection) -> None:
+        installed = None if self._repair is None else self._repair.fingerprint
+        if layers.repair not in (None, installed):
+            raise FailedPrecondition(
+                f"repair: the layers are to be repaired by the maps {layers.repair}, but the "
+                f"engine has {installed or 'none'}"
+            )
 
     async def shutdown(self) -> None:
         await self._llm.shutdown()
@@ -167,6 +202,7 @@ class ElasticEngine:
         return self._tokenizer.token_texts(token_ids)
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
+        self._check_repair(request.layers)
         payload = Payload(request.layers)
         params = self._llm.sampling_params(request.sampling, payload.to_extra_args())
         return self._llm.generate(
@@ -185,6 +221,7 @@ class ElasticEngine:
         layers: LayerSelection,
         cache_namespace: CacheNamespace | None = None,
     ) -> list[TokenScore]:
+        self._check_repair(layers)
         params = self._llm.sampling_params(
             SamplingOptions(max_tokens=1, temperature=0.0),
             Payload(layers, num_context).to_extra_args(),
@@ -222,6 +259,8 @@ class ElasticEngine:
         progress: ProgressCallback,
     ) -> list[Quality]:
         check_windows(windows, self.model)
+        for layers in selections:
+            self._check_repair(layers)
         sums: list[list[list[float]]] = [[] for _ in selections]
         reporter = TokenProgress(progress, windows, num_passes=len(selections) + 1)
         group_size = max(1, _QUALITY_GROUP_TOKENS // max(map(len, windows)))
@@ -279,6 +318,14 @@ class ElasticEngine:
     @property
     def _tokenizer(self) -> ModelTokenizer:
         return ModelTokenizer(self._llm.tokenizer, self._config.name)
+
+
+@dataclass(frozen=True, slots=True)
+class _InstalledRepair:
+    """The file of the maps that the workers have loaded, and their fingerprint."""
+
+    path: Path
+    fingerprint: str
 
 
 def _quality_payload(

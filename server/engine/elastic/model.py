@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -30,7 +31,14 @@ from server.engine.elastic.measurement import ImportanceMeter, QualityMeter
 from server.engine.elastic.residual_stream import ResidualStream
 from server.engine.elastic.row_table import RowTable
 from server.engine.elastic.row_tracker import row_table
-from server.engine.elastic.step import ElasticStep, TokenSubset, Whole
+from server.engine.elastic.stand_ins import StandIn, StandIns
+from server.engine.elastic.step import (
+    ActiveTokens,
+    ElasticStep,
+    RepairedTokens,
+    TokenSubset,
+    Whole,
+)
 
 
 class ElasticCausalLM:
@@ -50,6 +58,10 @@ class ElasticCausalLM:
         indices = range(self.model.start_layer, self.model.end_layer)
         self._layers = [(index, self.model.layers[index]) for index in indices]
         check_model(self.model, [layer for _, layer in self._layers])
+        config = vllm_config.model_config
+        self._stand_ins = StandIns(
+            config.hf_text_config.num_hidden_layers, config.get_hidden_size()
+        )
         self._compiled = CompiledLayers()
         for _, layer in self._layers:
             attention = layer.self_attn.attn
@@ -77,7 +89,7 @@ class ElasticCausalLM:
                 stream.add(layer, Whole.ALL)
         elif step.is_uniform and not probed:
             for index, layer in self._layers:
-                stream.add(layer, step.active_tokens(index))
+                stream.add(layer, *self._work(step, index))
         else:
             self._run_step(stream, positions, context)
 
@@ -110,6 +122,13 @@ class ElasticCausalLM:
                 comparing=attention_without_cache(layers),
             )
 
+    def load_stand_ins(self, path: Path) -> None:
+        """Load repair maps; raises what :meth:`StandIns.load` does, and keeps what it has then."""
+        weight = next(self.model.norm.parameters())
+        self._stand_ins.load(path, weight.dtype, weight.device)
+        self.rows.has_stand_in[:] = False
+        self.rows.has_stand_in[self._stand_ins.layers] = True
+
     def _entering_stream(
         self,
         input_ids: torch.Tensor | None,
@@ -128,6 +147,11 @@ class ElasticCausalLM:
         # Zero and the embeddings: so the first layer is called as the others are.
         return ResidualStream(run_layers, positions, torch.zeros_like(inputs_embeds), inputs_embeds)
 
+    def _work(self, step: ElasticStep, layer: int) -> _LayerWork:
+        return _LayerWork(
+            step.active_tokens(layer), self._stand_ins.of(layer), step.repaired_tokens(layer)
+        )
+
     def _run_step(
         self, stream: ResidualStream, positions: torch.Tensor, context: ForwardContext
     ) -> None:
@@ -141,11 +165,19 @@ class ElasticCausalLM:
             kv_only = step.kv_only_tokens(index)
             if kv_only is not None:
                 write_keys_and_values(layer, stream.total(kv_only), positions[kv_only], kv_only)
-            active = step.active_tokens(index)
-            if isinstance(active, TokenSubset):
-                active.install(context, layer.self_attn.attn.layer_name)
-            stream.add(layer, active)
+            work = self._work(step, index)
+            if isinstance(work.active, TokenSubset):
+                work.active.install(context, layer.self_attn.attn.layer_name)
+            stream.add(layer, *work)
             importance.after(index)
+
+
+class _LayerWork(NamedTuple):
+    """The tokens of a step that run a layer, its stand-in, and the tokens which that repairs."""
+
+    active: ActiveTokens
+    stand_in: StandIn | None
+    repaired: RepairedTokens
 
 
 class _ImportanceOfStep:

@@ -49,6 +49,8 @@ class Payload:
             "prefill_skips": list(self.layers.prefill_skips),
             "decode_skips": list(self.layers.decode_skips),
         }
+        if self.layers.repair is not None:
+            data["repair"] = self.layers.repair
         if self.num_context is not None:
             data["num_context"] = self.num_context
         match self.probe:
@@ -70,7 +72,9 @@ class Payload:
         elif "quality" in data:
             probe = QualityProbe(*data["quality"])
         return cls(
-            LayerSelection(tuple(data["prefill_skips"]), tuple(data["decode_skips"])),
+            LayerSelection(
+                tuple(data["prefill_skips"]), tuple(data["decode_skips"]), data.get("repair")
+            ),
             data.get("num_context"),
             probe,
         )

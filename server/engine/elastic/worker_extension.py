@@ -6,10 +6,12 @@ call never returns.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from vllm.distributed import get_tensor_model_parallel_rank
 
+from pruning.repair import RepairError
 from server.engine.elastic.model import ElasticCausalLM
 from server.engine.elastic.out_of_memory import is_out_of_memory
 from server.engine.worker_extension import WorkerExtension
@@ -37,6 +39,14 @@ class ElasticWorkerExtension(WorkerExtension):
             if is_out_of_memory(error):
                 raise
             return 0, _reason(error)
+
+    def fathom_load_stand_ins(self, path: str) -> str:
+        """Load repair maps; return what is wrong with them, empty where nothing is."""
+        try:
+            self._elastic_model().load_stand_ins(Path(path))
+        except (RepairError, OSError) as error:
+            return str(error)
+        return ""
 
     def fathom_reset_importance(self) -> None:
         self._elastic_model().importance.reset()
