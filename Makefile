@@ -21,6 +21,9 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 # every process that imports it would complain that its libraries for CUDA cannot be loaded.
 NOT_ON_CPU := torchvision torchaudio torchcodec torchao
 
+# What builds and runs containers: docker, where its daemon answers, else podman.
+CONTAINERS ?= $(shell docker info >/dev/null 2>&1 && echo docker || echo podman)
+
 # Coverage leads its cases; there are wheels for few platforms, and it can be done without.
 ATHERIS := atheris>=3,<4
 
@@ -28,9 +31,15 @@ KEY := $(EXTRA)-$(shell cksum pyproject.toml | cut -d' ' -f1)
 INSTALLED := $(VENV)/.installed-$(KEY)
 INSTALLED_DEV := $(VENV)/.installed-dev-$(KEY)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
-INSTALL := $(PIP) install -qq --progress-bar off
+INSTALL := $(PIP) install -qq --progress-bar off --no-compile
+# pip compiles one file after the other, a minute of it. Some packages carry files that are not
+# for this Python.
+COMPILE := $(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib >/dev/null 2>&1 || true
+# Whole files of tests go to as many processes as processors and memory allow, and a single file
+# runs in this one; ARGS="-n 0" has all of them do so.
+PYTEST := $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: help serve bench soak fuzz test test-gpu lint format proto setup clean
+.PHONY: help serve bench soak fuzz test test-deploy test-gpu image lint style format proto setup clean
 
 help: ## Say what the targets do.
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
@@ -48,16 +57,35 @@ fuzz: $(INSTALLED_DEV) ## Throw 100,000 requests at what reads them; ARGS="--cas
 	@$(VENV)/bin/python -c 'import atheris' 2>/dev/null || $(INSTALL) "$(ATHERIS)" || true
 	@$(VENV)/bin/python -m tests.fuzz $(ARGS)
 
-test: lint ## Check style and types and run the tests; ARGS go to pytest.
-	@$(VENV)/bin/python -m pytest $(ARGS)
+# Types take a minute to check: that is done beside the tests, and reported after them.
+test: style ## Check style and types and run the tests; ARGS go to pytest.
+	@types=$$(mktemp); mypy=; failed=0; \
+	trap 'kill $$mypy 2>/dev/null || true; rm -f "$$types"' EXIT; \
+	trap 'exit 130' INT; trap 'exit 143' TERM; \
+	$(VENV)/bin/mypy >"$$types" 2>&1 & mypy=$$!; \
+	$(PYTEST) $(ARGS) || failed=$$?; \
+	wait $$mypy || failed=$$?; \
+	cat "$$types"; \
+	exit $$failed
 
 test-gpu: $(INSTALLED_DEV) ## Run the tests that need a GPU; they are skipped where there is none.
 	@$(VENV)/bin/python -m pytest -m gpu -rs $(ARGS)
 
-lint: $(INSTALLED_DEV) ## Check style and types.
+test-deploy: $(INSTALLED_DEV) ## Install what the tests of deploy/ need, and run them.
+	@.ci/install
+	@$(VENV)/bin/python -m pytest tests/deploy $(ARGS)
+
+image: ## Build the container image localhost/fathom:EXTRA; ARGS go to docker or podman.
+	@$(CONTAINERS) build $(if $(findstring podman,$(CONTAINERS)),--format docker) \
+		--file deploy/Dockerfile --target $(EXTRA) --tag localhost/fathom:$(EXTRA) \
+		--build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) $(ARGS) .
+
+lint: style ## Check style and types.
+	@$(VENV)/bin/mypy
+
+style: $(INSTALLED_DEV)
 	@$(VENV)/bin/ruff check
 	@$(VENV)/bin/ruff format --check
-	@$(VENV)/bin/mypy
 	@$(VENV)/bin/lint-imports
 
 format: $(INSTALLED_DEV) ## Put the code into its standard format.
@@ -91,6 +119,7 @@ endif
 ifeq ($(EXTRA),cpu)
 	@$(PIP) uninstall -qq -y $(NOT_ON_CPU)
 endif
+	@$(COMPILE)
 	@touch $@
 
 # The torch that is there fits both extras, so pip leaves it alone.
@@ -100,4 +129,5 @@ $(INSTALLED_DEV): $(INSTALLED)
 ifeq ($(EXTRA),cpu)
 	@$(PIP) uninstall -qq -y $(NOT_ON_CPU)
 endif
+	@$(COMPILE)
 	@touch $@

@@ -1,4 +1,4 @@
-"""Goodput under a burst of twice the dense capacity: depth by itself against fixed dense.
+"""Goodput under a burst of twice the dense capacity: automatic depth against fixed dense.
 
     python -m bench.burst [--rounds 3] [--seconds 15] [--factor 2]
 
@@ -41,7 +41,7 @@ AUTO = common_pb2.Depth(auto=common_pb2.Auto())
 
 @dataclass(frozen=True, slots=True)
 class Burst:
-    """What came of one burst; depths are the layers each request was served at."""
+    """Results of one burst; ``depths`` are the numbers of layers that requests were served at."""
 
     good: int
     total: int
@@ -64,7 +64,7 @@ class Bench:
         )
 
     async def capacity(self) -> float:
-        """Return the requests per second that are finished at full depth."""
+        """Return how many requests per second are finished at full depth."""
         streams = self._workload.streams(NUM_STREAMS, 6)
         load = await closed_loop(self._generate(DENSE, []), streams)
         return len(load.timelines) / load.seconds
@@ -88,7 +88,7 @@ class Bench:
         )
 
     async def calm(self) -> None:
-        """Return when the depth is what it is without load."""
+        """Return once the depth is that without load."""
         while True:
             status = await self._client.control.GetStatus(control_pb2.GetStatusRequest())
             if (status.auto_level, status.num_running, status.num_waiting) == ("dense", 0, 0):
@@ -119,7 +119,7 @@ def _rate_of(load: Load) -> float:
 
 
 def _is_good(timeline: Timeline) -> bool:
-    # All tokens in one message, as a server that is behind sends them, have nothing between them.
+    # A server that is behind sends all tokens in one message, with no time between them.
     latencies = timeline.inter_token_latencies() or [0.0]
     return (
         timeline.time_to_first_token <= FIRST_TOKEN_SECONDS
@@ -130,7 +130,7 @@ def _is_good(timeline: Timeline) -> bool:
 async def measure(arguments: argparse.Namespace, server: DemoServer) -> None:
     async with AsyncClient(server.address) as client:
         bench = Bench(client, arguments.seconds)
-        await bench.capacity()  # once for nothing, to warm up
+        await bench.capacity()  # the first run only warms up
         capacity = max([await bench.capacity() for _ in range(2)])
         rate = arguments.factor * capacity
         results: dict[str, list[Burst]] = {"dense": [], "auto": []}

@@ -1,4 +1,4 @@
-"""Measure what Block Influence costs, against a plain prefill of the same tokens.
+"""The cost of Block Influence, compared with a plain prefill of the same tokens.
 
 Both run in the same engine, in turns. The published formula through ``output_hidden_states`` of
 transformers runs in a process of its own.
@@ -38,7 +38,7 @@ from server.calibration.calibrator import WINDOW
 TIME_TARGET = 1.1
 MEMORY_TARGET_MIB = 16.0
 _MIB = 1 << 20
-# As many as the engine measures on at a time.
+# The engine measures on as many requests at a time.
 _STREAMS = 16
 _METHODS = {
     "prefill": "plain prefill",
@@ -92,7 +92,7 @@ async def measure(options: CalibrationOptions) -> Session:
                 for name in methods if number % 2 == 0 else reversed(methods):
                     await _measure(session, subject, name, methods[name], windows, number)
                 progress.advance("Measuring in turns", number + 1, options.rounds)
-            # Whether memory grows with the tokens shows best where there are several times as many.
+            # Several times as many tokens show whether memory grows with them.
             await _measure(session, subject, "influence", influence, windows * 4, -1)
         finally:
             await subject.close()

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from bench import calibration, mixed, peers, profile, startup, throughput
+from bench import bystander, calibration, mixed, peers, profile, startup, throughput
 from bench.options import command
 from bench.plots import MatplotlibMissing
 from bench.subjects.server_process import ServerFailed
@@ -27,11 +27,12 @@ app.command("peers")(command(peers.PeersOptions, peers.run))
 app.command("mixed")(command(mixed.MixedOptions, mixed.run))
 app.command("calibration")(command(calibration.CalibrationOptions, calibration.run))
 app.command("startup")(command(startup.StartupOptions, startup.run))
+app.command("bystander")(command(bystander.BystanderOptions, bystander.run))
 app.command("profile")(command(profile.ProfileOptions, profile.run))
 
 
 def run(arguments: list[str]) -> None:
-    """Run one benchmark; exit code 0 whatever it finds, 1 where it could not measure."""
+    """Run one benchmark; exit with code 0 whatever it finds, 1 if it could not measure."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("server.telemetry.progress").setLevel(logging.INFO)
     try:

@@ -16,7 +16,7 @@ from server.rpc.client import CallError, Client
 
 @dataclass(frozen=True, slots=True)
 class DemoServer:
-    """Where it listens, and the process."""
+    """A running server: its ports and its process."""
 
     address: str
     metrics_url: str
@@ -25,7 +25,7 @@ class DemoServer:
 
 @asynccontextmanager
 async def demo_server(**settings: object) -> AsyncIterator[DemoServer]:
-    """Yield a server that serves; raises :class:`ServerFailed` where none does."""
+    """Yield a server that is ready; raise :class:`ServerFailed` if it does not get ready."""
     port, metrics_port = free_port(), free_port()
     address = f"127.0.0.1:{port}"
     with tempfile.TemporaryDirectory(prefix="fathom-") as directory:

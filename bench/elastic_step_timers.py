@@ -1,4 +1,4 @@
-"""Timers inside the elastic engine's process, beside what Fathom asks of its worker."""
+"""Timers inside the elastic engine's process, added to the extension of Fathom's worker."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ from server.engine.elastic.worker_extension import ElasticWorkerExtension
 
 
 class ElasticStepTimers(StepTimers, ElasticWorkerExtension):
-    """Mixed into vLLM's worker as its extension."""
+    """The extension of vLLM's worker."""

@@ -1,10 +1,10 @@
-"""Block Influence as a reader of the paper would first write it, to compare costs with.
+"""Block Influence as the paper writes it, for comparing costs.
 
     python -m bench.formula MODEL DTYPE WINDOWS
 
-Takes every hidden state that transformers returns, and prints the scores, seconds and peak memory
-as JSON. The last entry of ``output_hidden_states`` has gone through the final norm, so that the
-last layer's score is wrong here; what it costs is not. WINDOWS is a JSON file of token ids.
+Uses all hidden states that transformers returns, and prints scores, seconds and peak memory as
+JSON. The last entry of ``output_hidden_states`` has gone through the final norm, so the score of
+the last layer is wrong here, but the cost is right. WINDOWS is a JSON file of token ids.
 """
 
 from __future__ import annotations

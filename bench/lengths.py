@@ -12,14 +12,14 @@ KINDS = "16, fixed:16, uniform:LOW:HIGH, lognormal:MEDIAN:SIGMA:MAX or list:8,16
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """What lengths are drawn from; ``kind`` is fixed, uniform, lognormal or list."""
+    """A distribution of lengths; ``kind`` is fixed, uniform, lognormal or list."""
 
     kind: str
     values: tuple[float, ...]
 
     @classmethod
     def parse(cls, text: str) -> Lengths:
-        """Read one of ``KINDS``; a list is walked through in its order, again and again.
+        """Read one of ``KINDS``; the values of a list are used in order, over and over.
 
         Raises :class:`ValueError` for anything else.
         """

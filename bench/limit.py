@@ -1,8 +1,8 @@
-"""How fast a depth could at best be.
+"""The limit of a depth's speed.
 
 If a step at full depth L spends the share s of its time in decoder layers, depth d cannot run
-more than 1 / (1 - s + s d/L) times as fast: Amdahl's law, with the layers left out as the part
-that is sped up.
+more than 1 / (1 - s + s d/L) times as fast. This is Amdahl's law, with the skipped layers as the
+part that is sped up.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class StepTime:
     def fit(cls, seconds: Mapping[int, float]) -> StepTime | None:
         """Return the least-squares line through seconds by depth; None for fewer than two depths.
 
-        Errors are weighted by 1 / seconds: what counts is by which share a time is missed.
+        Errors are weighted by 1 / seconds, because relative errors count.
         """
         if len(seconds) < 2:
             return None
@@ -46,11 +46,11 @@ def best_speedup(layer_share: float, depth: int, num_layers: int) -> float:
 
 
 def limits(seconds: Mapping[int, float], num_layers: int) -> dict[int, float | None]:
-    """Return the best speedup of each depth, from what the other depths took.
+    """Return the best possible speedup of each depth, from the seconds of the other depths.
 
-    A depth's own time is left out of the line that its limit is taken from: a line through all of
-    them would bend towards each, and hide what it lacks. Full depth is what speedups are relative
-    to, so it stays in. None where fewer than two depths are left.
+    The limit of a depth comes from a line through the other depths. A line through all of them
+    would bend towards the depth itself, and hide what it lacks. Full depth always stays in, because
+    speedups are relative to it. The limit is None if fewer than two depths are left.
     """
     result: dict[int, float | None] = {}
     for depth in seconds:

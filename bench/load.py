@@ -1,4 +1,4 @@
-"""Puts a load on what is measured, and keeps when each token came."""
+"""Loads: closed and open loops of requests, with the time of each token."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any, cast
 from bench.statistics import Percentiles
 from bench.workload import Request
 
-# Yields, for each message of a stream, how many tokens it brought.
+# Yields the number of tokens in each message of a stream.
 Generate = Callable[[Request], AsyncIterator[int]]
 
 
 @dataclass(slots=True)
 class Timeline:
-    """One request: when it was due, and when its tokens came, in seconds of one clock."""
+    """The times at which one request was due and its tokens came, in seconds of one clock."""
 
     due: float
     arrivals: list[tuple[float, int]] = field(default_factory=list)
@@ -33,9 +33,9 @@ class Timeline:
         return self.arrivals[0][0] - self.due
 
     def inter_token_latencies(self) -> list[float]:
-        """Return one value for each token after the first message.
+        """Return the latency of each token after the first message.
 
-        Tokens that came in one message share the time since the one before it.
+        Tokens of one message share the time since the message before equally.
         """
         pairs = pairwise(self.arrivals)
         return [(now - before) / count for (before, _), (now, count) in pairs for _ in range(count)]
@@ -43,7 +43,7 @@ class Timeline:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What came of one load; ``begin`` and ``end`` are the seconds that count."""
+    """The result of one load; ``begin`` and ``end`` bound the time that counts."""
 
     timelines: tuple[Timeline, ...]
     begin: float
@@ -89,11 +89,11 @@ async def closed_loop(generate: Generate, streams: Sequence[Sequence[Request]]) 
 async def steady_loop(
     generates: Sequence[Generate], streams: Sequence[Sequence[Request]], seconds: float
 ) -> list[Load]:
-    """Keep every stream busy, with its requests over and over, and count within ``seconds``.
+    """Keep every stream busy, repeating its requests, and count for ``seconds``.
 
-    Stream i goes to ``generates[i]``; one :class:`Load` for each stream comes back, all over the
-    same seconds. These begin when each stream has got its first token, so that neither the start
-    nor an end in which some streams are through already counts.
+    Stream i goes to ``generates[i]``. Returns one :class:`Load` for each stream, all over the same
+    time. It begins when each stream has got its first token, so that neither the start counts nor
+    an end at which some streams have finished.
     """
     timelines: list[list[Timeline]] = [[] for _ in streams]
     begun = [asyncio.Event() for _ in streams]
@@ -129,10 +129,10 @@ async def _all_set(events: Sequence[asyncio.Event]) -> None:
 async def open_loop(
     generate: Generate, requests: Sequence[Request], arrivals: Sequence[float]
 ) -> Load:
-    """Send each request when it is due, whatever has become of the others.
+    """Send each request when it is due, whether or not earlier ones have ended.
 
-    Times count from when a request was due, not from when this process got round to sending it:
-    a generator that is late would otherwise hide what a busy server makes clients wait.
+    Times count from the moment a request was due, not from the moment it was sent. Otherwise a
+    late load generator would hide how long a busy server makes clients wait.
     """
     begin = time.perf_counter()
 
@@ -159,7 +159,7 @@ async def _follow(generate: Generate, request: Request, due: float) -> Timeline:
 async def _fill(
     timeline: Timeline, generate: Generate, request: Request, begun: asyncio.Event | None = None
 ) -> None:
-    # What iterators of this kind have, and their type does not say.
+    # Generators have it, though the type of the iterator does not say so.
     async with aclosing(cast(Any, generate(request))) as messages:
         async for count in messages:
             if count:

@@ -1,4 +1,4 @@
-"""What a measurement ran on, and what else ran there."""
+"""The machine of a measurement, and how busy other programs kept it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def describe_versions() -> dict[str, str]:
 
 
 def processes_of(root: psutil.Process) -> list[psutil.Process]:
-    """Return the process and all below it that are still there."""
+    """Return the process and its descendants, as far as they are still alive."""
     try:
         return [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
@@ -48,13 +48,13 @@ def cpu_seconds(processes: Iterable[psutil.Process]) -> float:
 
 
 class ForeignLoad:
-    """How busy the machine is with what does not belong to this benchmark."""
+    """The share of the machine that other programs use."""
 
     def __init__(self) -> None:
         self._before = self._read()
 
     def share(self) -> float:
-        """Return the share of all processors' time since the last call that went to others."""
+        """Return the share of all processors' time since the last call that other programs used."""
         busy, own, total = (
             now - then for now, then in zip(self._read(), self._before, strict=True)
         )
@@ -64,9 +64,9 @@ class ForeignLoad:
     @staticmethod
     def _read() -> tuple[float, float, float]:
         times = psutil.cpu_times()
-        total = sum(times[:8])  # what follows is in user time already
+        total = sum(times[:8])  # the fields after these are already in user time
         idle = times.idle + getattr(times, "iowait", 0.0)
         here = psutil.Process()
-        ended = here.cpu_times()  # children that have ended are counted with their parent
+        ended = here.cpu_times()  # ended children count as part of their parent
         own = cpu_seconds(processes_of(here)) + ended.children_user + ended.children_system
         return total - idle, own, total

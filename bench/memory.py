@@ -1,4 +1,4 @@
-"""The most memory that processes use while something runs."""
+"""Peak memory of processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _INTERVAL_SECONDS = 0.02
 
 
 def unique_mib(processes: Iterable[psutil.Process]) -> float:
-    """Return the memory that would be free again if these processes ended."""
+    """Return the memory that would become free if these processes ended, in MiB."""
     return sum(process.memory_full_info().uss for process in processes) / 2**20
 
 

@@ -1,7 +1,7 @@
-"""Measure a half-and-half mix of depths in one elastic engine against two dedicated engines.
+"""A half-and-half mix of two depths, in one elastic engine and in two dedicated engines.
 
-All streams are busy all the time that counts. The dedicated engines share the machine, and each
-takes the streams of its depth; on a CPU, half of the threads, too.
+All streams are busy during the whole measurement. Each dedicated engine takes the streams of its
+depth, and on a CPU half of the threads.
 """
 
 from __future__ import annotations

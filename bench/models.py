@@ -1,4 +1,4 @@
-"""The model under measurement, whole and cut."""
+"""The measured model, and its checkpoints of single depths."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, slots=True)
 class BenchModel:
-    """A checkpoint, with a plan for it that every engine under comparison follows."""
+    """A checkpoint, with the plan that every engine of a comparison follows."""
 
     name: str
     directory: Path
@@ -55,12 +55,12 @@ class BenchModel:
         }
 
     def selection(self, depth: int | None) -> LayerSelection:
-        """Return the layers to leave out at ``depth``; None is full depth."""
+        """Return the layers to skip at ``depth``; None is full depth."""
         skipped = tuple(sorted(self.plan.skipped(self.num_layers if depth is None else depth)))
         return LayerSelection(skipped, skipped)
 
     def exported(self, depth: int) -> Path:
-        """Return a standalone checkpoint of ``depth``, made where it is not there yet."""
+        """Return a standalone checkpoint of ``depth``, and make it if there is none yet."""
         if depth == self.num_layers:
             return self.directory
         out = self.work_dir / f"{self.plan_file.stem}-depth-{depth}"
@@ -69,7 +69,7 @@ class BenchModel:
         return out
 
     def kv_cache_bytes(self, num_tokens: int, dtype: str) -> int:
-        """Return what the keys and values of ``num_tokens`` tokens take, and a little more."""
+        """Return the memory for the keys and values of ``num_tokens`` tokens, and a little more."""
         heads = self.config["num_key_value_heads"]
         head_dim = self.config.get("head_dim") or (
             self.config["hidden_size"] // self.config["num_attention_heads"]
@@ -118,10 +118,10 @@ def prepare_model(options: Options) -> BenchModel:
 
 
 def positional_plan(num_layers: int, fingerprint: str) -> Plan:
-    """Return a plan that leaves out the layers before the last one first, then the first ones.
+    """Return a plan that removes the layers before the last one first, from deep to shallow.
 
-    Speed does not depend on which layers are left out, only on how many and on whether they lie
-    together. They do in models that were measured: influence is lowest in the deeper middle.
+    Speed depends only on how many layers are skipped and on whether they are adjacent. They are
+    adjacent in models that were measured: influence is lowest in the deeper middle.
     """
     last = num_layers - 1
     order: Sequence[int] = [*range(last - 1, -1, -1), last]

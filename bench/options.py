@@ -1,4 +1,4 @@
-"""The options of the benchmarks, and the commands that are made of them."""
+"""Options of the benchmarks, and the commands that are made from them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def option(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class Options:
-    """What all benchmarks share. Numbers separated by commas are lists."""
+    """The options of all benchmarks; lists are numbers separated by commas."""
 
     model: str = option("random", "random, demo, or a checkpoint directory.")
     layers: int = option(24, "Layers of the random model.")
@@ -41,9 +41,9 @@ class Options:
     max_disturbance: float = option(
         0.1, "Share of the machine that other programs may take before a load is run again."
     )
-    seed: int = option(0, "What random weights, prompts and arrivals are made of.")
+    seed: int = option(0, "Seed of random weights, prompts and arrivals.")
     compile_layers: bool | None = option(
-        None, "Whether Fathom compiles its layers; none: as a server decides by itself."
+        None, "Whether Fathom compiles its layers; none: as a server would decide."
     )
     engine_args: str = option(
         "", "More arguments of vLLM's engine for Fathom alone, as a JSON object."
@@ -68,7 +68,7 @@ class Options:
         return (Path(cache) if cache else Path.home() / ".cache") / "fathom" / "bench"
 
     def fathom_engine_args(self) -> dict[str, Any]:
-        """Return what --engine-args says; raises typer.BadParameter for what is no object."""
+        """Return the arguments in --engine-args; raise typer.BadParameter for no JSON object."""
         try:
             result = json.loads(self.engine_args or "{}")
         except ValueError:
@@ -82,7 +82,7 @@ class Options:
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """Read whole numbers of 1 or more, separated by commas; raises typer.BadParameter."""
+    """Read integers of 1 or more, separated by commas; raise typer.BadParameter for others."""
     try:
         result = tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -93,7 +93,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def names(text: str, flag: str, allowed: Sequence[str]) -> tuple[str, ...]:
-    """Read names, separated by commas; raises typer.BadParameter for one that is not allowed."""
+    """Read names, separated by commas; raise typer.BadParameter for one that is not allowed."""
     result = tuple(text.split(","))
     if unknown := sorted(set(result) - set(allowed)):
         raise typer.BadParameter(f"{flag}: got {unknown[0]!r}, allowed: {', '.join(allowed)}")
@@ -101,9 +101,9 @@ def names(text: str, flag: str, allowed: Sequence[str]) -> tuple[str, ...]:
 
 
 def depths_of(text: str, num_layers: int) -> tuple[int, ...]:
-    """Read the depths, and put full depth, which ratios are relative to, before them.
+    """Return full depth, which ratios are relative to, and then the given depths.
 
-    Where none are given: three quarters, a half and a quarter of the layers, and one.
+    Without given depths: three quarters, a half and a quarter of the layers, and one layer.
     """
     if not text:
         given = {max(1, num_layers * quarters // 4) for quarters in (1, 2, 3)} | {1}
@@ -115,9 +115,9 @@ def depths_of(text: str, num_layers: int) -> tuple[int, ...]:
 
 
 def command(kind: type[Chosen], run: Callable[..., None]) -> Callable[..., None]:
-    """Return a typer command with one flag for each field of ``kind``, which calls ``run``.
+    """Return a typer command with one flag for each field of ``kind``.
 
-    What else the command is called with, ``run`` gets beside an object of that kind.
+    It calls ``run`` with an object of that kind and with all other arguments of the command.
     """
     names = {each.name for each in fields(kind)}
 

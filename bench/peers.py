@@ -1,6 +1,6 @@
-"""Measure Fathom against plain vLLM and transformers on the same work.
+"""Fathom, plain vLLM and transformers compared on the same work.
 
-All of them take turns within each round. The ones that wait use no processor.
+They take turns within each round. Engines that wait use no processor.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ class PeersOptions(LoadOptions):
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """Something to measure, at one depth. ``kind`` is one of ``KINDS``."""
+    """An engine or server at one depth; ``kind`` is one of ``KINDS``."""
 
     kind: str
     depth: int
     subject: Subject | TransformersGenerate
-    # What a request has to ask for; None where the checkpoint has no other depth.
+    # The depth that requests ask for; None if the checkpoint has only one.
     asked_depth: int | None
 
     @property
@@ -93,7 +93,7 @@ async def measure(options: PeersOptions) -> Session:
                     contender.subject, requests, repeatable=False, warm_up=True
                 )
             for number in range(options.rounds):
-                # Nobody always follows the same one.
+                # The order changes, so that no engine always follows the same one.
                 for contender in contenders if number % 2 == 0 else reversed(contenders):
                     await session.closed_loop(
                         contender.subject,
@@ -147,7 +147,7 @@ def summarize(
         (c.kind, c.depth): session.values("tokens_per_second", streams=num_streams, **c.labels)
         for c in contenders
     }
-    # Of equal depth where there is one, else dense.
+    # The reference of equal depth if there is one, else the dense one.
     to = ("vllm", "eager", "elastic")
     for contender in contenders:
         own = speeds[contender.kind, contender.depth]
@@ -175,7 +175,7 @@ def targets(
     speeds: dict[tuple[str, int], list[float]],
     num_layers: int,
 ) -> list[Target]:
-    """Return what was promised of the peers that were measured."""
+    """Return the targets of the measured peers."""
     result = []
     depths = sorted({depth for _, depth in speeds}, reverse=True)
     for_streams = streams_name(num_streams)
@@ -190,7 +190,7 @@ def targets(
                 name = f"{for_streams}: Fathom depth {depth} / {how} {of}"
                 result.append(Target.of(name, ratio, ">=", bound))
     for depth in depths:
-        # The share of the layers comes from dedicated engines, not from the one that is judged.
+        # The share of the layers comes from dedicated engines, not from the engine that is judged.
         kind = "vllm" if ("vllm", num_layers) in speeds else "eager"
         own, full = speeds.get(("elastic", depth)), speeds.get(("elastic", num_layers))
         dedicated = {d: statistics.median(v) for (k, d), v in speeds.items() if k == kind}

@@ -13,10 +13,10 @@ class MatplotlibMissing(Exception):
 
 
 def check_matplotlib() -> None:
-    """Raise :class:`MatplotlibMissing` where there is none, without loading it."""
+    """Raise :class:`MatplotlibMissing` if matplotlib is not installed, without importing it."""
     if importlib.util.find_spec("matplotlib") is None:
         raise MatplotlibMissing(
-            "plots need matplotlib: install it by itself or with the extra, as in "
+            "plots need matplotlib: install it alone or with the extra, as in "
             "pip install 'fathom-server[bench]'"
         )
 

@@ -1,7 +1,7 @@
-"""Measure where the time of one step goes, in the elastic engine, in vLLM, and around them.
+"""Profiles of one step: in the elastic engine, in vLLM, and outside them.
 
-Timers inside the engine's process count each part without the parts within it. What runs beside
-the engine, detokenizing and gRPC, is given as CPU time of its process.
+Timers inside the engine's process count each part without the parts inside it. Work outside the
+engine, such as detokenizing and gRPC, is given as CPU time of its process.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class ProfileOptions(LoadOptions):
     )
     depths: str = option("", "Depths beside the full one; none: half of the layers.")
     streams: int = option(32, "Streams at a time.")
-    rounds: int = option(1, "How often each load is run; the profile is of all of them.")
+    rounds: int = option(1, "How often each load is run; the profile covers all runs.")
 
 
 class ProfiledVllm(PlainVllm):
-    """Plain vLLM with timers in it, and with the model runner that the elastic engine has.
+    """Plain vLLM with timers, and with the model runner that the elastic engine uses.
 
-    On a GPU vLLM would choose another one, whose parts have other names.
+    On a GPU vLLM would choose another runner, whose parts have other names.
     """
 
     def environment(self) -> AbstractContextManager[None]:
@@ -70,7 +70,7 @@ class ProfiledVllm(PlainVllm):
 
 
 class ProfiledElastic(ProfiledVllm):
-    """The elastic engine's vLLM with timers in it."""
+    """The elastic engine's vLLM with timers."""
 
     def __init__(self, settings: EngineSettings) -> None:
         super().__init__(settings, settings.model.num_layers, eager=True)
@@ -108,7 +108,7 @@ async def measure(options: ProfileOptions) -> Session:
     session = Session("profile", options, model.describe(options.dtype))
 
     def requests(depth: int | None, other: int | None = None) -> list[list[Request]]:
-        """Return the streams; every second one at the ``other`` depth, if there is one."""
+        """Return the streams; if ``other`` is given, every second one runs at that depth."""
         streams = workload.streams(options.streams, options.rounds, depth=depth)
         if other is not None:
             asked = workload.streams(options.streams, options.rounds, depth=other)
@@ -244,7 +244,7 @@ def summarize(session: Session) -> None:
 
 
 def _order(part: str, columns: dict[str, dict[str, float]]) -> tuple[int, float]:
-    """Put the whole first, then its parts, the largest first, and what runs beside it last."""
+    """Return the whole first, then its parts, the largest first, and work outside it last."""
     if part in ("whole step", "share of the layers"):
         return (0, len(part))
     largest = max(column.get(part, 0.0) for column in columns.values())

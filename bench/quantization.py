@@ -1,10 +1,10 @@
-"""What quantization takes, and what both orders of it and pruning cost in perplexity.
+"""The cost of quantization, and the perplexity of both orders of quantizing and pruning.
 
     python -m bench.quantization [--model DIR] [--depths 16 12 8] [--output FILE]
 
 ``fathom quantize`` and ``fathom export`` run as processes, with their time and peak memory. Each
-checkpoint's perplexity is that of the elastic engine on the held-out text of ``fathom model``,
-all under one plan, that of the model that is not quantized.
+checkpoint's perplexity is measured by the elastic engine on the held-out text of ``fathom model``,
+always with the plan of the unquantized model.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _POLL_SECONDS = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A command that has been run; memory is what was resident at most."""
+    """A command that has been run; memory is the peak of resident memory."""
 
     seconds: float
     peak_mib: float
-    # Of the process that it started; 0 without one.
+    # Peak memory of the process that the command started; 0 if it started none.
     peak_worker_mib: float
 
 
@@ -90,7 +90,13 @@ async def perplexities(
     await engine.start()
     try:
         texts = list(documents([Part.HELD_OUT]))
-        windows = text_windows(engine.tokenize, texts, engine.model.max_context, num_tokens)
+        windows = text_windows(
+            engine.tokenize,
+            texts,
+            max_context=engine.model.max_context,
+            max_tokens=num_tokens,
+            vocab_size=engine.model.vocab_size,
+        )
         qualities = await engine.measure_quality(windows, selections, lambda done, total: None)
     finally:
         await engine.shutdown()

@@ -1,4 +1,4 @@
-"""Makes a Llama of any size with random weights, so that speed needs no download."""
+"""Llama models of any size with random weights, so that measuring speed needs no download."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _STANDARD_DEVIATION = 0.02
 
 @dataclass(frozen=True, slots=True)
 class RandomModel:
-    """The size of a model; two of the same size and seed are equal.
+    """The size and seed of a model; equal ones make equal models.
 
-    Raises :class:`ValueError` for sizes that make no Llama. Any vocabulary holds all bytes and
-    the end of the text: 257 tokens.
+    Raises :class:`ValueError` for sizes that are not possible. Every vocabulary holds all bytes
+    and the end of the text, so it has at least 257 tokens.
     """
 
     num_layers: int
@@ -86,7 +86,7 @@ class RandomModel:
         generator = torch.Generator().manual_seed(self.seed)
         weight_map: dict[str, str] = {}
         total_size = 0
-        # One file for each layer: the memory this takes is that of a layer, whatever the size.
+        # One file for each layer, so that only one layer is in memory at a time.
         for number, shapes in enumerate(self._shards()):
             file = f"model-{number + 1:05d}-of-{self.num_layers + 1:05d}.safetensors"
             tensors = {
@@ -147,9 +147,9 @@ class RandomModel:
         }
 
     def _tokenizer(self) -> Any:
-        """Return a tokenizer of bytes; the rest of the vocabulary are words that it never makes.
+        """Return a tokenizer of bytes, with its vocabulary filled up with words it never makes.
 
-        They cost detokenizing what words of a real vocabulary do.
+        These words make detokenizing cost as much as with a real vocabulary.
         """
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
@@ -172,7 +172,7 @@ class RandomModel:
 def _random_tensor(shape: tuple[int, ...], dtype: str, generator: torch.Generator) -> torch.Tensor:
     import torch
 
-    if len(shape) == 1:  # a norm
+    if len(shape) == 1:  # the weight of a norm
         return torch.ones(shape, dtype=getattr(torch, dtype))
     values = torch.empty(shape).normal_(0.0, _STANDARD_DEVIATION, generator=generator)
     return values.to(getattr(torch, dtype))

@@ -20,7 +20,7 @@ FORMAT_VERSION = 1
 
 
 class Target(BaseModel):
-    """Something that is to hold, and whether it did."""
+    """A target: a bound on a measured value."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -28,7 +28,7 @@ class Target(BaseModel):
     # ">=" or "<="
     relation: str = Field(pattern="^[<>]=$")
     bound: float
-    # The median over rounds and the range of them; a single value has no range.
+    # Median and range over the rounds; a single value has no range.
     value: float
     low: float
     high: float
@@ -64,9 +64,9 @@ class Report(BaseModel):
     versions: dict[str, str]
     model: dict[str, Any]
     options: dict[str, Any]
-    # As they were measured, one entry for each measurement, in order.
+    # One entry for each measurement, in order.
     rounds: list[dict[str, Any]]
-    # What the rounds come to.
+    # The summary of the rounds.
     summary: list[dict[str, Any]]
     targets: list[Target] = []
     notes: list[str] = []
@@ -123,7 +123,7 @@ def _speed_headings(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _latency_headings(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the columns of latencies, after those that say what a row is of."""
+    """Return the columns of latencies, after the given ones that label a row."""
     headings = _headings(rows)
     keys = [
         heading

@@ -1,4 +1,4 @@
-"""Runs one benchmark: measures in turns, keeps every round, prints, saves and plots."""
+"""One run of a benchmark: measures in turns, keeps every round, prints, saves and plots."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from server.telemetry.progress import ProgressReport
 
 T = TypeVar("T")
 
-# Runs of a load that other programs disturb.
-_ATTEMPTS = 4
-# CPU time comes in hundredths of a second: of less than this, its shares say nothing.
-_ENOUGH_SECONDS = 1.0
-# Of tables that go to a file.
-_FILE_WIDTH = 180
+# How often a load is run at most, if other programs disturb it.
+_MAX_ATTEMPTS = 4
+# CPU time is counted in hundredths of a second, so its share of a shorter time says nothing.
+_MIN_SECONDS_FOR_SHARES = 1.0
+# The width of tables that are written to a file.
+_FILE_COLUMNS = 180
 
 
 class Session:
@@ -39,7 +39,7 @@ class Session:
         check_matplotlib()
         self.console = Console(highlight=False)
         if not self.console.is_terminal:
-            self.console.width = _FILE_WIDTH
+            self.console.width = _FILE_COLUMNS
         self.report = Report.begin(benchmark, model, options.to_json())
         stamp = time.strftime("%Y%m%d-%H%M%S")
         self.directory = Path(options.output or f"bench-results/{benchmark}-{stamp}")
@@ -54,26 +54,26 @@ class Session:
         repeatable: bool = True,
         **labels: Any,
     ) -> Load:
-        """Run a load and keep what came of it as a round with these labels.
+        """Run a load and keep its result as a round with these labels.
 
-        ``processes`` are those that work for what is measured. Their CPU time is kept, that of
-        engines which only wait for their turn, and the share of the machine that went to programs
-        that have nothing to do with the benchmark. Where that was too much, the load is run again,
-        and the least disturbed run counts.
+        ``processes`` are those of what is measured. The round records their CPU time, the CPU time
+        of engines that wait for their turn, and the share of the machine that other programs
+        used. If other programs used too much, the load is run again, and the least disturbed run
+        counts.
         """
         load, values = await self.least_disturbed(
             lambda: self._measure_once(work, list(processes())),
-            _ATTEMPTS if repeatable else 1,
+            _MAX_ATTEMPTS if repeatable else 1,
         )
         self.report.rounds.append({**labels, **values})
         return load
 
     async def least_disturbed(
-        self, once: Callable[[], Awaitable[tuple[T, dict[str, Any]]]], attempts: int = _ATTEMPTS
+        self, once: Callable[[], Awaitable[tuple[T, dict[str, Any]]]], attempts: int = _MAX_ATTEMPTS
     ) -> tuple[T, dict[str, Any]]:
-        """Return what ``once`` returns, of several attempts where other programs disturb.
+        """Return the least disturbed result of ``once``, which is repeated if others disturb it.
 
-        The values have to have a ``foreign_load``; the number of ``attempts`` is added to them.
+        Results must have a ``foreign_load``; the number of ``attempts`` is added to them.
         """
         best = await once()
         attempt = 1
@@ -121,7 +121,7 @@ class Session:
         )
 
     def values(self, quantity: str, **labels: Any) -> list[float]:
-        """Return a quantity of the rounds with these labels, in order; ``a.b`` is b within a."""
+        """Return a quantity of the rounds with these labels, in order; ``a.b`` is item b of a."""
         result = []
         for each in self.report.rounds:
             if all(each.get(name) == value for name, value in labels.items()):
@@ -144,7 +144,7 @@ class Session:
             (
                 each["waiting_cpu_seconds"] / each["seconds"]
                 for each in self.report.rounds
-                if "waiting_cpu_seconds" in each and each["seconds"] >= _ENOUGH_SECONDS
+                if "waiting_cpu_seconds" in each and each["seconds"] >= _MIN_SECONDS_FOR_SHARES
             ),
             default=0.0,
         )

@@ -1,4 +1,4 @@
-"""What benchmarks that put loads on engines begin with."""
+"""The setup of benchmarks that put loads on engines."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LoadOptions(Options):
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """A model, what is asked of it, and settings under which engines run all of it at a time."""
+    """A model, a workload, and settings with which engines run all of its streams at once."""
 
     model: BenchModel
     workload: Workload
@@ -39,7 +39,7 @@ class Setup:
 
 
 def set_up(options: LoadOptions, num_streams: int) -> Setup:
-    """Prepare the model and this process's environment, for so many streams at a time."""
+    """Prepare the model and this process's environment for this many streams at once."""
     prompt, output = options.prompt_lengths, options.output_lengths
     model = prepare_model(options)
     prepare(model, options.threads)
@@ -53,13 +53,13 @@ def set_up(options: LoadOptions, num_streams: int) -> Setup:
 def engine_settings(
     options: Options, model: BenchModel, num_streams: int, tokens_per_stream: int
 ) -> EngineSettings:
-    """Return settings under which that many streams run in one batch, none preempted."""
+    """Return settings with which this many streams run in one batch without preemption."""
     if tokens_per_stream > options.max_context:
         raise typer.BadParameter(
             f"prompt and output take up to {tokens_per_stream} tokens, allowed: "
             f"{options.max_context} by --max-context"
         )
-    # Blocks of the cache that are begun and not full, and one request of the whole context.
+    # Room for cache blocks that are partly filled, and for one request of the whole context.
     num_tokens = max(num_streams * (tokens_per_stream + 128), options.max_context + 256)
     return EngineSettings(
         model=model,

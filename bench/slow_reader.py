@@ -1,12 +1,12 @@
-"""What a client that never reads costs the others, which should be nothing.
+"""The cost for other clients of a client that never reads, which should be nothing.
 
     python -m bench.slow_reader [--rounds 5]
 
-A server of the demo model is started. 16 clients send one request after another, by themselves
-(``alone``), beside one more that reads its stream (``reading``), and beside one that does not
-(``not reading``), in turns. The one beside them asks for 20 log-probabilities with each token, so
-that far more comes than its connection holds, and for more tokens than there are steps, so that
-it is there throughout. It takes a place in every batch, read or not: what not reading costs is
+A server of the demo model is started. 16 clients send one request after another, in turns: without
+another client (``alone``), beside one more that reads its stream (``reading``), and beside one that
+does not (``not reading``). The additional client asks for 20 log-probabilities with each token, far
+more data than its connection holds, and for more tokens than the others need steps, so it runs the
+whole time. It takes a slot in every batch whether it reads or not, so the cost of not reading is
 the ratio of the last two.
 """
 
@@ -37,9 +37,9 @@ from server.rpc.generated.fathom.v1 import control_pb2, inference_pb2, inference
 NUM_STREAMS = 16
 NUM_REQUESTS = 3
 OUTPUT_TOKENS = 128
-# More than the steps of a round, and no more than the context holds.
+# More tokens than a round has steps, and no more than the context holds.
 LONG = 480
-# A connection that takes few bytes ahead of its reader.
+# These make a connection take only few bytes before they are read.
 NARROW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]
 
 Beside = Callable[[DemoServer], AbstractAsyncContextManager[None]]
@@ -105,7 +105,7 @@ async def measure(server: DemoServer, rounds: int) -> None:
     subject = FathomServer(None, Connection(server.address))
     await subject.start()
     async with AsyncClient(server.address) as client:
-        for number in range(rounds + 1):  # the first one warms up
+        for number in range(rounds + 1):  # the first round warms up
             for name, beside in BESIDE.items():
                 async with beside(server):
                     load = await closed_loop(subject.generate, streams)

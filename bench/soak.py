@@ -1,11 +1,11 @@
-"""Serve a mixed load for long, and see that memory, descriptors and tasks stay where they are.
+"""A long mixed load, after which memory, descriptors, threads and tasks must not have grown.
 
     python -m bench.soak [--minutes 3] [--workers 24]
 
-A server of the demo model gets streams, unary calls, scores, mistakes, cancellations, deadlines
-that are too short and clients that hardly read, at all depths. Twice, after a warm-up and at the
-end, the load pauses and what the server's processes hold is read. The exit status is 1 where that
-has grown by more than ``--max-growth``, or where a call ended with INTERNAL or UNKNOWN.
+A server of the demo model gets streams, unary calls, scores, wrong requests, cancellations, too
+short deadlines and clients that hardly read, at all depths. After a warm-up and at the end, the
+load pauses and the resources of the server's processes are counted. The exit status is 1 if they
+have grown by more than ``--max-growth``, or if a call ended with INTERNAL or UNKNOWN.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from server.rpc.generated.fathom.v1 import common_pb2, inference_pb2
 
 WARM_UP_SECONDS = 45.0
 PAUSE_SECONDS = 4.0
-# What a process may hold more of for other reasons than a leak.
+# Growth that has other reasons than a leak.
 SLACK = {"memory_mib": 16.0, "descriptors": 8.0, "threads": 8.0, "tasks": 4.0}
 PROMPTS = ("Return the", "The list", "An object is", "See also " * 20)
 
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What all processes of the server hold together; ``tasks`` are those of asyncio."""
+    """The resources of all processes of the server; ``tasks`` are those of asyncio."""
 
     memory_mib: float
     descriptors: float
@@ -84,7 +84,7 @@ class Load:
             await asyncio.gather(*[work() for _ in range(self._num_workers)])
 
     async def _one(self, client: AsyncClient) -> str:
-        """Return the code that the call ended with, where it is not raised."""
+        """Return the status code of a call."""
         rng, inference = self._rng, client.inference
         request = inference_pb2.GenerateRequest(
             prompt=rng.choice(PROMPTS),
@@ -121,7 +121,7 @@ class Load:
 
 
 async def soak(arguments: argparse.Namespace) -> bool:
-    """Return whether all is well."""
+    """Return whether nothing has grown and no call has failed."""
     console = Console()
     console.print("Starting a server")
     async with demo_server(max_num_seqs=32, kv_cache_gib=0.5) as server:

@@ -1,7 +1,7 @@
-"""Measure how long a server takes from its command to serving, cold and warm.
+"""The time of a server's start, cold and warm.
 
-Cold is with an empty state directory, warm is the next start with what the first one left there.
-The files themselves are in the page cache in either case.
+A cold start has an empty state directory; a warm start is the next one, with what the first left
+there. Files are in the page cache in both cases.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ async def measure(options: StartupOptions) -> Session:
 
 
 async def _start(options: StartupOptions, directory: Path, state: Path) -> dict[str, Any]:
-    """Start a server as an operator would, end it, and return what it took."""
+    """Start a server as an operator would, stop it, and return the times of the start."""
     port = free_port()
     command: list[object] = [
         *(Path(sys.executable).parent / "fathom", "serve", "--port", port),

@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
-    """Of one quantity, in its own unit, linearly interpolated between the values."""
+    """Percentiles of one quantity, in its own unit, linearly interpolated."""
 
     p50: float
     p95: float
@@ -19,7 +19,7 @@ class Percentiles:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Percentiles | None:
-        """Return None where there are no values."""
+        """Return the percentiles of ``values``, None if there are none."""
         if not values:
             return None
         p50, p95, p99 = np.percentile(values, [50, 95, 99]).tolist()
@@ -28,7 +28,7 @@ class Percentiles:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """The median of some values, with the least and the greatest of them."""
+    """Median, minimum and maximum of some values."""
 
     median: float
     low: float
@@ -45,9 +45,9 @@ class Spread:
 def paired_ratio(values: Sequence[float], to: Sequence[float]) -> Spread:
     """Return the spread of ``values[i] / to[i]``.
 
-    Values of the same index were measured one right after the other, so that a change of the
-    machine's pace between rounds falls out of each ratio. Raises :class:`ValueError` for
-    unequal numbers of values, and for none.
+    Values of the same index were measured right after each other, so the ratio does not depend on
+    how fast the machine was in that round. Raises :class:`ValueError` for different numbers of
+    values, and for none.
     """
     return Spread.of([value / other for value, other in zip(values, to, strict=True)])
 

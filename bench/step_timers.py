@@ -1,7 +1,7 @@
-"""Timers inside vLLM's engine process, for profiles alone.
+"""Timers inside vLLM's engine process, used by profiles only.
 
-They are put around methods of vLLM and of the elastic engine, by name. A name that a version does
-not have is left out, and shows as time of what calls it.
+They wrap methods of vLLM and of the elastic engine, by name. A method that a version of vLLM does
+not have is left out, and its time counts as that of its caller.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 from bench.stopwatch import Stopwatch
 
-# module, class, method -> the part of a step that it is. What these call is counted apart where
-# it is listed, too.
+# The part of a step that each method (module, class, method) belongs to. A method that is called
+# by another one of these is counted separately.
 _METHODS = (
     ("vllm.v1.engine.core", "EngineCoreProc", "_process_engine_step", "engine loop"),
     ("vllm.v1.core.sched.scheduler", "Scheduler", "schedule", "scheduler"),
@@ -44,13 +44,13 @@ _METHODS = (
 
 
 class StepTimers:
-    """Mixed into vLLM's worker as its extension."""
+    """The extension of vLLM's worker."""
 
     model_runner: Any
     _bench_stopwatch: Stopwatch | None = None
 
     def bench_start_timers(self) -> list[str]:
-        """Begin to count, and return the names that this version does not have."""
+        """Begin to count; return the names of methods that this version of vLLM does not have."""
         import torch
 
         from server.engine.elastic.model import ElasticCausalLM

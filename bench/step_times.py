@@ -1,9 +1,9 @@
-"""Times of the engine's steps at several depths and batch sizes, for the simulation of load.
+"""Times of engine steps by depth and batch size, for simulations of load.
 
     python -m bench.step_times [--model DIR] [--output FILE]
 
-What is measured is one engine in this process's child, without gRPC: the time of a step that
-generates one token for each of so many requests, all of one depth, and that of a prompt.
+Measures one engine in a child process, without gRPC: the time of a step that generates one token
+for each request of a batch, all of one depth, and the time of a prompt.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Bench:
         self._count = 0
 
     async def steps(self, num_requests: int, layers: LayerSelection) -> float:
-        """Return the median time of a step with so many requests, in seconds."""
+        """Return the median time of a step with this many requests, in seconds."""
         times: list[float] = []
 
         async def one(*, watched: bool) -> None:
@@ -93,9 +93,9 @@ async def measure(model: Path) -> dict[str, object]:
         "versions": measuring_versions(),
         "command": "python -m bench.step_times",
         "prompt_tokens": PROMPT_TOKENS,
-        # By depth: seconds for a prompt of that many tokens.
+        # Seconds for a prompt of ``prompt_tokens``, by depth.
         "prompt_seconds": prompts,
-        # By depth, then by the number of requests in the step: seconds.
+        # Seconds of a step, by depth and then by the number of its requests.
         "step_seconds": steps,
     }
 

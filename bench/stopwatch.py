@@ -1,4 +1,4 @@
-"""Times named pieces of work that call each other."""
+"""Timing of named pieces of work that call each other."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 
 
 class Stopwatch:
-    """Keeps how often each piece ran, and its seconds without those of the pieces within it."""
+    """Counts the calls of each piece, and its seconds without those of the pieces inside it."""
 
     def __init__(
         self,
         clock: Callable[[], float] = time.perf_counter,
         synchronize: Callable[[], object] | None = None,
     ) -> None:
-        """``synchronize`` waits for the device, where work on it outlives the call for it."""
+        """``synchronize`` waits for the device, on which work may go on after a call returns."""
         self._clock = clock
         self._synchronize = synchronize
-        # Of each thread: the seconds that pieces within the running ones have taken.
+        # For each thread, the seconds of pieces inside the running ones.
         self._stacks = threading.local()
         self._totals: dict[str, list[float]] = {}
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``function`` with its time kept under ``name``."""
+        """Return a function that calls ``function`` and counts its time under ``name``."""
 
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,7 @@
-"""Measure a server over gRPC at several depths and numbers of streams.
+"""Throughput and latency of a server over gRPC at several depths and numbers of streams.
 
-Each depth is compared with full depth, and with the limit that the time outside the layers sets.
+Each depth is compared with full depth, and with the limit that follows from the time outside the
+layers.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _WARM_UP_TOKENS = 8
 @dataclass(frozen=True)
 class ThroughputOptions(LoadOptions):
     address: str = option(
-        "", "HOST:PORT of a server that runs already; none: one is started for the measurement."
+        "", "HOST:PORT of a running server; none: one is started for the measurement."
     )
     depths: str = option(
         "", "Depths beside the full one; none: 3/4, 1/2 and 1/4 of the layers, and one layer."
@@ -112,7 +113,7 @@ def _open(
 async def _measure_memory(
     session: Session, server: FathomServer, workload: Workload, num_layers: int
 ) -> None:
-    """Note what the server uses after one depth has run, and after all have in one batch."""
+    """Note the server's memory after one depth has run, and after all depths in one batch."""
     num_streams = 32
     dense = workload.streams(num_streams, 1, depth=num_layers)
     await closed_loop(server.generate, dense)

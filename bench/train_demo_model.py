@@ -1,14 +1,13 @@
-"""Train the demo model: a 16-layer Llama on the documentation that Python carries.
+"""Training of the demo model: a 16-layer Llama on the documentation of Python.
 
     python -m bench.train_demo_model --work-dir /tmp/demo-model
 
-Seeded and resumable: run again with the same ``--work-dir``, it goes on from the last
+The training is seeded. Run again with the same ``--work-dir``, it goes on from the last
 checkpoint. Layers are dropped at random during training (LayerDrop, Fan et al., arXiv
-1909.11556), both as a regularizer of a corpus this small and because a model that is to be
-pruned is better off used to it. Matrices are optimized by Muon, the rest by AdamW. What is kept
-is the mean of the weights along the last part of the run (stochastic weight averaging, Izmailov
-et al., arXiv 1803.05407): late in the run the model learns its small corpus by heart, each step
-in another way.
+1909.11556), as a regularizer on a small corpus and to prepare the model for pruning. Matrices are
+optimized by Muon, everything else by AdamW. The result is the mean of the weights over the last
+part of the run (stochastic weight averaging, Izmailov et al., arXiv 1803.05407), because late in
+the run the model overfits its small corpus in a different way at each step.
 """
 
 from __future__ import annotations
@@ -34,16 +33,16 @@ END_OF_TEXT = "<|endoftext|>"
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
 )
-# A paragraph at least this long, in characters, is kept out of training when it also stands in
-# the held-out part: the library repeats itself.
+# Paragraphs of at least this many characters that are also in the held-out part are kept out of
+# training, because the library repeats itself.
 LEAK_LENGTH = 60
-# The share of the run after which the weights of every report count towards the mean.
+# After this share of the run, the weights at every report count towards the mean.
 AVERAGED_FROM = 0.7
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run depends on; a checkpoint of other settings is refused."""
+    """The settings of a run; a checkpoint of other settings is refused."""
 
     num_steps: int
     batch_size: int
@@ -77,7 +76,7 @@ def model_config(context: int) -> LlamaConfig:
 
 
 def training_documents() -> list[str]:
-    """Return what the model trains on, without the paragraphs that the held-out part repeats."""
+    """Return the training texts, without paragraphs that are also in the held-out part."""
     held_out = {
         paragraph
         for document in documents([Part.HELD_OUT])
@@ -149,7 +148,7 @@ def logits_of(
         if settings is None:
             hidden = layer(hidden, position_embeddings=rotary, position_ids=positions)
             continue
-        # The first and the last layer are never dropped: removing them ruins any model.
+        # The first and the last layer are never dropped: no model works without them.
         drop = settings.layer_drop if 0 < index < num_layers - 1 else 0.0
         if torch.rand(()).item() >= drop:
             hidden = training_layer(layer, hidden, rotary, positions, settings.dropout)
@@ -176,8 +175,8 @@ def bits_per_character(
 ) -> tuple[float, float]:
     """Return bits per character and perplexity per token of ``texts``.
 
-    Windows of ``context`` tokens overlap by half; a token is scored in the window that gives it
-    more to look back on.
+    Windows of ``context`` tokens overlap by half; a token is scored in the window in which it has
+    more context.
     """
     model.eval()
     nats, num_tokens = 0.0, 0

@@ -1,4 +1,4 @@
-"""The requests of a load, made of a seed."""
+"""The requests of a load, made from a seed."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What requests look like.
+    """The shape of requests.
 
-    Prompts are random tokens: none shares a prefix with another, so no cache answers in the
-    model's stead. ``vocab_size`` bounds their ids from above; the first few ids, which tend to be
-    special, are left out.
+    Prompts are random tokens, so no two share a prefix and no prefix cache helps. Token ids are
+    below ``vocab_size``; the first few ids, which tend to be special tokens, are left out.
     """
 
     prompt: Lengths
@@ -34,7 +33,7 @@ class Workload:
     seed: int = 0
 
     def requests(self, count: int, *, depth: int | None = None) -> list[Request]:
-        """Return the first ``count`` requests: for the same seed the same ones at every depth."""
+        """Return the first ``count`` requests; the same seed gives the same ones at every depth."""
         generator = np.random.default_rng([self.seed, 2])
         first = min(8, self.vocab_size - 1)
         lengths = zip(

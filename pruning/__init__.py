@@ -1,5 +1,5 @@
-"""Depth pruning: which layers matter, which to leave out, and what that costs.
+"""Depth pruning: the importance of layers, plans of removal, and the quality that is left.
 
-Usable as a library without the server: importing it, or any of its modules, loads neither
-torch nor transformers; the functions that compute with tensors do so when they are called.
+The package is a library, usable without the server. Importing it or any of its modules loads
+neither torch nor transformers; functions that compute with tensors load them when called.
 """

@@ -6,6 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pruning.checkpoint_file import CheckpointError, read_object
+from pruning.weights import weight_files
+
+__all__ = [
+    "CheckpointError",
+    "check_checkpoint",
+    "read_config",
+    "read_header",
+    "tensor_names",
+    "weight_files",
+]
+
 # Leads every safetensors file: the number of header bytes, little-endian.
 _LENGTH_BYTES = 8
 # The limit of the safetensors library itself.
@@ -13,23 +25,17 @@ _MAX_HEADER_BYTES = 100_000_000
 _GIT_LFS = b"version https://git-lfs"
 
 
-class CheckpointError(ValueError):
-    """A model directory is incomplete or damaged."""
-
-
 def check_checkpoint(directory: str | Path) -> None:
     """Raise :class:`CheckpointError`, naming the file, unless ``directory`` holds a whole model.
 
-    That is: a ``config.json``, at least one safetensors file, each of them as long as its header
-    says, and every shard that an index names. Reads headers only, no weights.
+    That is: a ``config.json``, at least one safetensors file that is loaded, each of them as
+    long as its header says, and every shard that the index names. Reads headers only, no
+    weights; files that are not loaded are not looked at.
     """
     directory = Path(directory)
     read_config(directory)
-    paths = weight_files(directory)
-    for path in paths:
+    for path in weight_files(directory):
         read_header(path)
-    for index in sorted(directory.glob("*.safetensors.index.json")):
-        _check_index(index)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -37,21 +43,15 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: not a directory, allowed: a model directory")
     path = directory / "config.json"
-    if not path.is_file():
+    if not path.exists() and not path.is_symlink():
         raise CheckpointError(f"{path}: missing; a model directory holds a config.json")
-    return _read_object(path)
+    return read_object(path)
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """Return the safetensors files of a model directory, at least one, by name."""
-    paths = sorted(directory.glob("*.safetensors"))
-    if not paths:
-        others = sorted(path.name for path in directory.iterdir() if path.is_file())
-        raise CheckpointError(
-            f"{directory}: holds no weights, allowed: one or more *.safetensors files; "
-            f"found {', '.join(others[:8])}{', ...' if len(others) > 8 else ''}"
-        )
-    return paths
+def tensor_names(path: Path) -> set[str]:
+    """Return the names of the tensors in a safetensors file, after checking it."""
+    names = set(json.loads(read_header(path)))
+    return names - {"__metadata__"}
 
 
 def read_header(path: Path) -> bytes:
@@ -61,10 +61,21 @@ def read_header(path: Path) -> bytes:
     Raises :class:`CheckpointError` for a file that is shorter or longer than its header says
     and for one that the safetensors library refuses.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     if not path.is_file():
         raise CheckpointError(f"{path}: not a file, or a link to one that is missing")
+    try:
+        return _read_header(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _read_header(path: Path) -> bytes:
+    from safetensors import safe_open
+
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(len(_GIT_LFS))
@@ -84,12 +95,8 @@ def read_header(path: Path) -> bytes:
     if size != expected:
         problem = "truncated" if size < expected else "damaged"
         raise CheckpointError(f"{path}: {problem}: {size} bytes, its header says {expected}")
-    try:
-        with safe_open(path, framework="np"):
-            pass
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: damaged: {error}") from None
-    return header
+    with safe_open(path, framework="np"):
+        return header
 
 
 def _num_data_bytes(path: Path, header: bytes) -> int:
@@ -101,29 +108,3 @@ def _num_data_bytes(path: Path, header: bytes) -> int:
         )
     except (ValueError, LookupError, TypeError, RecursionError):
         raise CheckpointError(f"{path}: damaged: its header does not describe tensors") from None
-
-
-def _check_index(path: Path) -> None:
-    weight_map = _read_object(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(shard, str) for shard in weight_map.values()
-    ):
-        raise CheckpointError(f"{path}: weight_map: allowed: an object of file names")
-    missing = sorted(
-        shard for shard in set(weight_map.values()) if not (path.parent / shard).is_file()
-    )
-    if missing:
-        raise CheckpointError(
-            f"{path.parent / missing[0]}: missing, though {path.name} names it "
-            f"({len(missing)} of {len(set(weight_map.values()))} shards are missing)"
-        )
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a complete JSON document: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: allowed: a JSON object")
-    return content

@@ -1,8 +1,8 @@
-"""Where a transformers model keeps its decoder layers, and what goes in and out of them.
+"""The decoder layers of a transformers model, and hooks on what goes in and out of them.
 
-Model code, the library's and that which checkpoints bring along, agrees on little: the layers
-are ``model.layers``, ``transformer.h`` or ``rwkv.blocks``, take the residual stream by position
-or by keyword and return it alone or first in a tuple. All of that is settled here.
+Models differ: their layers are called ``model.layers``, ``transformer.h`` or ``rwkv.blocks``, take
+the residual stream by position or by keyword, and return it alone or first in a tuple. This module
+hides these differences.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _CONTAINERS = (
 )
 # What a skipped layer does to the stream instead, [batch, length, hidden].
 StandIn = Callable[["torch.Tensor"], "torch.Tensor"]
-# Norm of the embeddings that RWKV keeps in its first layer. It is no part of what the layer adds.
+# RWKV has the norm of its embeddings in the first layer, where it runs before the layer itself.
 _EMBEDDING_NORM = "pre_ln"
 
 
@@ -44,13 +44,13 @@ class Decoder:
 
 
 def find_decoder(model: nn.Module, layers: Sequence[nn.Module] | None = None) -> Decoder:
-    """Return the decoder of ``model``, with ``layers`` where they are given.
+    """Return the decoder of ``model``; ``layers`` are its layers if they are given.
 
-    The decoder is the innermost module around the layers that takes ``input_ids``: it spares
-    the product with the output embeddings, often the widest of the model.
+    The decoder is the innermost module around the layers that takes ``input_ids``. Running it
+    alone leaves out the product with the output embeddings, often the widest of the model.
 
-    Raises :class:`ValueError` for an encoder-decoder, where no layers are found, and where
-    nothing around them takes ``input_ids``; it names what was looked for.
+    Raises :class:`ValueError`, naming what was looked for, for an encoder-decoder, if no layers
+    are found, and if no module around them takes ``input_ids``.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
@@ -72,9 +72,9 @@ def find_decoder(model: nn.Module, layers: Sequence[nn.Module] | None = None) ->
 
 
 class ForwardPasses:
-    """Runs batches through a decoder and knows which of their tokens are valid.
+    """Forward passes of batches, and which of their tokens are valid.
 
-    Hooks on the decoder's modules call :meth:`valid_tokens` while :meth:`run` is under way.
+    Hooks on the decoder's modules call :meth:`valid_tokens` during :meth:`run`.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -89,8 +89,8 @@ class ForwardPasses:
     ) -> None:
         """Run every batch, [batch, length], without a cache and without gradients.
 
-        Raises :class:`ValueError` for a model in training mode, where dropout would falsify the
-        states, and for masks that do not fit the batches or that the model does not take.
+        Raises :class:`ValueError` for a model in training mode, where dropout would distort the
+        states, for masks of another shape than the batches, and for a model that takes no masks.
         """
         import torch
 
@@ -116,9 +116,9 @@ class ForwardPasses:
                 self._module(input_ids=input_ids, attention_mask=mask, **options)
 
     def valid_tokens(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the states of the valid tokens, [num_tokens, hidden], of [batch, length, hidden].
+        """Return the states of the valid tokens, [num_tokens, hidden].
 
-        Raises :class:`ValueError` for states that are not one vector for each token.
+        ``states`` is [batch, length, hidden]; other shapes raise :class:`ValueError`.
         """
         if states.shape[:-1] != self._shape:
             raise ValueError(
@@ -144,10 +144,10 @@ class ForwardPasses:
 
 
 def inference_options(model: nn.Module) -> dict[str, Any]:
-    """Return the arguments with which ``model`` runs without a cache.
+    """Return the arguments that make ``model`` run without a cache.
 
-    Raises :class:`ValueError` for a model in training mode, where dropout would falsify what is
-    measured.
+    Raises :class:`ValueError` for a model in training mode, where dropout would distort the
+    measurement.
     """
     if model.training:
         raise ValueError("model: got a model in training mode, allowed: after model.eval()")
@@ -160,15 +160,15 @@ def observed(
     observe: Callable[[int, torch.Tensor, torch.Tensor], None],
     received: dict[int, torch.Tensor] | None = None,
 ) -> Iterator[None]:
-    """Call ``observe(layer, before, after)`` after every pass of a layer.
+    """Call ``observe(layer, before, after)`` after each forward pass of a layer, while in context.
 
-    ``before`` and ``after`` are the residual stream as the layer receives and returns it. While
-    a layer runs, ``received`` holds ``before`` under its number.
+    ``before`` and ``after`` are the residual stream as the layer receives and returns it. While a
+    layer runs, ``received`` holds ``before`` under its number.
     """
     received = {} if received is None else received
 
     def on_input(layer: int, states: torch.Tensor) -> None:
-        received[layer] = states.clone()  # a layer may add to the stream in place
+        received[layer] = states.clone()  # a layer may change the stream in place
 
     with ExitStack() as hooks:
         for layer, module in enumerate(layers):
@@ -183,7 +183,7 @@ def observed(
 def on_stream_into(
     module: nn.Module, layer: int, receive: Callable[[int, torch.Tensor], None]
 ) -> Iterator[None]:
-    """Call ``receive(layer, states)`` with the states that ``module`` is about to work on."""
+    """Call ``receive(layer, states)`` before ``module`` runs on ``states``, while in context."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         receive(layer, _states_given_to(module, args, kwargs))
@@ -201,12 +201,12 @@ def without_layers(
     skipped: Collection[int],
     stand_ins: Mapping[int, StandIn] | None = None,
 ) -> Iterator[None]:
-    """Make ``skipped`` of the layers return the stream as they receive it, while in context.
+    """Make the layers ``skipped`` return the residual stream unchanged, while in context.
 
-    They still run, so that attention fills its cache and generation works. What the model
-    computes is what :func:`pruning.surgery.export_checkpoint` without them does. Where
-    ``stand_ins`` has a layer, such as :class:`pruning.repair.LayerMap`, the skipped layer
-    returns what that makes of the stream.
+    They still run, so that attention fills its cache and generation works. The model computes the
+    same as a checkpoint that :func:`pruning.surgery.export_checkpoint` writes without them. A
+    skipped layer that is in ``stand_ins`` returns what its stand-in, such as a
+    :class:`pruning.repair.LayerMap`, makes of the stream.
 
     Raises :class:`ValueError` for a layer that does not exist.
     """
@@ -214,7 +214,7 @@ def without_layers(
     for layer in skipped:
         if not 0 <= layer < len(layers):
             raise ValueError(f"skipped: got layer {layer}, allowed: 0 to {len(layers) - 1}")
-    # Copied, because a layer may add to the stream in place.
+    # Copies, because a layer may change the stream in place.
     received: dict[int, torch.Tensor] = {}
 
     def on_input(layer: int, states: torch.Tensor) -> None:
@@ -278,7 +278,7 @@ def _states_given_to(
 
 
 def _search(root: nn.Module) -> tuple[list[nn.Module], Sequence[nn.Module]] | None:
-    """Return the modules from ``root`` to a list of layers, and that list; nearest first."""
+    """Return the nearest list of layers, and the modules from ``root`` to it."""
     from torch import nn
 
     paths, seen = [[root]], {id(root)}

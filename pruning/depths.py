@@ -1,8 +1,8 @@
-"""Depth arithmetic: how many layers run, and which of them are left out.
+"""Depth arithmetic: depths, prune ratios and removal orders.
 
-With ``num_layers`` L, a depth is the number of layers that run, 1..L, and the prune ratio of a
-depth is the share of layers left out. A removal order names all L layers, least important
-first; depth d leaves out the first L - d of it.
+For a model with ``num_layers`` L, a depth is the number of layers that run, 1..L. The prune ratio
+of a depth d is the share of layers that are skipped, 1 - d / L. A removal order lists all L layers,
+least important first; depth d skips the first L - d of them.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-# In layers. Ratios that were written as decimals or computed as ``1 - depth / num_layers`` miss
-# the whole number of layers that was meant by far less than this.
-_ROUNDING = 1e-9
+# A ratio that was written as a decimal or computed as ``1 - depth / num_layers`` misses a whole
+# number of layers by far less than this.
+_ROUNDING_LAYERS = 1e-9
 
 
 def check_depth(num_layers: int, depth: int) -> None:
@@ -24,31 +24,30 @@ def check_depth(num_layers: int, depth: int) -> None:
 
 
 def depth_of_prune_ratio(num_layers: int, prune_ratio: float) -> int:
-    """Return the depth that leaves out at most the share ``prune_ratio`` of the layers.
+    """Return the depth that skips at most the share ``prune_ratio`` of the layers.
 
-    The number of layers left out is rounded down, so that a model is never pruned more than was
-    asked for, and at least one layer runs. Raises :class:`ValueError` unless
+    The number of skipped layers is rounded down, so a model is never pruned more than was asked
+    for, and at least one layer runs. Raises :class:`ValueError` unless
     0 <= ``prune_ratio`` < 1.
     """
     _check_num_layers(num_layers)
     if not 0 <= prune_ratio < 1:
         raise ValueError(f"prune_ratio: got {prune_ratio}, allowed: at least 0 and less than 1")
-    num_removed = math.floor(num_layers * prune_ratio + _ROUNDING)
+    num_removed = math.floor(num_layers * prune_ratio + _ROUNDING_LAYERS)
     return max(num_layers - num_removed, 1)
 
 
 def prune_ratio_of_depth(num_layers: int, depth: int) -> float:
-    """Return the share of the layers that ``depth`` leaves out."""
+    """Return the share of the layers that ``depth`` skips."""
     check_depth(num_layers, depth)
     return (num_layers - depth) / num_layers
 
 
 def removal_order(scores: Sequence[float]) -> tuple[int, ...]:
-    """Return the layers by ascending score: the least important first.
+    """Return the layers by ascending score, so the least important is first.
 
-    Of layers with equal scores the deeper one goes first: fewer layers then work on a state
-    that lacks its contribution. Raises :class:`ValueError` for a NaN, which has no place in an
-    order, and for no scores at all.
+    Of layers with equal scores the deeper one is first, because fewer layers come after it and
+    miss its contribution. Raises :class:`ValueError` for a NaN and for an empty list.
     """
     _check_num_layers(len(scores))
     for layer, score in enumerate(scores):
@@ -73,7 +72,7 @@ def check_removal_order(order: Sequence[int], num_layers: int) -> None:
 
 
 def skipped_layers(removal_order: Sequence[int], depth: int) -> tuple[int, ...]:
-    """Return the layers that ``depth`` leaves out, in ascending order."""
+    """Return the layers that ``depth`` skips, in ascending order."""
     check_depth(len(removal_order), depth)
     return tuple(sorted(removal_order[: len(removal_order) - depth]))
 

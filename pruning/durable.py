@@ -1,4 +1,4 @@
-"""Files that are on the disk when they are said to be, and never seen half written."""
+"""Durable files: on the disk when the call returns, and never seen half written."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Wait until the names in a directory are on the disk, those of renamed files included."""
+    """Wait until the entries of a directory are on the disk, so that a rename survives a crash."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

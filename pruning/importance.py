@@ -36,8 +36,8 @@ __all__ = [
 class BlockInfluence:
     """The influence of each layer, with its standard error, over ``num_tokens`` tokens.
 
-    The standard errors treat the tokens as independent. Tokens of one text are not quite, so
-    read them as lower bounds.
+    The standard errors treat tokens as independent. Tokens of one text are not quite independent,
+    so the standard errors are lower bounds.
     """
 
     scores: tuple[float, ...]
@@ -46,7 +46,7 @@ class BlockInfluence:
 
 
 class BlockInfluenceEstimator(LayerMeanEstimator):
-    """Accumulates the influence of every layer over any number of tokens in constant memory."""
+    """Sums of the influence of every layer over any number of tokens, in constant memory."""
 
     def of_tokens(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
         import torch
@@ -74,12 +74,12 @@ def measure_block_influence(
     """Measure the influence of the decoder layers of a transformers model.
 
     ``input_ids_batches`` are [batch, length]; ``attention_masks``, one for each batch and of
-    its shape, are zero at padding, which is not counted. A model that ignores masks, such as
-    RWKV, must be padded on the right. ``layers`` defaults to those that
+    its shape, are zero at padding, which is not counted. Batches for a model that ignores masks,
+    such as RWKV, must be padded on the right. By default, ``layers`` are those that
     :func:`pruning.decoder.find_decoder` finds. The states are taken from the layers themselves
     and not from ``output_hidden_states``, whose last entry has gone through the final norm.
 
-    Raises :class:`ValueError` for a model in training mode, where dropout would falsify the
+    Raises :class:`ValueError` for a model in training mode, where dropout would distort the
     states, and for one whose layers cannot be found; :class:`ImportanceError` as
     :func:`block_influence` does.
     """
@@ -98,7 +98,7 @@ def measure_block_influence(
 def _directions(states: torch.Tensor) -> torch.Tensor:
     import torch
 
-    # torch's own cosine_similarity and normalize turn a zero vector, which has no direction,
-    # into a cosine of 0. Here it becomes NaN, which block_influence refuses.
+    # A zero vector has no direction. With torch's cosine_similarity its cosine would be 0; here it
+    # becomes NaN, which block_influence refuses.
     norms: torch.Tensor = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
     return states / norms

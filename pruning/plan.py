@@ -1,4 +1,4 @@
-"""The pruning plan: in which order layers are left out, and how that came about."""
+"""Plans: the order in which layers are removed, with its scores and provenance."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ FORMAT_VERSION = 2
 # Version 1 knew block influence alone, so it had no other scores.
 _READABLE_VERSIONS = (1, FORMAT_VERSION)
 _SINCE_VERSION_2 = frozenset({"other_scores"})
-# Greater integers have no exact float, and the greatest none at all.
+_TOKENIZER = "tokenizer_fingerprint"
+# Missing in plans of earlier versions.
+_OPTIONAL = {_TOKENIZER}
+# Larger integers may have no exact float.
 _MAX_EXACT_INTEGER = 2**53
 
 
 class PlanError(ValueError):
-    """A plan is damaged, of another format, or of another model."""
+    """A plan that is damaged, has another format, or belongs to another model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +38,10 @@ class Plan:
     ``scores`` and ``stderrs`` are block influence, indexed by layer. ``metric`` is what the order
     was made by, one of :data:`pruning.metrics.names.METRIC_NAMES`. ``other_scores`` maps it,
     unless it is block influence, and every other metric that was measured to scores indexed by
-    layer; a low one speaks for leaving the layer out. ``created_at`` is in seconds since the
-    Unix epoch. ``versions`` maps names of packages to the versions that measured the scores. The
-    order need not be that of the scores: one set by hand is a plan, too. Raises
-    :class:`PlanError`, naming the field, for values that make no plan.
+    layer; a low one speaks for leaving the layer out. ``created_at`` is in seconds since the Unix
+    epoch. ``versions`` maps names of packages to the versions that measured the scores. The
+    removal order need not follow the scores; it may be set by hand. Raises :class:`PlanError`,
+    naming the field, for values that are not allowed.
     """
 
     removal_order: tuple[int, ...]
@@ -49,6 +52,8 @@ class Plan:
     num_tokens: int
     versions: dict[str, str]
     created_at: float
+    # Empty where it is not known.
+    tokenizer_fingerprint: str = ""
     metric: str = BLOCK_INFLUENCE
     other_scores: dict[str, tuple[float, ...]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -90,15 +95,17 @@ class Plan:
         *,
         model_fingerprint: str,
         text_fingerprint: str,
+        tokenizer_fingerprint: str = "",
         versions: dict[str, str],
     ) -> Plan:
-        """Return the plan that leaves out the layers of the lowest influence first."""
+        """Return the plan that removes the layers with the lowest influence first."""
         return cls(
             removal_order=removal_order(importance.scores),
             scores=importance.scores,
             stderrs=importance.stderrs,
             model_fingerprint=model_fingerprint,
             text_fingerprint=text_fingerprint,
+            tokenizer_fingerprint=tokenizer_fingerprint,
             num_tokens=importance.num_tokens,
             versions=versions,
             created_at=time.time(),
@@ -106,9 +113,9 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read the plan that :meth:`save` wrote.
+        """Read a plan that :meth:`save` has written.
 
-        Raises :class:`PlanError`, naming the file and the field, for anything that is no plan of
+        Raises :class:`PlanError`, naming the file and the field, for a file that is not a plan of
         this format version, and :class:`OSError` for a file that cannot be read.
         """
         data = Path(path).read_bytes()
@@ -127,7 +134,7 @@ class Plan:
         return len(self.removal_order)
 
     def skipped(self, depth: int) -> tuple[int, ...]:
-        """Return the layers that ``depth`` leaves out, ascending.
+        """Return the layers that ``depth`` skips, in ascending order.
 
         Raises :class:`ValueError` unless 1 <= ``depth`` <= ``num_layers``.
         """
@@ -177,14 +184,14 @@ def _parse(data: bytes) -> dict[str, Any]:
         raise PlanError(f"not a complete JSON document: {error}") from None
     if not isinstance(document, dict):
         raise PlanError(f"found {reprlib.repr(document)}, allowed: a JSON object")
-    # First: what else is wrong with a plan of another version is no news.
+    # This check is first, because other fields are expected to differ in another version.
     version = document.get("format_version")
     if not _is_integer(version) or version not in _READABLE_VERSIONS:
         _refuse("format_version", version, " or ".join(map(str, _READABLE_VERSIONS)))
     names = {field.name for field in fields(Plan)}
     if version == 1:
         names -= _SINCE_VERSION_2
-    if missing := sorted(names - document.keys()):
+    if missing := sorted(names - _OPTIONAL - document.keys()):
         raise PlanError(f"{missing[0]}: found nothing, allowed: a value")
     if unknown := sorted(document.keys() - names):
         raise PlanError(f"{unknown[0]}: unknown, allowed: {', '.join(sorted(names))}")
@@ -197,6 +204,7 @@ def _parse(data: bytes) -> dict[str, Any]:
         "num_tokens": _integer(document, "num_tokens"),
         "versions": _strings(document, "versions"),
         "created_at": _number(document, "created_at"),
+        "tokenizer_fingerprint": _string({_TOKENIZER: "", **document}, _TOKENIZER),
         "metric": _string(document, "metric"),
         "other_scores": _scores_by_name(document, "other_scores") if version > 1 else {},
     }

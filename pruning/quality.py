@@ -1,4 +1,4 @@
-"""What a depth costs: perplexity, agreement with the dense model, divergence from it."""
+"""Quality of a pruned model: perplexity, and agreement with and divergence from the dense model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-# Bounds the temporaries of one chunk of tokens to some 64 MiB each.
+# Limits each temporary tensor of a chunk of tokens to some 64 MiB.
 _CHUNK_ELEMENTS = 1 << 24
 
 
 class QualityError(ValueError):
-    """The measured sums give no quality."""
+    """Measured sums from which no quality can be computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +27,8 @@ class Quality:
     """How well a pruned model predicts ``num_tokens`` tokens of held-out text.
 
     ``perplexity`` is per token. ``agreement`` is the share of tokens at which the most likely
-    next token is that of the dense model, ``kl_nats`` the mean divergence
-    KL(dense || pruned) of the next-token distributions in nats. Each is None where it was not
-    measured.
+    next token is that of the dense model. ``kl_nats`` is the mean divergence KL(dense || pruned)
+    of the next-token distributions, in nats. Both are None if they were not measured.
     """
 
     perplexity: float
@@ -42,13 +41,12 @@ class Quality:
 def token_statistics(
     logits: torch.Tensor, reference_logits: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """Return what one text window adds to a quality, as float64 [4].
+    """Return the statistics of one text window, float64 [4].
 
-    The four are the number of tokens T, the summed negative log-likelihood of ``targets`` in
-    nats, the number of tokens at which both argmaxes are equal, and the summed
-    KL(reference || logits) in nats. ``logits`` and ``reference_logits`` are [T, V], ``targets``
-    [T]. Log-probabilities are computed in float32 and summed in float64. Nothing waits for the
-    device.
+    They are the number of tokens T, the sum of the negative log-likelihood of ``targets`` in nats,
+    the number of tokens at which both argmaxes are equal, and the sum of KL(reference || logits)
+    in nats. ``logits`` and ``reference_logits`` are [T, V], ``targets`` is [T]. Log-probabilities
+    are computed in float32 and summed in float64. The call does not wait for the device.
     """
     import torch
 
@@ -69,7 +67,7 @@ def token_statistics(
             reference = reference_logits[rows].float().log_softmax(-1)
             nll = -logprobs.gather(-1, targets[rows, None])
             agreements = logits[rows].argmax(-1) == reference_logits[rows].argmax(-1)
-            # A token that the reference rules out adds nothing, even where both rule it out.
+            # A token with probability 0 in the reference adds nothing, even if it is 0 in both.
             divergence = torch.where(
                 reference.isneginf(), 0.0, reference.exp() * (reference - logprobs)
             )
@@ -80,19 +78,19 @@ def token_statistics(
 
 
 def quality_of_windows(sums: Sequence[Sequence[float | None]]) -> Quality:
-    """Return the quality over text windows, each given by its :func:`token_statistics`.
+    """Return the quality over text windows, given the :func:`token_statistics` of each.
 
-    The number of agreements and the divergence may be None, where they were not measured.
+    The number of agreements and the divergence are None if they were not measured.
 
-    Tokens of one window are not independent, windows nearly are. So the standard error takes
-    the windows as the sample: the mean negative log-likelihood r = sum(x) / sum(n), x and n
-    being a window's sum and number of tokens, is a ratio estimator over m windows with variance
+    Tokens of one window are not independent, but windows nearly are, so the windows are the sample
+    of the standard error. With x the negative log-likelihood of a window and n its number of
+    tokens, the mean r = sum(x) / sum(n) is a ratio estimator over m windows. Its variance is
     m / (m - 1) * sum((x - r * n) ** 2) / sum(n) ** 2 (Cochran, "Sampling Techniques", 3rd
-    edition, chapter 6), and the delta method gives exp(r) the standard error
+    edition, chapter 6). By the delta method, the standard error of the perplexity exp(r) is
     exp(r) * sqrt(variance). A perplexity beyond the range of a float is infinite.
 
-    Raises :class:`QualityError` for fewer than two windows, which have no variance, and for a
-    window with no tokens or with a sum that is not finite.
+    Raises :class:`QualityError` for fewer than two windows, which have no variance, for a window
+    without tokens, and for a sum that is not finite.
     """
     if len(sums) < 2:
         raise QualityError(
@@ -141,14 +139,14 @@ def measure_quality(
     layers: Sequence[nn.Module] | None = None,
     stand_ins: Mapping[int, StandIn] | None = None,
 ) -> list[Quality]:
-    """Measure what a transformers model is worth without some of its layers.
+    """Measure the quality of a transformers model without some of its layers.
 
-    Returns a quality for each of ``skipped``, sets of layers to leave out;
-    :meth:`pruning.plan.Plan.skipped` has that of a depth. ``windows`` are the token ids of two
-    or more pieces of text, [length] each; all tokens but the first of each are predicted.
-    ``model`` gives logits; its ``layers`` default to those that
-    :func:`pruning.decoder.find_decoder` finds. ``stand_ins`` are what skipped layers do instead,
-    as in :func:`pruning.decoder.without_layers`. The logits of one window exist at a time.
+    Returns a quality for each set of layers in ``skipped``; :meth:`pruning.plan.Plan.skipped`
+    returns the set of a depth. ``windows`` are the token ids of two or more pieces of text,
+    [length] each; all tokens but the first of each are predicted. ``model`` must return logits. By
+    default, ``layers`` are those that :func:`pruning.decoder.find_decoder` finds. ``stand_ins``
+    are what skipped layers do instead, as in :func:`pruning.decoder.without_layers`. The logits of
+    one window at a time are in memory.
 
     Raises :class:`ValueError` for a model in training mode, for one whose layers cannot be found
     and for layers that it does not have, and :class:`QualityError` as

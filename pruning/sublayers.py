@@ -1,4 +1,4 @@
-"""The importance of the two parts of a decoder layer, attention and feed-forward.
+"""Block Influence of attention and feed-forward, the two parts of a decoder layer.
 
 Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect",
 arXiv 2403.03853, table 1, removes one part of a layer at a time. A sequential pre-norm layer adds
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 Part = Literal["attention", "feed_forward"]
 
-# The module whose output the layer adds to the stream. OPT has no module for the whole of its
-# feed-forward; fc2 is the last of it.
+# The module whose output the layer adds to the stream. OPT has no module for its whole
+# feed-forward; fc2 is the last linear layer of it.
 _PARTS: dict[Part, tuple[str, ...]] = {
     "attention": ("self_attn", "attn", "attention", "linear_attn"),
     "feed_forward": ("mlp", "feed_forward", "block_sparse_moe", "fc2"),
 }
 _ATTENTION_NORMS = ("input_layernorm", "ln_1", "self_attn_layer_norm")
-# Gemma has both of the first two: there post_attention_layernorm works on attention's output.
+# Gemma has both of the first two; its post_attention_layernorm runs on the output of attention.
 _FEED_FORWARD_NORMS = (
     "pre_feedforward_layernorm",
     "post_attention_layernorm",
@@ -64,17 +64,17 @@ def measure_sublayer_influence(
 ) -> SublayerInfluence:
     """Measure the influence of the parts of the decoder layers of a transformers model.
 
-    The arguments are those of :func:`pruning.importance.measure_block_influence`, as is what
-    is raised. Besides, :class:`ValueError` is raised for layers that are not sequential and
-    pre-norm. In a parallel layer (GPT-NeoX, Phi) both parts work on x and there is no y; in a
-    post-norm layer (OPT-350M) the norm belongs to neither part.
+    Arguments and errors are those of :func:`pruning.importance.measure_block_influence`. Layers
+    that are not sequential and pre-norm raise :class:`ValueError` as well. In a parallel layer
+    (GPT-NeoX, Phi) both parts run on x and there is no y; in a post-norm layer (OPT-350M) the norm
+    belongs to neither part.
     """
     decoder = find_decoder(model, layers)
     passes = ForwardPasses(decoder)
     num_layers = len(decoder.layers)
     attention = BlockInfluenceEstimator(num_layers)
     feed_forward = BlockInfluenceEstimator(num_layers)
-    # Of the layer that is running: the stream it received, where that lay, and y.
+    # For the running layer: the stream it received, the address of that tensor, and y.
     received: dict[int, torch.Tensor] = {}
     addresses: dict[int, int] = {}
     between: dict[int, torch.Tensor] = {}
@@ -89,7 +89,7 @@ def measure_sublayer_influence(
 
     def on_feed_forward_norm(layer: int, states: torch.Tensor) -> None:
         before = received[layer]
-        # A part that contributes nothing leaves equal values too, but in another place.
+        # A part that contributes nothing leaves equal values as well, but in another tensor.
         if states.data_ptr() == addresses[layer] and _equal(states, before):
             raise _refusal(decoder.layers, layer, "its feed-forward works on its input (parallel)")
         # OPT flattens the batch.
@@ -147,7 +147,7 @@ def without_part(model: nn.Module, layer: int, part: Part) -> Iterator[None]:
 
 
 def _refuse_damage(sums: dict[str, list[list[float]]]) -> None:
-    # In the order in which the parts run: what one breaks, all behind it carry on.
+    # Checked in the order in which the parts run, because damage spreads to all later parts.
     for layer in range(len(sums["attention"])):
         for part, of_part in sums.items():
             if not all(map(math.isfinite, of_part[layer])):
@@ -158,7 +158,7 @@ def _refuse_damage(sums: dict[str, list[list[float]]]) -> None:
 
 
 def _zeros(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    # Not multiplied by zero: that would keep a NaN.
+    # Multiplying by zero would keep a NaN.
     if isinstance(output, tuple):
         return (output[0].new_zeros(output[0].shape), *output[1:])
     return output.new_zeros(output.shape)
@@ -182,7 +182,7 @@ def _child(module: nn.Module, names: Iterable[str]) -> nn.Module | None:
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     import torch
 
-    # Damaged states are for block_influence to refuse.
+    # Damaged states count as equal here; block_influence refuses them.
     return torch.allclose(a.reshape(b.shape), b, rtol=0, atol=0, equal_nan=True)
 
 

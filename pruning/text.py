@@ -1,4 +1,4 @@
-"""Calibration text: where it is read from and how it is cut into windows of tokens."""
+"""Calibration text: reading it, and cutting it into windows of tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ALLOWED_SOURCE = (
 
 
 class TextError(ValueError):
-    """Calibration text is missing, empty or not in a form that can be read."""
+    """Calibration text that is missing, empty or cannot be read."""
 
 
 def load_texts(source: str, *, max_characters: int | None = None) -> list[str]:
@@ -31,9 +31,9 @@ def load_texts(source: str, *, max_characters: int | None = None) -> list[str]:
     - ``name[:config][:split]`` of a Hugging Face dataset with a column ``text``, where the
       package ``datasets`` is installed; the split is ``train`` unless named.
 
-    Files are UTF-8. Blank documents are left out, the last document is cut at
-    ``max_characters``. Raises :class:`TextError`, naming file and line, for what cannot be read
-    and for a source with no text at all.
+    Files are UTF-8. Blank documents are left out, and the last document is cut to fit
+    ``max_characters``. Raises :class:`TextError`, naming file and line, for a source that cannot
+    be read or has no text.
     """
     if max_characters is not None and max_characters < 1:
         raise ValueError(f"max_characters: got {max_characters}, allowed: 1 or more")
@@ -60,10 +60,10 @@ def token_windows(
 ) -> list[list[int]]:
     """Cut documents into windows of at most ``window`` and at least ``min_window`` tokens.
 
-    Takes the first window of each document, then the second of each, and so on, until
-    ``max_tokens`` are reached or all is taken, so that no document crowds out the others. The
-    last window is cut to fit. Documents beyond those needed are not read. Tokens that begin a
-    text are the caller's to add. Raises :class:`TextError` where no window is left.
+    Takes the first window of each document, then the second of each, and so on, until there are
+    ``max_tokens`` tokens or no more text, so that a long document does not crowd out the others.
+    The last window is cut to fit. Documents that are not needed are not read. The caller adds
+    tokens that begin a text. Raises :class:`TextError` if there is no window.
     """
     if not 1 <= min_window <= window:
         raise ValueError(f"min_window: got {min_window}, allowed: 1 to {window}, the window")
@@ -99,14 +99,20 @@ def _round_robin(documents: Iterable[Sequence[int]], window: int) -> Iterator[Se
 def _documents(source: str, max_characters: int | None) -> Iterator[str]:
     if not source:
         raise TextError(f"calibration text: got '', allowed: {_ALLOWED_SOURCE}")
-    path = Path(source).expanduser()
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if _is_text(file) and file.is_file())
+    try:
+        path = Path(source).expanduser()
+        files = sorted(filter(_is_text, path.rglob("*"))) if path.is_dir() else []
+        files = [file for file in files if file.is_file()]
+        is_directory, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no such user as in ~user
+        reason = getattr(error, "strerror", None) or error
+        raise TextError(f"{source!r}: {reason}, allowed: {_ALLOWED_SOURCE}") from None
+    if is_directory:
         if not files:
             raise TextError(f"{source}: no files in it, allowed: {', '.join(_SUFFIXES)}")
         for file in files:
             yield from _file_documents(file, max_characters)
-    elif path.exists():
+    elif exists:
         yield from _file_documents(path, max_characters)
     elif _is_text(path) or source.startswith((os.sep, "~", ".")):
         raise TextError(f"{source!r}: no such file or directory, allowed: {_ALLOWED_SOURCE}")
@@ -119,9 +125,11 @@ def _is_text(path: Path) -> bool:
 
 
 def _file_documents(path: Path, max_characters: int | None) -> Iterator[str]:
+    if not path.is_file():  # it could be a pipe that nobody writes to
+        raise TextError(f"{path}: not a file, allowed: {_ALLOWED_SOURCE}")
     match path.suffix.lower():
         case ".txt":
-            # A line has a character at least, so more lines are never needed.
+            # Each line has at least one character, so more lines are never needed.
             yield "".join(line for _, line in islice(_lines(path), max_characters))
         case ".jsonl":
             for number, line in _lines(path):
@@ -140,7 +148,7 @@ def _file_documents(path: Path, max_characters: int | None) -> Iterator[str]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    # Not as a text file: its errors do not know the line.
+    # Read as bytes, because errors of text files do not name the line.
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -165,6 +173,8 @@ def _parsed(text: str, path: Path, first_line: int) -> object:
         ) from None
     except RecursionError:
         raise TextError(f"{path}, line {first_line}: JSON nested too deeply") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise TextError(f"{path}, line {first_line}: not JSON: {error}") from None
 
 
 def _text_of(value: object, where: str) -> str:

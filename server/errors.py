@@ -1,10 +1,10 @@
-"""What can go wrong with a request, apart from the transport that reports it."""
+"""Errors that clients are told about, whatever transport reports them."""
 
 from __future__ import annotations
 
 
 class FathomError(Exception):
-    """Base of the errors that clients are told about."""
+    """Base class of the errors that clients are told about."""
 
 
 class InvalidArgument(FathomError):
@@ -35,11 +35,14 @@ class Overloaded(FathomError):
 
 
 class DeadlineTooSoon(FathomError):
-    """The deadline of a request is so close that it could not even start before."""
+    """The deadline of a request passes before the request could start."""
 
 
 class Unavailable(FathomError):
-    """The server is starting, draining, or its engine is down; another may answer."""
+    """The server is starting or draining, or its engine is down; try again or ask another server.
+
+    ``retry_after`` is in seconds.
+    """
 
     def __init__(self, message: str, retry_after: float = 1.0) -> None:
         self.retry_after = retry_after
@@ -65,15 +68,15 @@ class NonFiniteResult(FathomError):
 
 
 class FailedPrecondition(FathomError):
-    """The request is sound, but the server is not in a state to do it."""
+    """The request is valid, but the server cannot do it in its present state."""
 
 
 class Unauthenticated(FathomError):
-    """The server does not know who calls."""
+    """The server does not know the caller."""
 
 
 class PermissionDenied(FathomError):
-    """The caller is known, but may not do this."""
+    """The caller is known but lacks the permission."""
 
 
 def _shortened(value: object, limit: int = 80) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from server.access.certificates import CertificateFiles
-from server.config import ConfigError, Settings
-from server.depth.levels import LevelSpec
+from server.config import ConfigError, Settings, warn_of_old_names
+from server.depth.levels import Level, LevelSpec
 from server.errors import FathomError
 from server.model.inputs import auto_rules, chosen_levels
 from server.rpc.access import Access, AccessFiles
@@ -25,9 +26,9 @@ logger = logging.getLogger(__name__)
 class Reload:
     """Brings a running server to what its settings say now.
 
-    Levels, the rules of depth by itself, clients, certificates and the log level are changed; of
-    other settings it says that they take a restart. Levels that a client has set stay, unless
-    those of the settings change.
+    Levels, the rules of automatic depth, clients, certificates and the log level are changed.
+    For other settings that have changed, the log says that they take a restart. Levels that a
+    client has set stay, unless the levels in the settings change.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Reload:
         access: Access,
         service: Service,
         set_log_level: Callable[[str], None],
+        retry_seconds: float = 1.0,
     ) -> None:
         """``settings`` are those that the server was started with, ``read`` reads them again."""
         self._settings = settings
@@ -45,12 +47,35 @@ class Reload:
         self._access = access
         self._service = service
         self._set_log_level = set_log_level
+        self._retry_seconds = retry_seconds
         self._running = asyncio.Lock()
 
-    async def run(self) -> None:
-        """Read the settings and the files that they name; what is wrong is logged.
+    async def follow(self, asked: asyncio.Event) -> None:
+        """Read the settings again whenever ``asked`` is set, until cancelled.
 
-        Nothing changes then.
+        Settings that are wrong, as those of a file that is half written are, are read again until
+        they are right.
+        """
+        problem = ""
+        while True:
+            await asked.wait()
+            asked.clear()
+            try:
+                problem = await self.run(known_problem=problem)
+            except BaseException:
+                asked.set()  # whoever starts this again finds what has not been done
+                raise
+            if problem:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(asked.wait(), self._retry_seconds)
+                    problem = ""  # asked anew, it is told again
+                asked.set()
+
+    async def run(self, *, known_problem: str = "") -> str:
+        """Read the settings and the files that they name; return what is wrong with them.
+
+        Nothing changes then. The problem is logged unless it is ``known_problem``; where there is
+        none, an empty text is returned.
         """
         async with self._running:
             old = self._settings
@@ -60,38 +85,49 @@ class Reload:
                 install_access = self._access.prepare(access_files(new))
             except (ConfigError, FathomError) as error:
                 problem = "; ".join(str(error).splitlines())
-                logger.error("%s; the settings have not been changed", problem)
-                return
+                if problem != known_problem:
+                    logger.error("%s; the settings have not been changed", problem)
+                return problem
+            warn_of_old_names(new.old_names)
             changed = {
                 name for name in Settings.model_fields if getattr(old, name) != getattr(new, name)
             }
             install_access()
             self._set_log_level(new.log_level)
             done = _RELOADED & changed
-            if changed & _LEVELS:
-                specs = [
-                    LevelSpec(level.name, level.decode_layers, level.prefill_layers)
-                    for level in levels
-                ]
-                try:
-                    await self._service.set_levels(specs, default_level)
-                except FathomError as error:
-                    logger.error("%s; the levels have not been changed", error)
-                    done -= _LEVELS
-            if changed & _AUTO:
-                try:
-                    self._service.set_auto_rules(auto_rules(new))
-                except FathomError as error:
-                    logger.error("%s; auto_levels have not been changed", error)
-                    done -= _AUTO
+            if changed & _LEVELS and not await self._set_levels(levels, default_level):
+                done -= _LEVELS
+            if changed & _AUTO and not self._set_auto_rules(new):
+                done -= _AUTO
             self._settings = old.model_copy(update={name: getattr(new, name) for name in done})
             logger.info("settings read again; changed: %s", _listed(done))
             if others := changed - _RELOADED:
                 logger.warning("settings that take a restart to change: %s", _listed(others))
+            return ""
+
+    async def _set_levels(self, levels: Sequence[Level], default_level: str) -> bool:
+        specs = [
+            LevelSpec(level.name, level.decode_layers, level.prefill_layers) for level in levels
+        ]
+        try:
+            with self._service.updating() as updates:
+                await updates.set_levels(specs, default_level)
+        except FathomError as error:
+            logger.error("%s; the levels have not been changed", error)
+            return False
+        return True
+
+    def _set_auto_rules(self, settings: Settings) -> bool:
+        try:
+            self._service.set_auto_rules(auto_rules(settings))
+        except FathomError as error:
+            logger.error("%s; auto_levels have not been changed", error)
+            return False
+        return True
 
 
 def access_files(settings: Settings) -> AccessFiles:
-    """Return where certificates and clients are."""
+    """Return the files of certificates and clients that the settings name."""
     certificates = None
     if settings.tls_certificate is not None and settings.tls_key is not None:
         certificates = CertificateFiles(

@@ -1,4 +1,4 @@
-"""What a server keeps between starts, in a directory that several servers may share."""
+"""The state directory: entries that outlive a server, and that several servers may share."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from pruning.durable import replace_file
 FORMAT_VERSION = 1
 LOCK_POLL_SECONDS = 0.2
 LOCK_REPORT_SECONDS = 30.0
+# For its owner alone: what is kept there decides what a server runs.
+DIRECTORY_MODE = 0o700
 
 logger = logging.getLogger(__name__)
 
@@ -28,14 +30,14 @@ T = TypeVar("T")
 
 
 class StateError(ValueError):
-    """An entry is damaged, of another format, or not the one that was asked for."""
+    """An entry that is damaged, has another format, or belongs to another key."""
 
 
 class EntryFormat(Protocol[T]):
-    """How entries of one kind are kept in files.
+    """The file format of one kind of entry.
 
-    ``load`` raises :class:`ValueError` for a file that is no such entry. ``save`` replaces the
-    file as a whole: a reader sees the old entry or the new one, never a part.
+    ``load`` raises :class:`ValueError` for a file that is not such an entry. ``save`` replaces the
+    whole file at once: a reader sees the old entry or the new one, never a part.
     """
 
     def load(self, path: Path) -> T: ...
@@ -44,7 +46,7 @@ class EntryFormat(Protocol[T]):
 
 
 class JsonEntry(EntryFormat[T]):
-    """Entries of ``type_`` as JSON, with the key they were made for and a checksum."""
+    """Entries of type ``type_`` as JSON, with their key and a checksum."""
 
     def __init__(self, type_: type[T], key: Mapping[str, object]) -> None:
         self._adapter: TypeAdapter[T] = TypeAdapter(type_)
@@ -83,10 +85,10 @@ class JsonEntry(EntryFormat[T]):
 
 
 class StateDirectory:
-    """Entries by kind and key. What cannot be kept is reported and does without.
+    """Entries by kind and key. An entry that cannot be read or written is logged, not an error.
 
-    A key is what an entry depends on: the fingerprint of the model and the settings it was made
-    with. Its digest names the file.
+    The key holds everything that the entry depends on: the fingerprint of the model and the
+    settings it was made with. The digest of the key is part of the file's name.
     """
 
     def __init__(self, path: Path, lock_seconds: float = 600.0) -> None:
@@ -98,7 +100,7 @@ class StateDirectory:
         return self._path / f"{kind}-{_digest(key)[:32]}.json"
 
     def load(self, kind: str, key: Mapping[str, object], entry: EntryFormat[T]) -> T | None:
-        """Return the entry; None where there is none, or none that can be trusted."""
+        """Return the entry; None if there is none, or if it is damaged."""
         path = self.path_of(kind, key)
         try:
             return entry.load(path)
@@ -113,7 +115,7 @@ class StateDirectory:
     def save(self, kind: str, key: Mapping[str, object], entry: EntryFormat[T], value: T) -> None:
         path = self.path_of(kind, key)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
             entry.save(value, path)
         except OSError as error:
             logger.warning("%s cannot be kept for the next start: %s", path, error)
@@ -125,15 +127,15 @@ class StateDirectory:
         entry: EntryFormat[T],
         make: Callable[[], Awaitable[T]],
     ) -> T:
-        """Return the entry, made and kept first where there is none that can be trusted.
+        """Return the entry; if there is none, or if it is damaged, make and keep it first.
 
-        Of several servers that need the same one, one makes it and the others wait for it.
+        If several servers need the same entry, one makes it and the others wait for it.
         """
         found = self.load(kind, key, entry)
         if found is not None:
             return found
         async with self.locked(kind, key):
-            # Another server may have made it meanwhile.
+            # Another server may have made it while this one waited.
             found = self.load(kind, key, entry)
             if found is not None:
                 return found
@@ -145,13 +147,14 @@ class StateDirectory:
     async def locked(self, kind: str, key: Mapping[str, object]) -> AsyncIterator[None]:
         """Hold the entry's lock.
 
-        The lock saves work, it guards no data. So where it cannot be had, because the directory
-        is not writable or the other server takes too long, that is reported and work goes on.
+        The lock only keeps two servers from doing the same work; no data depends on it. So if it
+        cannot be acquired, because the directory is not writable or another server holds it too
+        long, that is logged and work goes on without it.
         """
         path = self.path_of(kind, key).with_suffix(".lock")
         lock = FileLock(path)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
             await self._acquire(lock)
         except OSError as error:
             logger.warning("%s cannot be locked: %s", path, error)
@@ -176,7 +179,7 @@ class StateDirectory:
                 now = time.monotonic()
                 if now - started >= self._lock_seconds:
                     logger.warning(
-                        "%s was not released for %.0f s; going on without",
+                        "%s was not released for %.0f s; going on without it",
                         lock.lock_file,
                         now - started,
                     )

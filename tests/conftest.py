@@ -1,4 +1,4 @@
-"""Where real data for tests lies, and the tests that need it."""
+"""Where real data for tests lies, what tests share, and how they are divided among workers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import os
 import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 from server.errors import InvalidArgument
@@ -17,15 +19,27 @@ from server.model.source import DEMO_MODEL
 # make them crawl: OpenMP's threads wait for each other after every operation.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Where transformers copies the code that checkpoints bring along.
+# Where transformers copies the code that checkpoints bring along; each worker has its own.
 MODULES = tempfile.TemporaryDirectory(prefix="fathom-modules-")
-os.environ.setdefault("HF_MODULES_CACHE", MODULES.name)
+os.environ["HF_MODULES_CACHE"] = MODULES.name
+
+# A worker with the engines and servers of the tests that need most.
+WORKER_BYTES = 6 << 30
 
 # How long an example takes says nothing on a busy machine.
 settings.register_profile("fathom", deadline=None)
 settings.load_profile("fathom")
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return as many as processors and memory allow; none where a single file is asked for."""
+    if len(config.args) == 1 and ".py" in config.args[0]:
+        return 0
+    by_memory = psutil.virtual_memory().available // WORKER_BYTES
+    num_workers = min(len(os.sched_getaffinity(0)), by_memory)
+    return num_workers if num_workers > 1 else 0
 
 
 def data_path(relative: str) -> Path:
@@ -61,3 +75,35 @@ def stories_model() -> Path:
 def demo_model() -> Path:
     """The model that is served when none is named."""
     return DEMO_MODEL
+
+
+@pytest.fixture(scope="session")
+def shared_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that all workers of this run have in common."""
+    own = tmp_path_factory.getbasetemp()
+    directory = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    directory.mkdir(exist_ok=True)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def small(shared_directory: Path) -> Path:
+    """Three real layers."""
+    # Imported here because it imports torch, which reads the environment set above.
+    from tests.pruning.quantization.small_model import small_model
+
+    directory = shared_directory / "small" / "model"
+    with FileLock(shared_directory / "small.lock"):
+        directory.parent.mkdir(exist_ok=True)
+        return directory if directory.exists() else small_model(directory)
+
+
+@pytest.fixture(scope="session")
+def small_quantized(small: Path, shared_directory: Path) -> Path:
+    """The same in 4 bits."""
+    from tests.pruning.quantization.small_model import quantize
+
+    directory = shared_directory / "quantized" / "model"
+    with FileLock(shared_directory / "quantized.lock"):
+        directory.parent.mkdir(exist_ok=True)
+        return directory if directory.exists() else quantize(small, directory).directory

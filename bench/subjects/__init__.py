@@ -1,1 +1,1 @@
-"""What is measured: engines and servers that generate tokens for a load."""
+"""The subjects of measurements: engines and servers that generate tokens for a load."""

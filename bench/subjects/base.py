@@ -1,4 +1,4 @@
-"""The interface between a load and what it is put on."""
+"""The interface between a load and the engine or server that it is put on."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from server.engine.arguments import (
 )
 from server.engine.elastic.engine_arguments import ElasticConfig
 
-# Which of its two model runners vLLM uses on a GPU; the elastic engine sets it for itself.
+# Chooses one of vLLM's two model runners on a GPU; the elastic engine sets it for itself.
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 _GIVEN_RUNNER = os.environ.get(_RUNNER)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """What all engines of a comparison are started with."""
+    """The settings of all engines of a comparison."""
 
     model: BenchModel
     dtype: str
     max_context: int
     max_num_seqs: int
     kv_cache_bytes: int
-    # For Fathom's engines alone; the arguments are of vLLM's engine.
+    # These are for Fathom's engines only; ``engine_args`` are arguments of vLLM's engine.
     compile_layers: bool | None = None
     engine_args: Mapping[str, Any] = field(default_factory=dict)
 
     def vllm_arguments(self) -> dict[str, Any]:
-        """Return what is the same for every engine of vLLM, as arguments of its engine."""
+        """Return the settings that every engine shares, as arguments of vLLM's engine."""
         arguments: dict[str, Any] = {
             "dtype": self.dtype,
             "max_model_len": self.max_context,
@@ -54,7 +54,7 @@ class EngineSettings:
         return arguments
 
     def fathom_engine_args(self) -> dict[str, Any]:
-        """Return what Fathom has no setting for, as its ``engine_args``."""
+        """Return the settings that Fathom has no setting of its own for, as its ``engine_args``."""
         arguments = self.vllm_arguments()
         shared = ("kv_cache_memory_bytes", "enable_prefix_caching")
         return {**{name: arguments[name] for name in shared}, **self.engine_args}
@@ -72,19 +72,19 @@ class EngineSettings:
 
 
 class Subject(Protocol):
-    """Something that generates tokens."""
+    """An engine or server that generates tokens."""
 
     name: str
 
     async def start(self) -> None:
-        """Return once it answers."""
+        """Return when the subject answers."""
 
     def generate(self, request: Request) -> AsyncIterator[int]:
         """Yield the number of tokens in each message, as it comes."""
         ...
 
     def processes(self) -> list[psutil.Process]:
-        """Return the processes that work for it, other than this one."""
+        """Return the processes of the subject, other than this one."""
         ...
 
     async def close(self) -> None: ...
@@ -114,7 +114,7 @@ def own_choice_of_runner() -> Iterator[None]:
 
 
 def new_children(before: set[int]) -> list[psutil.Process]:
-    """Return the processes below this one that were not there before."""
+    """Return the descendants of this process that are not among ``before``."""
     children = psutil.Process().children(recursive=True)
     return [child for child in children if child.pid not in before]
 

@@ -16,19 +16,19 @@ from server.cli.connection import Connection, connected
 from server.rpc.client import AsyncClient, CallError, Client, token_metadata
 from server.rpc.generated.fathom.v1 import common_pb2, inference_pb2
 
-# Two windows of text: a standard error needs no fewer.
+# Two windows of text, the least that a standard error needs.
 _QUALITY_TOKENS = 1024
 
 
 class FathomServer:
-    """A ``fathom serve`` process, or one that runs already."""
+    """A ``fathom serve`` process that is started here, or a server that is already running."""
 
     name = "Fathom, gRPC"
 
     def __init__(
         self, settings: EngineSettings | None, connection: Connection | None = None
     ) -> None:
-        """``settings`` are those of a server to start; None where there is a ``connection``."""
+        """``settings`` are those of a server to start; None if there is a ``connection``."""
         self._settings = settings
         self._process: ServerProcess | None = None
         self._client: AsyncClient | None = None
@@ -87,7 +87,7 @@ class FathomServer:
 
 
 def serve_command(settings: EngineSettings, port: int, state_dir: Path) -> list[object]:
-    """Return the command of a server that measures nothing it need not when it starts."""
+    """Return the command of a server that measures as little as possible when it starts."""
     model = settings.model
     compiling = settings.compile_layers
     return [

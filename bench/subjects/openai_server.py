@@ -66,7 +66,7 @@ class OpenAiServer:
             "temperature": 0.0,
             "ignore_eos": True,
             "stream": True,
-            # A chunk may have no text, or several tokens: it says how many there are by now.
+            # A chunk may have no text or several tokens; ``usage`` counts the tokens so far.
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         }
         num_tokens = 0

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class PlainVllm:
-    """Unmodified ``AsyncLLM`` on a checkpoint of one depth, compiled as it comes, or eager."""
+    """Unmodified ``AsyncLLM`` on a checkpoint of one depth, compiled as by default, or eager."""
 
     def __init__(self, settings: EngineSettings, depth: int, *, eager: bool) -> None:
         self.name = f"vLLM{', eager' if eager else ''}, depth {depth}"
@@ -59,7 +59,7 @@ class PlainVllm:
         )
 
     def extra_args(self, request: Request) -> dict[str, Any] | None:
-        """Return what vLLM is told of a request beside how to sample."""
+        """Return the extra arguments of a request, beside its sampling parameters."""
         return None
 
     async def generate(self, request: Request) -> AsyncIterator[int]:
@@ -93,5 +93,5 @@ class PlainVllm:
                 llm.output_handler.cancel()
             await asyncio.to_thread(llm.shutdown)
             del llm
-            # In its finalizer it shuts down once more, which fails when Python itself ends.
+            # vLLM's finalizer shuts down once more, which fails when Python itself ends.
             gc.collect()

@@ -13,17 +13,17 @@ import psutil
 
 from bench.machine import processes_of
 
-# A start may compile a model; longer than this it never takes.
+# A start may compile a model, but never takes longer than this.
 _START_SECONDS = 1200.0
 _STOP_SECONDS = 30.0
 
 
 class ServerFailed(Exception):
-    """A server ended before it served, or did not come to serve."""
+    """A server that ended or was not ready in time."""
 
 
 class ServerProcess:
-    """Starts a command, waits until it serves, and ends it with all that it has started."""
+    """A command that serves; at the end it is stopped with all processes that it has started."""
 
     def __init__(self, command: Sequence[object], log: Path) -> None:
         self._log = log
@@ -35,7 +35,7 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                # What is measured is what the command says.
+                # The command alone decides what is measured, not variables of this process.
                 env={name: v for name, v in os.environ.items() if not name.startswith("FATHOM_")},
             )
 

@@ -13,7 +13,7 @@ from bench.workload import Request
 
 
 class TransformersGenerate:
-    """``generate`` of transformers, greedy, all streams in one batch; without streaming."""
+    """``generate`` of transformers: greedy, all streams in one batch, no streaming."""
 
     name = "transformers generate"
 

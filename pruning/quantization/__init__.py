@@ -5,7 +5,7 @@ Transformers", arXiv 2210.17323, as GPTQModel implements it, in a process of its
 quantization do not get in each other's way: Men et al., arXiv 2403.03853, section 4.5.
 """
 
-from pruning.quantization.checkpoint import Quantized, quantize_checkpoint
+from pruning.quantization.checkpoint import Quantized, quantize_checkpoint, with_companions_of
 from pruning.quantization.errors import GroupSizeError, QuantizationError, QuantizationFailed
 from pruning.quantization.linear_layers import fitting_settings
 from pruning.quantization.order import Order, prune_then_quantize
@@ -29,4 +29,5 @@ __all__ = [
     "plan_of_base",
     "prune_then_quantize",
     "quantize_checkpoint",
+    "with_companions_of",
 ]

@@ -11,17 +11,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pruning.checkpoint import check_checkpoint, read_config, weight_files
+from pruning.checkpoint import check_checkpoint, read_config
 from pruning.durable import write_file
-from pruning.fingerprint import model_fingerprint
+from pruning.fingerprint import FileHash, file_sha256, model_fingerprint
 from pruning.quantization import model_card
 from pruning.quantization.errors import QuantizationError, QuantizationFailed
 from pruning.quantization.linear_layers import fitting_settings, num_bytes_quantized
 from pruning.quantization.provenance import QUANTIZATION_FILE, Provenance
 from pruning.quantization.settings import QuantizationSettings, check_not_quantized
 from pruning.quantization.worker_process import Request, Stop, gptqmodel_version, run_worker
-from pruning.surgery.companions import companion_files
+from pruning.surgery.companions import copy_companions
 from pruning.surgery.output_directory import check_replaceable, check_space, output_directory
+from pruning.weights import INDEX, loadable_view, weight_files
 
 # Tells (layers done, layers in all).
 OnLayers = Callable[[int, int], None]
@@ -59,6 +60,7 @@ def quantize_checkpoint(
     with_code: bool = False,
     on_progress: OnLayers | None = None,
     stop: Stop | None = None,
+    file_hash: FileHash = file_sha256,
 ) -> Quantized:
     """Write the model in ``source``, quantized with GPTQ, to the new directory ``out``.
 
@@ -67,7 +69,8 @@ def quantize_checkpoint(
     Configuration, tokenizer and generation settings are those of the source. Python files are
     copied only ``with_code``, and code that comes with the model runs only then. ``base_model``
     is what the model card calls the source. ``on_progress`` is told the layers that are done
-    and those to do. ``stop`` ends it from another thread.
+    and those to do. ``stop`` ends it from another thread. ``file_hash`` is that of
+    :func:`pruning.fingerprint.model_fingerprint`.
 
     ``out`` appears when it is whole. ``overwrite`` replaces an earlier quantization then.
 
@@ -96,6 +99,7 @@ def quantize_checkpoint(
             with_code=with_code,
             on_progress=on_progress,
             stop=stop,
+            base_fingerprint=model_fingerprint(source, file_hash),
         )
     return Quantized(
         directory=out,
@@ -130,15 +134,17 @@ def quantize_into(
     with_code: bool,
     on_progress: OnLayers | None,
     stop: Stop | None,
+    base_fingerprint: str,
     pruned_from: int | None = None,
 ) -> None:
     """Write the quantized model into the directory, which is to be renamed once it is whole.
 
-    ``settings`` have been checked. ``pruned_from``: how many layers there were before pruning.
+    ``settings`` have been checked. ``base_fingerprint`` is that of ``source``. ``pruned_from``:
+    how many layers there were before pruning.
     """
     assert settings.group_size is not None
     provenance = Provenance(
-        base_fingerprint=model_fingerprint(source),
+        base_fingerprint=base_fingerprint,
         bits=settings.bits,
         group_size=settings.group_size,
         act_order=settings.act_order,
@@ -146,29 +152,64 @@ def quantize_into(
         num_tokens=sum(map(len, windows)),
         versions={name: metadata.version(name) for name in _PACKAGES},
     )
-    work = directory / "quantizing"
-    raw, scratch = work / "quantized", work / "scratch"
-    scratch.mkdir(parents=True)
-    run_worker(
-        Request(
-            source=str(source.resolve()),
-            out=str(raw),
-            scratch=str(scratch),
-            bits=settings.bits,
-            group_size=settings.group_size,
-            act_order=settings.act_order,
-            trust_remote_code=with_code,
-            windows=windows,
-        ),
-        on_progress,
-        stop,
-    )
-    _assemble(source, raw, directory, with_code=with_code)
-    shutil.rmtree(work)
+    # First what can be written at once: whatever is wrong with it is better known early.
     write_file(directory / QUANTIZATION_FILE, provenance.to_json())
     card = model_card.model_card(source, base_model, provenance, pruned_from)
     write_file(directory / model_card.FILE_NAME, card.encode())
+    copy_companions(source, directory, written=_WRITTEN, with_code=with_code)
+    work = directory / "quantizing"
+    raw, scratch = work / "quantized", work / "scratch"
+    scratch.mkdir(parents=True)
+    with loadable_view(source.resolve()) as view:
+        run_worker(
+            Request(
+                source=str(view),
+                out=str(raw),
+                scratch=str(scratch),
+                bits=settings.bits,
+                group_size=settings.group_size,
+                act_order=settings.act_order,
+                trust_remote_code=with_code,
+                windows=windows,
+            ),
+            on_progress,
+            stop,
+        )
+    _assemble(source, raw, directory, with_code=with_code)
+    shutil.rmtree(work)
     check_checkpoint(directory)
+
+
+def with_companions_of(
+    source: str | Path,
+    quantized: str | Path,
+    out: str | Path,
+    *,
+    base_model: str,
+    with_code: bool,
+) -> None:
+    """Write ``quantized``, made from the weights of ``source``, with the files beside these now.
+
+    Weights are links to the same files where the file system has such, else copies. ``out`` is
+    new, and appears when it is whole. Raises :class:`QuantizationError` where ``quantized`` says
+    nothing of its provenance, and what :func:`quantize_checkpoint` does of ``out``.
+    """
+    source, quantized, out = Path(source), Path(quantized), absolute(out)
+    provenance = Provenance.load(quantized)
+    if provenance is None:
+        raise QuantizationError(f"{quantized / QUANTIZATION_FILE}: missing")
+    with output_directory(out) as directory:
+        card = model_card.model_card(source, base_model, provenance)
+        write_file(directory / model_card.FILE_NAME, card.encode())
+        copy_companions(source, directory, written=_WRITTEN, with_code=with_code)
+        for name in (_CONFIG, QUANTIZATION_FILE):
+            write_file(directory / name, (quantized / name).read_bytes())
+        for path in [*weight_files(quantized), *quantized.glob(INDEX)]:
+            try:
+                os.link(path, directory / path.name)
+            except OSError:
+                shutil.copyfile(path, directory / path.name)
+        check_checkpoint(directory)
 
 
 def absolute(out: str | Path) -> Path:
@@ -178,7 +219,7 @@ def absolute(out: str | Path) -> Path:
 
 
 def _assemble(source: Path, raw: Path, directory: Path, *, with_code: bool) -> None:
-    """Put the weights of ``raw`` and all else of ``source`` into ``directory``.
+    """Put the weights of ``raw`` and the configuration of ``source`` into ``directory``.
 
     GPTQModel adapts tokenizer, configuration and generation settings to its own needs; the
     model is to behave as it did.
@@ -191,11 +232,7 @@ def _assemble(source: Path, raw: Path, directory: Path, *, with_code: bool) -> N
         config.pop("auto_map", None)  # it would name files that are not there
     document = json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"
     write_file(directory / _CONFIG, document)
-    for path in companion_files(source, written=_WRITTEN, with_code=with_code):
-        target = directory / path.relative_to(source)
-        target.parent.mkdir(exist_ok=True)
-        write_file(target, path.read_bytes())
-    for path in [*weight_files(raw), *raw.glob("*.safetensors.index.json")]:
+    for path in [*weight_files(raw), *raw.glob(INDEX)]:
         path.rename(directory / path.name)
         with (directory / path.name).open("rb") as file:
             os.fsync(file.fileno())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pruning.quantization.provenance import QUANTIZATION_FILE, Provenance
-from pruning.surgery.model_card import FILE_NAME, inherited_metadata
+from pruning.surgery.model_card import FILE_NAME, front_matter, inherited_metadata, printable
 
 _PAPER = "https://arxiv.org/abs/2210.17323"
 
@@ -19,9 +19,8 @@ def model_card(
 
     ``pruned_from``: how many layers it had before it was pruned, and quantized after that.
     """
-    from huggingface_hub import ModelCardData
-
-    metadata = ModelCardData(
+    base_model = printable(base_model)
+    metadata = front_matter(
         base_model=base_model,
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -35,9 +34,7 @@ def model_card(
             f"\nIt had been pruned before, from {pruned_from} layers; `fathom_plan.json` has the "
             "order of removal.\n"
         )
-    return f"""---
-{metadata.to_yaml()}
----
+    return f"""{metadata}
 
 # {base_model}, GPTQ {provenance.bits}-bit
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pruning.checkpoint import read_config
+from pruning.fingerprint import FileHash, file_sha256, model_fingerprint
 from pruning.plan import Plan
 from pruning.quantization.checkpoint import (
     OnLayers,
@@ -46,6 +47,7 @@ def prune_then_quantize(
     with_code: bool = False,
     on_progress: OnLayers | None = None,
     stop: Stop | None = None,
+    file_hash: FileHash = file_sha256,
 ) -> Export:
     """Write ``depth`` layers of the model in ``source``, quantized without the others, to ``out``.
 
@@ -65,7 +67,13 @@ def prune_then_quantize(
     with output_directory(out, replaceable_with=PLAN_FILE if overwrite else None) as directory:
         pruned = directory / "pruned"
         written = export_checkpoint(
-            source, pruned, plan, depth, base_model=base_model, with_code=with_code
+            source,
+            pruned,
+            plan,
+            depth,
+            base_model=base_model,
+            with_code=with_code,
+            file_hash=file_hash,
         )
         quantize_into(
             directory,
@@ -77,6 +85,7 @@ def prune_then_quantize(
             with_code=with_code,
             on_progress=on_progress,
             stop=stop,
+            base_fingerprint=model_fingerprint(pruned),
             pruned_from=num_layers,
         )
         shutil.rmtree(pruned)

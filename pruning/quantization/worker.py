@@ -86,6 +86,7 @@ def _quantize(request: dict[str, Any], messages: IO[str]) -> None:
             for window in request["windows"]
         ],
         batch_size=1,
+        calibration_data_min_length=0,  # a text of short lines alone is text, too
     )
     model.save(request["out"])
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from pruning.quantization.errors import QuantizationError, QuantizationFailed
+from pruning.weights import weight_files
 
 OnLayers = Callable[[int, int], None]
 
@@ -171,7 +172,7 @@ def _tail(output: IO[bytes]) -> str:
 
 
 def _environment(source: Path) -> dict[str, str]:
-    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in weight_files(source))
     num_cpus = len(os.sched_getaffinity(0))
     # Threads wait for each other after every operation, which matrices that small do not repay.
     num_threads = 1 if size < _SMALL_MODEL_BYTES else num_cpus

@@ -6,6 +6,10 @@ import logging
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from pruning.durable import write_file
+from pruning.fingerprint import files_fingerprint
+
+_CONFIG = "config.json"
 _WEIGHT_SUFFIXES = frozenset(
     {".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth", ".safetensors"}
 )
@@ -22,16 +26,50 @@ def companion_files(source: Path, *, written: Collection[str], with_code: bool) 
     That is tokenizer, templates, generation settings and the like; not the weights, not what is
     ``written`` anew, and Python files only ``with_code``.
     """
+    for path, problem in _candidates(source, written, with_code=with_code):
+        if problem is None:
+            yield path
+        else:
+            logger.warning("%s: left out, %s", path.name, problem)
+
+
+def copy_companions(
+    source: Path, directory: Path, *, written: Collection[str], with_code: bool
+) -> None:
+    """Write :func:`companion_files` to ``directory``; raises :class:`OSError`."""
+    for path in companion_files(source, written=written, with_code=with_code):
+        target = directory / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        write_file(target, path.read_bytes())
+
+
+def companions_fingerprint(source: Path, *, with_code: bool) -> str:
+    """Return ``"sha256:..."`` of all files that a checkpoint made from ``source`` has of it.
+
+    The model card is one of them: licence and languages are taken from it. Raises
+    :class:`pruning.checkpoint.CheckpointError` for a file that cannot be read.
+    """
+    files = _candidates(source, {_CONFIG}, with_code=with_code)
+    return files_fingerprint(
+        (path.relative_to(source).as_posix(), path) for path, problem in files if problem is None
+    )
+
+
+def _candidates(
+    source: Path, written: Collection[str], *, with_code: bool
+) -> Iterator[tuple[Path, str | None]]:
+    """Yield files, each with the reason why it is not copied."""
     for path in sorted(source.iterdir()):
         if path.is_dir() and path.name == _TEMPLATES:
-            yield from sorted(path.glob("*.jinja"))
+            templates = sorted(path.glob("*.jinja"))
+            yield from ((template, None) for template in templates if template.is_file())
         if not path.is_file() or path.name.startswith(".") or path.name in written:
             continue
         if path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json"):
             continue
         if path.suffix == ".py" and not with_code:
-            logger.warning("%s: left out, code is copied only where it is trusted", path.name)
+            yield path, "code is copied only where it is trusted"
         elif path.stat().st_size > _MAX_COPIED_BYTES:
-            logger.warning("%s: left out, too large for a part of a model", path.name)
+            yield path, "too large for a part of a model"
         else:
-            yield path
+            yield path, None

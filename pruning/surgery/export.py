@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pruning.checkpoint import CheckpointError, check_checkpoint, read_config, weight_files
+from pruning.checkpoint import CheckpointError, check_checkpoint, read_config
+from pruning.checkpoint_file import read_object
 from pruning.depths import check_depth
 from pruning.durable import write_file
-from pruning.fingerprint import model_fingerprint
+from pruning.fingerprint import FileHash, file_sha256, model_fingerprint
 from pruning.plan import Plan
 from pruning.surgery import model_card
 from pruning.surgery.companions import companion_files
@@ -23,11 +24,10 @@ from pruning.surgery.module_rules import renumber_rules
 from pruning.surgery.output_directory import check_replaceable, check_space, output_directory
 from pruning.surgery.shard import NewShard, Shard
 from pruning.surgery.tensor_names import TensorNames
+from pruning.weights import INDEX, WEIGHTS, indexed_tensors, stray_weight_files, weight_files
 
 PLAN_FILE = "fathom_plan.json"
 
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _CONFIG = "config.json"
 # What quantizers write beside the configuration.
 _QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json")
@@ -71,6 +71,7 @@ def export_checkpoint(
     overwrite: bool = False,
     with_code: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
+    file_hash: FileHash = file_sha256,
 ) -> Export:
     """Write the model in ``source`` with ``depth`` of its layers to the new directory ``out``.
 
@@ -78,7 +79,8 @@ def export_checkpoint(
     are copied byte by byte in constant memory, whatever their type, into as many shards as they
     come in; torch is not used for it. Tokenizer and generation settings are copied, Python files
     only ``with_code``. ``base_model`` is what the model card calls the source, by default its
-    directory. ``on_progress`` is told the bytes written and those to write.
+    directory. ``on_progress`` is told the bytes written and those to write. ``file_hash`` is that
+    of :func:`pruning.fingerprint.model_fingerprint`.
 
     ``out`` appears when it is whole. ``overwrite`` replaces an earlier export then.
 
@@ -90,7 +92,7 @@ def export_checkpoint(
         OSError: reading or writing failed.
     """
     source, out = Path(source), _absolute(out)
-    fingerprint = model_fingerprint(source)
+    fingerprint = model_fingerprint(source, file_hash)
     config = read_config(source)
     num_layers = num_layers_of(config)
     plan.check_model(fingerprint, num_layers)
@@ -100,12 +102,13 @@ def export_checkpoint(
         raise SurgeryError(f"{out}: holds the model itself, allowed: another directory")
 
     layers = LayerMap(num_layers, plan.skipped(depth))
-    shards = [Shard.read(path) for path in _weight_files(source)]
-    names = TensorNames.of(_tensor_names(shards), num_layers, tied=embeddings_are_tied(config))
+    shards = _shards(source)
+    tensors = {tensor.name for shard in shards for tensor in shard.tensors}
+    names = TensorNames.of(tensors, num_layers, tied=embeddings_are_tied(config))
     weights = _new_shards(shards, names, layers)
     documents = _documents(source, config, names, layers, with_code=with_code)
-    if _WEIGHTS not in weights:
-        documents[_INDEX] = _index(weights)
+    if WEIGHTS not in weights:
+        documents[INDEX] = _index(weights)
     card = model_card.model_card(source, base_model or source.resolve().name, plan, layers)
     documents[model_card.FILE_NAME] = card.encode()
     copies = list(companion_files(source, written=_WRITTEN, with_code=with_code))
@@ -149,36 +152,28 @@ def _absolute(out: str | Path) -> Path:
     return path.parent.resolve() / path.name if path.name else path.resolve()
 
 
-def _weight_files(source: Path) -> list[Path]:
-    """Return the files that the model is loaded from: others may repeat it in another layout."""
-    if (source / _WEIGHTS).is_file():
-        chosen = [source / _WEIGHTS]
-    elif (source / _INDEX).is_file():
-        weight_map = json.loads((source / _INDEX).read_bytes())["weight_map"]
-        chosen = [source / name for name in sorted(set(weight_map.values()))]
-    else:
-        chosen = weight_files(source)
-    others = sorted(path.name for path in set(weight_files(source)) - set(chosen))
-    if others:
-        logger.warning("%s: left out, no index names it", ", ".join(others))
-    return chosen
-
-
-def _tensor_names(shards: list[Shard]) -> set[str]:
-    places: dict[str, Path] = {}
-    for shard in shards:
-        for tensor in shard.tensors:
-            if tensor.name in places:
-                raise CheckpointError(
-                    f"{shard.path}: {tensor.name}: is in {places[tensor.name].name}, too"
-                )
-            places[tensor.name] = shard.path
-    index = shards[0].path.parent / _INDEX
-    if index.is_file() and shards[0].path.name != _WEIGHTS:
-        missing = json.loads(index.read_bytes())["weight_map"].keys() - places.keys()
-        if missing:
-            raise CheckpointError(f"{index}: {min(missing)}: no shard has it")
-    return set(places)
+def _shards(source: Path) -> list[Shard]:
+    """Read the headers of the files that vLLM loads, each without what a later one replaces."""
+    if strays := [path.name for path in stray_weight_files(source)]:
+        logger.warning("%s: left out, %s does not name it", ", ".join(strays), INDEX)
+    shards: list[Shard] = []
+    seen: dict[str, Path] = {}
+    for path in reversed(weight_files(source)):
+        shard = Shard.read(path)
+        twice = [tensor.name for tensor in shard.tensors if tensor.name in seen]
+        if twice:
+            logger.warning(
+                "%s: %s is left out, with %d more: %s has it, too, and is loaded later",
+                path.name,
+                twice[0],
+                len(twice) - 1,
+                seen[twice[0]].name,
+            )
+        shards.append(shard.without(twice))
+        seen |= dict.fromkeys((tensor.name for tensor in shard.tensors), path)
+    if missing := indexed_tensors(source) - seen.keys():
+        raise CheckpointError(f"{source / INDEX}: {min(missing)}: no shard has it")
+    return shards[::-1]
 
 
 def _new_shards(shards: list[Shard], names: TensorNames, layers: LayerMap) -> dict[str, NewShard]:
@@ -187,8 +182,8 @@ def _new_shards(shards: list[Shard], names: TensorNames, layers: LayerMap) -> di
         renamed = [(names.renamed(tensor.name, layers), tensor) for tensor in shard.tensors]
         if kept := [(name, tensor) for name, tensor in renamed if name is not None]:
             new_shards.append(NewShard(shard, kept))
-    if len(shards) == 1:
-        return {_WEIGHTS: new_shards[0]}
+    if len(new_shards) == 1:
+        return {WEIGHTS: new_shards[0]}
     return {
         f"model-{number:05d}-of-{len(new_shards):05d}.safetensors": shard
         for number, shard in enumerate(new_shards, start=1)
@@ -214,7 +209,7 @@ def _documents(
     documents = {_CONFIG: _json(new_config)}
     for name in _QUANTIZATION_FILES:
         if (source / name).is_file():
-            rules = json.loads((source / name).read_bytes())
+            rules = read_object(source / name)
             documents[name] = _json(renumber_rules(rules, names.list_name, layers))
     return documents
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ _PAPER = "https://arxiv.org/abs/2403.03853"
 # What a derived model must not lose of the card of its base.
 _INHERITED = ("license", "license_name", "license_link", "language")
 
+logger = logging.getLogger(__name__)
+
 
 def model_card(source: Path, base_model: str, plan: Plan, layers: LayerMap) -> str:
     """Return the card: where the model comes from, which layers it lacks, and why those.
 
     The licence and the languages are those of the card in ``source``, where there is one.
     """
-    from huggingface_hub import ModelCardData
-
-    metadata = ModelCardData(
+    base_model = printable(base_model)
+    metadata = front_matter(
         base_model=base_model,
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -31,9 +33,7 @@ def model_card(source: Path, base_model: str, plan: Plan, layers: LayerMap) -> s
         **inherited_metadata(source / FILE_NAME),
     )
     removed = ", ".join(map(str, layers.removed)) or "none"
-    return f"""---
-{metadata.to_yaml()}
----
+    return f"""{metadata}
 
 # {base_model}, {layers.depth} of {layers.num_layers} layers
 
@@ -65,14 +65,43 @@ def _rows(plan: Plan, layers: LayerMap) -> str:
     return "\n".join(lines)
 
 
-def inherited_metadata(card: Path) -> dict[str, Any]:
-    """Return licence and languages of a card, where there is one and it says."""
+def inherited_metadata(card: Path) -> dict[str, str | list[str]]:
+    """Return licence and languages of a card, where there is one and it says.
+
+    What is wrong with a card is reported: it must not keep a model from being written.
+    """
     from huggingface_hub import ModelCard
 
     if not card.is_file():
         return {}
     try:
-        metadata = ModelCard(card.read_text("utf-8"), ignore_metadata_errors=True).data
-    except (ValueError, TypeError):  # no text, or no metadata
+        text = card.read_text("utf-8", errors="replace")
+        data: Any = ModelCard(text, ignore_metadata_errors=True).data
+        metadata = data.to_dict()
+    except Exception as error:  # the package documents no base class of what it raises
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        logger.warning("%s: licence and languages are not taken from it: %s", card, reason)
         return {}
-    return {name: value for name in _INHERITED if (value := metadata.get(name)) is not None}
+    inherited = {name: metadata[name] for name in _INHERITED if metadata.get(name) is not None}
+    for name in [name for name, value in inherited.items() if not _is_text(value)]:
+        logger.warning("%s: %s: allowed: text, or a list of texts", card, name)
+        del inherited[name]
+    return inherited
+
+
+def front_matter(**metadata: Any) -> str:
+    """Return metadata of a model as the YAML that a card begins with."""
+    from huggingface_hub import ModelCardData
+
+    return f"---\n{ModelCardData(**metadata).to_yaml()}\n---"
+
+
+def printable(name: str) -> str:
+    """Return a name in one line of valid text, which the name of a file need not be."""
+    return " ".join(name.encode("utf-8", "replace").decode().split()) or "?"
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(item, str) for item in value)
+    )

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pruning.checkpoint import CheckpointError, read_header
@@ -56,6 +56,10 @@ class Shard:
             for name, entry in document.items()
         ]
         return cls(path, tuple(sorted(tensors, key=lambda t: (t.start, t.end))), metadata)
+
+    def without(self, names: Collection[str]) -> Shard:
+        """Return the shard as if it had no tensors of these ``names``."""
+        return replace(self, tensors=tuple(t for t in self.tensors if t.name not in names))
 
 
 class NewShard:

@@ -1,1 +1,1 @@
-"""Who may connect: listening addresses, certificates and clients."""
+"""Who may connect, and who may write what the server runs."""

@@ -1,10 +1,11 @@
-"""Certificate, key and the authorities that clients' certificates come from, read and checked."""
+"""The server's certificate and key, and the authorities of clients' certificates."""
 
 from __future__ import annotations
 
 import datetime
 import logging
 import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,34 +24,35 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Certificates:
-    """What TLS needs, in PEM."""
+    """The server's certificate and key, and the authorities of clients, in PEM."""
 
     chain: bytes
     key: bytes
-    # None: clients need no certificate.
+    # None where clients need no certificate.
     client_ca: bytes | None
     expires: datetime.datetime
 
 
 @dataclass(frozen=True, slots=True)
 class CertificateFiles:
-    """Where the certificates are."""
+    """The files of the server's certificate and key, and of the authorities of clients."""
 
     certificate: Path
     key: Path
     client_ca: Path | None = None
 
-    @property
-    def paths(self) -> list[Path]:
-        return [path for path in (self.certificate, self.key, self.client_ca) if path is not None]
-
     def load(self) -> Certificates:
-        """Read the files.
+        """Read all files.
 
         Raises:
-            InvalidArgument: one of them cannot be read, the certificate is not valid at this
-                time, or the key is not the certificate's.
+            InvalidArgument: a file cannot be read, the certificate is not valid at this time, or
+                the key does not belong to the certificate.
         """
+        chain, key, expires = self.load_chain()
+        return Certificates(chain, key, self.load_client_ca(), expires)
+
+    def load_chain(self) -> tuple[bytes, bytes, datetime.datetime]:
+        """Read the server's certificate and key; return both, in PEM, and when they expire."""
         chain = _read("tls_certificate", self.certificate)
         leaf = _certificates("tls_certificate", self.certificate, chain)[0]
         now = datetime.datetime.now(datetime.UTC)
@@ -69,15 +71,25 @@ class CertificateFiles:
         if public_key.public_bytes(*form) != leaf.public_key().public_bytes(*form):
             allowed = f"the key of the certificate in {self.certificate}"
             raise InvalidArgument("tls_key", str(self.key), allowed)
-        client_ca = None
-        if self.client_ca is not None:
-            client_ca = _read("tls_client_ca", self.client_ca)
-            _certificates("tls_client_ca", self.client_ca, client_ca)
-        if self.key.stat().st_mode & stat.S_IROTH:
-            logger.warning(
-                "tls_key: every user of this machine can read %s; try chmod 600", self.key
-            )
-        return Certificates(chain, key, client_ca, leaf.not_valid_after_utc)
+        _warn_if_readable(self.key)
+        return chain, key, leaf.not_valid_after_utc
+
+    def load_client_ca(self) -> bytes | None:
+        """Read the authorities that clients' certificates come from, in PEM; None: there are none.
+
+        Clients need no certificate then.
+        """
+        if self.client_ca is None:
+            return None
+        client_ca = _read("tls_client_ca", self.client_ca)
+        _certificates("tls_client_ca", self.client_ca, client_ca)
+        return client_ca
+
+
+def _warn_if_readable(key: Path) -> None:
+    with suppress(OSError):  # it has been replaced meanwhile
+        if key.stat().st_mode & stat.S_IROTH:
+            logger.warning("tls_key: every user of this machine can read %s; try chmod 600", key)
 
 
 def _read(field: str, path: Path) -> bytes:

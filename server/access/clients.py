@@ -1,14 +1,14 @@
-"""The clients that an operator knows: names, permissions, and how they prove who they are.
+"""The file of clients: names, permissions, and tokens or names of certificates.
 
-A file of text, one client a line, in three columns:
+It is a text file with one client on each line, in three columns:
 
     # name   permissions         a token, the SHA-256 of one, or the name in a certificate
     alice    inference           dGhlIHRva2VuIG9mIGFsaWNl
     ops      inference,control   sha256:<64 hexadecimal digits>
     batch    inference           certificate:batch.internal
 
-A name may have several lines, so that a token can be replaced without a moment in which neither
-works. Errors never show a token.
+A name may have several lines, so that a new token can be added before the old one is removed.
+Errors never show a token.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ class Permission(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Somebody who may call."""
+    """A client: a name and what it may call."""
 
     name: str
     permissions: frozenset[Permission]
 
 
 class ClientList:
-    """Finds a client by what it proves."""
+    """The clients, by token and by name of certificate."""
 
     def __init__(
         self, by_token_hash: dict[bytes, Client], by_certificate_name: dict[str, Client]
     ) -> None:
-        """``by_token_hash`` has SHA-256 digests for keys."""
+        """The keys of ``by_token_hash`` are SHA-256 digests."""
         self._by_token_hash = by_token_hash
         self._by_certificate_name = by_certificate_name
 
@@ -68,7 +68,7 @@ class ClientList:
         return bool(self._by_certificate_name)
 
     def by_token(self, token: str) -> Client | None:
-        """Return the client with that token; takes as long for one as for any other."""
+        """Return the client with that token; the time it takes does not depend on the token."""
         digest = hashlib.sha256(token.encode()).digest()
         found = None
         for known, client in self._by_token_hash.items():
@@ -77,7 +77,7 @@ class ClientList:
         return found
 
     def by_certificate(self, names: Collection[str]) -> Client | None:
-        """Return the client that a verified certificate with these names belongs to."""
+        """Return the client of a verified certificate that has these names."""
         return next(
             (client for name, client in self._by_certificate_name.items() if name in names), None
         )
@@ -87,7 +87,7 @@ def load_clients(path: Path) -> ClientList:
     """Read a file of clients.
 
     Raises:
-        InvalidArgument: it cannot be read, or a line is none that is allowed.
+        InvalidArgument: the file cannot be read, or a line is wrong.
     """
     try:
         data = path.read_bytes()

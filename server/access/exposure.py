@@ -1,4 +1,4 @@
-"""Whether the server may listen where the settings say, with what protects it."""
+"""The check that no address beyond this machine is served without protection."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from server.errors import InvalidArgument
 
 
 def check_exposure(settings: Settings) -> None:
-    """Raise :class:`InvalidArgument` for an address that others than this machine can reach,
-    unless calls are encrypted and callers known, or the settings admit that they are not.
+    """Raise :class:`InvalidArgument` if other machines could call without TLS or as anybody.
+
+    ``allow_plaintext`` and ``allow_anonymous`` permit that.
     """
     if is_loopback(settings.host):
         return
@@ -26,8 +27,23 @@ def check_exposure(settings: Settings) -> None:
         raise InvalidArgument("host", settings.host, allowed)
 
 
+def allows_anonymous_control(settings: Settings) -> bool:
+    """Return whether callers that are not known may operate the server.
+
+    What counts is where it listens, not where a call comes from: behind a proxy on the same
+    machine, every call comes from there.
+    """
+    match settings.anonymous_control:
+        case "always":
+            return True
+        case "never":
+            return False
+        case "loopback":
+            return is_loopback(settings.host)
+
+
 def is_loopback(host: str) -> bool:
-    """Return whether this machine alone can reach ``host``; not so for a name that is unknown."""
+    """Return whether only this machine can reach ``host``; False for an unknown name."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,44 +1,64 @@
-"""Notices when files change."""
+"""Files that are read again when they change, until what is in them is right."""
 
 from __future__ import annotations
 
-import asyncio
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-# What tells one version of a file from another; None for one that is not there.
+from server.errors import FathomError
+
+# Inode, time of modification in nanoseconds and size; None for a file that does not exist.
 _Version = tuple[int, int, int] | None
+
+logger = logging.getLogger(__name__)
 
 
 class FileWatch:
-    """Looks at files again and again.
+    """Looks at files regularly, and has them read once they have changed.
 
-    Files that belong together, such as a certificate and its key, are seldom written at once:
-    a change counts when a second look finds nothing new. Links are followed, so that the
-    replaced volume of a Kubernetes secret is a change, too.
+    Files that belong together, such as a certificate and its key, are seldom written at the same
+    moment, so a change is read when the next look finds no further change. Links are followed,
+    so the replaced volume of a Kubernetes secret is a change as well.
+
+    If reading fails, the problem is logged, and every further look reads again: a certificate may
+    become valid, and a change may go unseen where the clock of a file system is coarse.
     """
 
-    def __init__(self, files: Callable[[], Iterable[Path]], on_change: Callable[[], None]) -> None:
-        self._files = files
-        self._on_change = on_change
-        self._known = self._latest = self._versions()
+    def __init__(
+        self, files: Callable[[], Iterable[Path]], read: Callable[[], None], name: str = "files"
+    ) -> None:
+        """``read`` puts what is in ``files`` in force, or raises :class:`FathomError`.
 
-    async def run(self, seconds: float = 1.0) -> None:
-        """Look every so many seconds, until cancelled."""
-        while True:
-            await asyncio.sleep(seconds)
-            self.look()
+        ``name`` is what the log calls the files.
+        """
+        self._files = files
+        self._read = read
+        self._name = name
+        self._problem = ""
+        self._known = self._latest = self._versions()
 
     def look(self) -> None:
-        """Look once; ``on_change`` is called for what was new last time and still is the same."""
+        """Look once; read files that were new last time and still are the same."""
         before, self._latest = self._latest, self._versions()
-        if self._latest != self._known and self._latest == before:
-            self._known = self._latest
-            self._on_change()
+        is_due = self._latest == before and (self._latest != self._known or self._problem)
+        if is_due and self.read_now():
+            logger.info("%s have been read again", self._name)
 
-    def forget(self) -> None:
-        """Take the files as they are now for known."""
+    def read_now(self) -> bool:
+        """Read the files as they are now; return whether they are in force."""
         self._known = self._latest = self._versions()
+        try:
+            self._read()
+        except FathomError as error:
+            if str(error) != self._problem:
+                logger.error(
+                    "%s; what was read before stays in force, and the file is tried again", error
+                )
+            self._problem = str(error)
+            return False
+        self._problem = ""
+        return True
 
     def _versions(self) -> dict[Path, _Version]:
         return {path: _version(path) for path in self._files()}

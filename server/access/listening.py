@@ -1,4 +1,4 @@
-"""Says which setting is wrong where an address cannot be listened on."""
+"""Errors for addresses that cannot be listened on."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from server.errors import InvalidArgument
 
 
 class PortInUse(InvalidArgument):
-    """Another program listens there; it may end."""
+    """Another program listens on the port; it may free the port later."""
 
 
 def cannot_listen(error: OSError, host: str, port: int, prefix: str = "") -> InvalidArgument:
-    """Return the error that names the setting ``host`` or ``port``, with ``prefix`` before it."""
+    """Return an error that names the setting at fault: ``host`` or ``port``, after ``prefix``."""
     if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
         return InvalidArgument(f"{prefix}host", host, f"an address of this machine ({_why(error)})")
     kind = PortInUse if error.errno == errno.EADDRINUSE else InvalidArgument

@@ -20,8 +20,13 @@ from server.depth.policy import DepthPolicy, Speed
 from server.engine.base import Engine, GenerationRequest, LayerSelection, SamplingOptions
 from server.errors import FailedPrecondition, InvalidArgument
 
-# Of calibration and quality text, in tokens.
+# The longest window of calibration and quality text, in tokens.
 WINDOW = 512
+
+# The shortest window: a token, and one that it predicts.
+_MIN_WINDOW = 2
+_MIN_HELD_OUT_TOKENS = 2 * _MIN_WINDOW
+_NUM_CHARACTERS_SHOWN = 40
 
 NUM_STREAMS = 8
 _TOKENS_PER_STREAM = 32
@@ -31,9 +36,10 @@ _ROUNDS = 2
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far the work is: ``phase`` is importance, levels, quality or speed.
+    """How far a measurement is.
 
-    At levels, engines are started for them.
+    ``phase`` is importance, levels, quality or speed; in the phase levels, engines are started
+    for them.
     """
 
     phase: str
@@ -45,13 +51,18 @@ OnProgress = Callable[[Progress], None]
 
 
 class Calibrator:
-    """Measures one model: its layers on calibration text, its depths on held-out text."""
+    """Measures one model: its layers on calibration text, its depths on held-out text.
+
+    Measurements raise :class:`EngineDead` where the engine dies, and
+    :class:`FailedPrecondition` where the model gives results that are not finite.
+    """
 
     def __init__(
         self,
         engine: Engine,
         *,
         model_fingerprint: str,
+        tokenizer_fingerprint: str = "",
         versions: Mapping[str, str],
         texts: Sequence[str],
         max_tokens: int,
@@ -66,12 +77,13 @@ class Calibrator:
         """
         self._engine = engine
         self._model_fingerprint = model_fingerprint
+        self._tokenizer_fingerprint = tokenizer_fingerprint
         self._versions = dict(versions)
         self._texts = texts
         self._max_tokens = max_tokens
         self._every_depth = every_depth
         try:
-            self._held_out = self._windows(held_out_texts, max_held_out_tokens)
+            self._held_out = self._held_out_windows(held_out_texts, max_held_out_tokens)
         except TextError as error:
             raise FailedPrecondition(f"the held-out text: {error}") from None
 
@@ -80,17 +92,13 @@ class Calibrator:
     ) -> Plan:
         """Rank the layers on ``texts``, or on those of the server where there are none.
 
-        Raises :class:`InvalidArgument` for texts without tokens and for too few tokens to
-        measure on, :class:`FailedPrecondition` for a model whose states are not finite.
+        Raises :class:`InvalidArgument` for texts that give no tokens or none that the model
+        knows, and for too few tokens to measure on.
         """
         max_tokens = self._max_tokens if max_tokens is None else max_tokens
         if max_tokens < 2:
             raise InvalidArgument("max_tokens", max_tokens, "2 or more")
-        texts = texts or self._texts
-        try:
-            windows = await asyncio.to_thread(self._windows, texts, max_tokens)
-        except TextError as error:
-            raise InvalidArgument("texts", list(texts), f"texts with tokens ({error})") from None
+        windows = await asyncio.to_thread(self._calibration_windows, texts, max_tokens)
         with _measuring():
             importance = await self._engine.measure_importance(
                 windows, _report(on_progress, "importance")
@@ -98,8 +106,18 @@ class Calibrator:
         return Plan.from_importance(
             importance,
             model_fingerprint=self._model_fingerprint,
-            text_fingerprint=text_fingerprint(texts),
+            text_fingerprint=text_fingerprint(texts or self._texts),
+            tokenizer_fingerprint=self._tokenizer_fingerprint,
             versions=self._versions,
+        )
+
+    async def prepare(self, policy: DepthPolicy, on_progress: OnProgress) -> None:
+        """Have the engine ready for every level of ``policy``.
+
+        Raises :class:`FailedPrecondition` where that cannot be; nothing is changed then.
+        """
+        await self._engine.prepare(
+            policy.plan, policy.level_selections(), _report(on_progress, "levels")
         )
 
     def depths_to_measure(self, policy: DepthPolicy) -> list[DepthPair]:
@@ -187,9 +205,39 @@ class Calibrator:
         )
         return sum([len(delta.token_ids) async for delta in self._engine.generate(request)])
 
-    def _windows(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+    def _calibration_windows(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+        try:
+            return self._windows(texts or self._texts, max_tokens)
+        except TextError as error:
+            if texts:
+                raise InvalidArgument(
+                    "texts", list(texts), f"texts with tokens ({error})"
+                ) from None
+            raise FailedPrecondition(f"the calibration text: {error}") from None
+
+    def _held_out_windows(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+        """Return two windows or more, as a standard error needs: shorter ones of little text."""
+        windows = self._windows(texts, max_tokens)
+        if len(windows) > 1:
+            return windows
+        num_tokens = len(windows[0]) - len(self._engine.tokenize(""))
+        if num_tokens < _MIN_HELD_OUT_TOKENS:
+            raise TextError(
+                f"{num_tokens} tokens of it can be used, allowed: {_MIN_HELD_OUT_TOKENS} or more"
+            )
+        return self._windows(texts, max_tokens, window=(num_tokens + 1) // 2)
+
+    def _windows(
+        self, texts: Sequence[str], max_tokens: int, window: int = WINDOW
+    ) -> list[list[int]]:
+        model = self._engine.model
         return text_windows(
-            self._engine.tokenize, texts, self._engine.model.max_context, max_tokens
+            self._engine.tokenize,
+            texts,
+            max_context=model.max_context,
+            max_tokens=max_tokens,
+            vocab_size=model.vocab_size,
+            window=window,
         )
 
 
@@ -200,16 +248,46 @@ class Tokenize(Protocol):
 
 
 def text_windows(
-    tokenize: Tokenize, texts: Iterable[str], max_context: int, max_tokens: int
+    tokenize: Tokenize,
+    texts: Iterable[str],
+    *,
+    max_context: int,
+    max_tokens: int,
+    vocab_size: int,
+    window: int = WINDOW,
 ) -> list[list[int]]:
     """Cut ``texts`` into windows, each of which begins as a text of its own would.
 
-    Raises :class:`TextError` where they have no tokens.
+    A window has at most ``window`` tokens, and one less than ``max_context``. Raises
+    :class:`TextError` where the texts have no tokens, where one has a token that is none of the
+    model's ``vocab_size``, and for a context too short for any window.
     """
     start = tokenize("")
-    window = min(WINDOW, max_context - 1) - len(start)
-    documents = (tokenize(text, special_tokens=False) for text in texts)
-    return [start + ids for ids in token_windows(documents, window, max_tokens)]
+    longest = min(window, max_context - 1 - len(start), WINDOW - len(start))
+    if longest < _MIN_WINDOW:
+        needed = _MIN_WINDOW + len(start) + 1
+        raise TextError(
+            f"max_context: a context of {max_context} tokens holds no window of text, "
+            f"allowed: {needed} or more"
+        )
+
+    def documents() -> Iterator[list[int]]:
+        for number, text in enumerate(texts, start=1):
+            ids = tokenize(text, special_tokens=False)
+            if ids and max(ids) >= vocab_size:
+                raise TextError(
+                    f"text {number} ({text[:_NUM_CHARACTERS_SHOWN]!r}...) has the token "
+                    f"{max(ids)}, allowed: 0 to {vocab_size - 1}, the model's vocabulary; its "
+                    "tokenizer has more tokens than the model"
+                )
+            yield ids
+
+    if (first := max(start, default=0)) >= vocab_size:
+        raise TextError(
+            f"the tokenizer begins every text with the token {first}, allowed: 0 to "
+            f"{vocab_size - 1}, the model's vocabulary"
+        )
+    return [start + ids for ids in token_windows(documents(), longest, max_tokens, _MIN_WINDOW)]
 
 
 def _report(on_progress: OnProgress, phase: str) -> Callable[[int, int], None]:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pruning.checkpoint import read_config
-from pruning.fingerprint import text_fingerprint
+from pruning.fingerprint import text_fingerprint, tokenizer_fingerprint
 from pruning.plan import Plan, PlanError
-from pruning.transformers_model import batches, load_model
+from pruning.transformers_model import batches, load_model, load_tokenizer
 from server.calibration.calibrator import WINDOW, text_windows
 from server.calibration.policy_store import PlanFile
 from server.config import Settings
 from server.engine.arguments import cpu_dtype
 from server.state import StateDirectory
+from server.state_keys import transformers_plan_key
 from server.telemetry.progress import ProgressReport
 
 _PACKAGES = ("fathom-server", "torch", "transformers")
@@ -24,13 +25,17 @@ _PACKAGES = ("fathom-server", "torch", "transformers")
 logger = logging.getLogger(__name__)
 
 
-def kept_plan(settings: Settings, fingerprint: str, texts: Sequence[str]) -> Plan | None:
+def kept_plan(
+    settings: Settings, fingerprint: str, tokenizer: str, texts: Sequence[str]
+) -> Plan | None:
     """Return the newest plan in the state directory of this model on these texts.
+
+    ``fingerprint`` is that of the model, ``tokenizer`` that of its tokenizer.
 
     Servers keep one for each data type, context and number of tokens, on which a ranking
     depends little.
     """
-    text = text_fingerprint(texts)
+    wanted = (fingerprint, tokenizer, text_fingerprint(texts))
     found: list[tuple[float, Path, Plan]] = []
     for path in settings.state_dir.glob("plan-*.json"):
         try:
@@ -38,23 +43,14 @@ def kept_plan(settings: Settings, fingerprint: str, texts: Sequence[str]) -> Pla
         except (PlanError, OSError) as error:
             logger.warning("%s is not used: %s", path, error)
             continue
-        if (plan.model_fingerprint, plan.text_fingerprint) == (fingerprint, text):
+        made_for = (plan.model_fingerprint, plan.tokenizer_fingerprint, plan.text_fingerprint)
+        if made_for == wanted:
             found.append((plan.created_at, path, plan))
     if not found:
         return None
     _, path, plan = max(found, key=lambda item: item[:2])
     logger.info("Ranked before, on %d tokens: %s", plan.num_tokens, path)
     return plan
-
-
-def plan_key(settings: Settings, fingerprint: str, text: str) -> Mapping[str, object]:
-    """Return what a plan that transformers has measured is kept under."""
-    return {
-        "model": fingerprint,
-        "text": text,
-        "num_tokens": settings.calibration_tokens,
-        "library": "transformers",
-    }
 
 
 def measured_plan(
@@ -79,7 +75,13 @@ def measured_plan(
     def tokenize(text: str, *, special_tokens: bool = True) -> list[int]:
         return list(tokenizer(text, add_special_tokens=special_tokens).input_ids)
 
-    windows = text_windows(tokenize, texts, max_context, settings.calibration_tokens)
+    windows = text_windows(
+        tokenize,
+        texts,
+        max_context=max_context,
+        max_tokens=settings.calibration_tokens,
+        vocab_size=model.get_input_embeddings().num_embeddings,
+    )
     influence = measure_block_influence(
         model,
         batches(windows, model.device, lambda *c: report.advance("Ranking the layers", *c)),
@@ -88,21 +90,27 @@ def measured_plan(
         influence,
         model_fingerprint=fingerprint,
         text_fingerprint=text_fingerprint(texts),
+        tokenizer_fingerprint=tokenizer_fingerprint(directory),
         versions={name: metadata.version(name) for name in _PACKAGES},
     )
-    key = plan_key(settings, fingerprint, plan.text_fingerprint)
+    key = transformers_plan_key(
+        model=fingerprint,
+        tokenizer=plan.tokenizer_fingerprint,
+        dtype=str(model.dtype).removeprefix("torch."),
+        max_context=max_context,
+        text=plan.text_fingerprint,
+        num_tokens=settings.calibration_tokens,
+    )
     StateDirectory(settings.state_dir).save("plan", key, PlanFile(fingerprint, num_layers), plan)
     return plan
 
 
 def _load(settings: Settings, directory: Path) -> tuple[Any, Any]:
     import torch
-    from transformers import AutoTokenizer
 
-    auto_tokenizer: Any = AutoTokenizer
     quantized = "quantization_config" in read_config(directory)
     has_gpu = torch.cuda.is_available()
     dtype = settings.dtype if has_gpu else cpu_dtype(settings.dtype, quantized=quantized)
     trust = settings.trust_remote_code
-    tokenizer = auto_tokenizer.from_pretrained(directory, trust_remote_code=trust)
+    tokenizer = load_tokenizer(directory, trust=trust)
     return load_model(directory, dtype, trust=trust), tokenizer

@@ -1,14 +1,16 @@
-"""Policies that are measured while another one is in force."""
+"""Changes of the depth policy that are measured while another one is in force."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 from pruning.plan import Plan
 from server.calibration.calibrator import Calibrator, OnProgress, Progress
+from server.calibration.policy_in_force import PolicyInForce
+from server.calibration.policy_store import PolicyStore
 from server.depth.levels import LevelSpec, check_levels
 from server.depth.policy import DepthPolicy
 from server.engine.base import Engine
@@ -18,38 +20,41 @@ logger = logging.getLogger(__name__)
 
 
 class PolicyUpdates:
-    """Measures a new plan or new levels, one update at a time, and puts them in force."""
+    """Measures a new plan or new levels, one update at a time, and puts them in force.
+
+    Where levels have engines of their own, those that an update needs are started beside the
+    present ones, which end with their last request.
+    """
 
     def __init__(
         self,
         engine: Engine,
         calibrator: Calibrator,
-        *,
-        present: Callable[[], DepthPolicy],
-        install: Callable[[DepthPolicy], None],
-        save: Callable[[DepthPolicy], None] | None,
-        engine_errors: Callable[[], AbstractContextManager[None]],
+        in_force: PolicyInForce,
+        store: PolicyStore | None = None,
     ) -> None:
-        """Update the policy that ``present`` returns with ``install``.
-
-        ``save`` is called, in a thread, with every policy that has been put in force.
-        """
+        """Update the policy of ``in_force``, and keep it in ``store`` for the next start."""
         self._engine = engine
         self._calibrator = calibrator
-        self._present = present
-        self._install = install
-        self._save = save
-        self._engine_errors = engine_errors
+        self._in_force = in_force
+        self._store = store
         self._updating = asyncio.Lock()
 
     @property
     def is_running(self) -> bool:
+        """Whether :meth:`calibrate` or :meth:`set_levels` is measuring."""
         return self._updating.locked()
 
     async def calibrate(
-        self, texts: Sequence[str], max_tokens: int | None
+        self, texts: Sequence[str] = (), max_tokens: int | None = None
     ) -> AsyncGenerator[Progress | Plan, None]:
-        """See :meth:`server.serving.service.Service.calibrate`."""
+        """Rank the layers anew and measure the levels; yield progress, then the plan in force.
+
+        Closing the iterator before the plan came leaves everything as it was. Raises
+        :class:`InvalidArgument` for texts that cannot be measured on, :class:`EngineDead` where
+        the engine dies, and :class:`FailedPrecondition` while another measurement runs and where
+        there is not the memory for the engines of the new plan beside the present ones.
+        """
         async with self._update():
             queue: asyncio.Queue[Progress | None] = asyncio.Queue()
             task = asyncio.create_task(self._calibrate(texts, max_tokens, queue.put_nowait))
@@ -63,26 +68,32 @@ class PolicyUpdates:
                 await asyncio.gather(task, return_exceptions=True)
 
     async def set_levels(
-        self, specs: Sequence[LevelSpec], default_level: str | None
+        self, specs: Sequence[LevelSpec], default_level: str | None = None
     ) -> DepthPolicy:
-        """See :meth:`server.serving.service.Service.set_levels`."""
-        num_layers = self._present().num_layers
+        """Measure the levels that are new, then replace all levels at once.
+
+        Raises :class:`InvalidArgument`, naming ``levels[i]``, :class:`EngineDead` where the
+        engine dies, and :class:`FailedPrecondition` while another measurement runs and where a
+        level's engine cannot be started; nothing is replaced then.
+        """
+        num_layers = self._in_force.policy.num_layers
         levels = check_levels(
             spec.resolve(num_layers, f"levels[{i}]") for i, spec in enumerate(specs)
         )
-        self._present().with_levels(levels, default_level)  # refuses a default that does not exist
+        # A default that does not exist is refused before anything is measured.
+        self._in_force.policy.with_levels(levels, default_level)
         async with self._update():
-            policy = self._present().with_levels(levels, default_level)
+            policy = self._in_force.policy.with_levels(levels, default_level)
             async with self._prepared(policy, lambda _: None):
                 policy = await self._measured(policy, lambda _: None)
-                # What SetPolicy changed meanwhile stays.
-                self._install(
-                    self._present()
-                    .with_levels(levels, default_level)
-                    .with_measurements(policy.qualities, policy.speeds)
+                # SetPolicy may have changed the policy meanwhile; its changes stay.
+                self._in_force.install(
+                    self._in_force.policy.with_levels(levels, default_level).with_measurements(
+                        policy.qualities, policy.speeds
+                    )
                 )
-            await self._keep(self._present())
-            return self._present()
+            await self._keep()
+            return self._in_force.policy
 
     @asynccontextmanager
     async def _update(self) -> AsyncIterator[None]:
@@ -94,48 +105,44 @@ class PolicyUpdates:
     async def _calibrate(
         self, texts: Sequence[str], max_tokens: int | None, on_progress: OnProgress
     ) -> Plan:
-        with self._engine_errors():
-            plan = await self._calibrator.measure_plan(on_progress, texts, max_tokens)
-        policy = self._present().with_plan(plan)
+        plan = await self._calibrator.measure_plan(on_progress, texts, max_tokens)
+        policy = self._in_force.policy.with_plan(plan)
         async with self._prepared(policy, on_progress):
             policy = await self._measured(policy, on_progress)
-            # What SetPolicy changed meanwhile stays.
-            self._install(
-                self._present().with_plan(plan).with_measurements(policy.qualities, policy.speeds)
+            # SetPolicy may have changed the policy meanwhile; its changes stay.
+            self._in_force.install(
+                self._in_force.policy.with_plan(plan).with_measurements(
+                    policy.qualities, policy.speeds
+                )
             )
-        await self._keep(self._present())
+        await self._keep()
         return plan
 
     @asynccontextmanager
     async def _prepared(self, policy: DepthPolicy, on_progress: OnProgress) -> AsyncIterator[None]:
         """Have the engine ready for ``policy``; afterwards, for the policy in force alone."""
         try:
-            await self._engine.prepare(
-                policy.plan,
-                policy.level_selections(),
-                lambda done, total: on_progress(Progress("levels", done, total)),
-            )
+            await self._calibrator.prepare(policy, on_progress)
             yield
         finally:
-            self._engine.release_others(self._present().level_selections().values())
+            self._engine.release_others(self._in_force.policy.level_selections().values())
 
     async def _measured(self, policy: DepthPolicy, on_progress: OnProgress) -> DepthPolicy:
         """Return the policy with the quality and speed of those of its depths that lack them."""
-        with self._engine_errors():
-            wanted = self._calibrator.depths_to_measure(policy)
-            qualities = await self._calibrator.measure_quality(
-                policy, [pair for pair in wanted if pair not in policy.qualities], on_progress
-            )
-            speeds = await self._calibrator.measure_speed(
-                policy,
-                [level.depths for level in policy.levels if level.depths not in policy.speeds],
-                on_progress,
-            )
+        wanted = self._calibrator.depths_to_measure(policy)
+        qualities = await self._calibrator.measure_quality(
+            policy, [pair for pair in wanted if pair not in policy.qualities], on_progress
+        )
+        speeds = await self._calibrator.measure_speed(
+            policy,
+            [level.depths for level in policy.levels if level.depths not in policy.speeds],
+            on_progress,
+        )
         return policy.with_measurements(qualities, speeds)
 
-    async def _keep(self, policy: DepthPolicy) -> None:
-        if self._save is not None:
+    async def _keep(self) -> None:
+        if self._store is not None:
             try:
-                await asyncio.to_thread(self._save, policy)
+                await asyncio.to_thread(self._store.save, self._in_force.policy)
             except OSError:
                 logger.exception("the plan is in force, but could not be kept for the next start")

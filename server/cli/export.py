@@ -113,19 +113,20 @@ def _export(
 ) -> None:
     from pruning.checkpoint import CheckpointError
     from pruning.depths import check_depth, depth_of_prune_ratio
-    from pruning.fingerprint import model_fingerprint
+    from pruning.fingerprint import model_fingerprint, tokenizer_fingerprint
     from pruning.plan import Plan, PlanError
     from pruning.quantization import QuantizationError, QuantizationFailed, plan_of_base
     from pruning.surgery import SurgeryError, check_output, count_layers
     from pruning.text import TextError
     from server.calibration.offline_plan import kept_plan, measured_plan
+    from server.file_hashes import FileHashes
     from server.model.exporter import Exporter
     from server.model.inputs import StartError, calibration_texts, refused_as
     from server.model.source import find_model
 
     with refused_as("model", CheckpointError):
         source = find_model(settings.model, settings.revision)
-        fingerprint = model_fingerprint(source.directory)
+        fingerprint = model_fingerprint(source.directory, FileHashes(settings.state_dir))
         num_layers = count_layers(source.directory)
     with refused_as("quantize", CheckpointError, QuantizationError, SurgeryError):
         exporter = Exporter(settings, source, fingerprint)
@@ -146,7 +147,9 @@ def _export(
         else:
             with refused_as("calibration", TextError):
                 texts = calibration_texts(settings)
-            kept = kept_plan(settings, fingerprint, texts)
+            with refused_as("model", CheckpointError):
+                tokenizer = tokenizer_fingerprint(source.directory)
+            kept = kept_plan(settings, fingerprint, tokenizer, texts)
             if kept is None:
                 with refused_as("the layers cannot be ranked; --plan takes a ranking", Exception):
                     kept = measured_plan(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from server.cli.problems import report_problem
-from server.config import Settings
+from server.config import Settings, warn_of_old_names
 
 
 def run_offline(settings: Settings, work: Callable[[], None]) -> None:
@@ -17,6 +17,7 @@ def run_offline(settings: Settings, work: Callable[[], None]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for package in ("server", "pruning"):
         logging.getLogger(package).setLevel(settings.log_level.upper())
+    warn_of_old_names(settings.old_names)
     signal.signal(signal.SIGTERM, _exit)  # what is half written is removed on the way out
 
     # Imported here to keep the other commands quick.

@@ -88,6 +88,7 @@ def _quantize(settings: Settings, out: Path, overwrite: bool) -> None:
     assert quantization is not None
     with refused_as("calibration", TextError):
         texts = calibration_texts(settings)
+    with refused_as("calibration", TextError), refused_as("model", CheckpointError):
         windows = calibration_windows(settings, source.directory, texts)
     is_local = source.directory == Path(settings.model or "").expanduser()
     with ProgressReport(Console(stderr=True)) as report:

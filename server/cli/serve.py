@@ -7,9 +7,10 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from pydantic.fields import FieldInfo
 
 from server.cli.problems import report_problem
-from server.config import Settings, allowed_values, load_settings
+from server.config import OLD_NAMES, Settings, allowed_values, load_settings
 
 
 def serve(**flags: Any) -> None:
@@ -32,21 +33,29 @@ def serve(**flags: Any) -> None:
 
 def _flags() -> list[inspect.Parameter]:
     """Return one parameter for each setting. Values stay text: the settings check them."""
-    parameters = []
-    for name, field in Settings.model_fields.items():
-        kind: Any = bool if field.annotation is bool else str
-        metavar = None if kind is bool else _metavar(allowed_values(field))
-        flag = f"--{name.replace('_', '-')}"
-        option = typer.Option(flag, help=field.description, metavar=metavar, show_default=False)
-        parameters.append(
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[kind | None, option],
-            )
-        )
-    return parameters
+    fields = Settings.model_fields
+    old = {name: fields[present] for name, present in OLD_NAMES.items()}
+    return [
+        *(_flag(name, field) for name, field in fields.items()),
+        *(_flag(name, field, hidden=True) for name, field in old.items()),
+    ]
+
+
+def _flag(name: str, field: FieldInfo, *, hidden: bool = False) -> inspect.Parameter:
+    kind: Any = bool if field.annotation is bool else str
+    option = typer.Option(
+        f"--{name.replace('_', '-')}",
+        help=field.description,
+        metavar=None if kind is bool else _metavar(allowed_values(field)),
+        show_default=False,
+        hidden=hidden,
+    )
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, option],
+    )
 
 
 def _metavar(allowed: str) -> str:

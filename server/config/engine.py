@@ -52,8 +52,13 @@ class EngineSettings(BaseModel):
     engine_timeout_seconds: Annotated[float, Ge(0)] = Field(
         120.0,
         description="Seconds without an answer after which the engine is killed and started "
-        "again; longer than any step takes. An engine that does nothing at all is noticed "
-        "within 10 s. 0: never.",
+        "again; longer than any step takes. 0: never, nor for `engine_stall_seconds`.",
+    )
+    engine_stall_seconds: Annotated[float, Ge(0)] = Field(
+        10.0,
+        description="The same for an engine that does nothing at all meanwhile: it neither "
+        "computes nor reads pages or files from a disk. 0: no other time than "
+        "`engine_timeout_seconds`.",
     )
     engine_args: Annotated[dict[str, Any], NoDecode, BeforeValidator(object_from)] = Field(
         {},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 from pydantic import BaseModel, Field, FilePath, model_validator
@@ -39,8 +39,15 @@ class ListeningSettings(BaseModel):
     allow_anonymous: bool = Field(
         False, description="Whether to listen beyond this machine without knowing the clients."
     )
-    max_message_bytes: Annotated[int, Ge(1024), Le(2**31 - 1)] = Field(
-        16 * 2**20, description="Largest gRPC message that is accepted."
+    anonymous_control: Literal["loopback", "always", "never"] = Field(
+        "loopback",
+        description="Whether callers may use Control where no clients are known: loopback: where "
+        "'host' can be reached from this machine alone.",
+    )
+    max_message_bytes: Annotated[int, Ge(1024), Le(2**31 - 1)] | None = Field(
+        None,
+        description="Largest gRPC message that is accepted. None: 128 bytes for each token of "
+        "the context, 4 MiB at least.",
     )
     max_streams_per_connection: Annotated[int, Ge(1), Le(2**31 - 1)] = Field(
         1024, description="Calls that run on one connection at most; others wait in the client."

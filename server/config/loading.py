@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from server.config.allowed import allowed_values
 from server.config.errors import CONFLICT, NOT_ALLOWED, ConfigError
+from server.config.old_names import OLD_NAMES, rename_old
 from server.config.settings import ENV_PREFIX, Settings
 
 # Variables of the commands that talk to a server; ``serve`` does not read them.
@@ -43,9 +44,11 @@ def load_settings(flags: Mapping[str, object]) -> Settings:
     """
     problems = list(_unknown_variables(os.environ))
     given = {name: value for name, value in flags.items() if value is not None}
+    old_names = rename_old(given) | _old_variables(given)
     settings: Settings | None = None
     try:
         settings = Settings(**given)  # type: ignore[arg-type]  # checked by pydantic
+        settings._old_names |= old_names
     except ValidationError as error:
         problems += [_problem(details) for details in error.errors()]
     except yaml.YAMLError as error:
@@ -57,10 +60,26 @@ def load_settings(flags: Mapping[str, object]) -> Settings:
     return settings
 
 
+def _old_variables(given: dict[str, object]) -> set[str]:
+    """Add what variables with old names say to the flags, unless a flag or a variable with the
+    present name says something else; return the old names.
+    """
+    used = {old for old in OLD_NAMES if os.environ.get(_variable(old))}
+    for old in used:
+        if not os.environ.get(_variable(OLD_NAMES[old])):
+            given.setdefault(OLD_NAMES[old], os.environ[_variable(old)])
+    return used
+
+
+def _variable(setting: str) -> str:
+    return f"{ENV_PREFIX}{setting.upper()}"
+
+
 def _unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
-    known = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields} | CLIENT_VARIABLES
+    known = {_variable(name) for name in Settings.model_fields} | CLIENT_VARIABLES
+    old = {_variable(name) for name in OLD_NAMES}
     for name in sorted(environ):
-        if name.startswith(ENV_PREFIX) and name not in known:
+        if name.startswith(ENV_PREFIX) and name not in known | old:
             hint = _SERVICE_LINK_HINT if _SERVICE_LINK.fullmatch(name) else _nearest(name, known)
             yield f"unknown variable {name}; {hint}"
 

@@ -1,4 +1,4 @@
-"""Settings of how much clients may ask for, and how long it is waited for."""
+"""Limits on what clients may ask for, and on how long a server that stops waits for them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class RequestSettings(BaseModel):
         "prompts begin alike, and lets each find out what the others have sent. Otherwise each "
         "client has its own, and so has each machine of callers without a name.",
     )
-    max_unread: Annotated[int, Ge(1)] = Field(
+    max_buffered_tokens: Annotated[int, Ge(1)] = Field(
         2**18,
-        description="Tokens and log-probabilities of a stream that its client may leave unread; "
-        "with more it ends with RESOURCE_EXHAUSTED.",
+        description="Tokens and log-probabilities of a stream that are kept for a client that "
+        "reads slowly; with more the stream ends with RESOURCE_EXHAUSTED.",
     )
     grace_seconds: Annotated[float, Ge(0)] = Field(
         30.0, description="Seconds that running requests get to finish when the server is stopped."

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ModelWrapValidatorHandler, PrivateAttr, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -18,6 +19,7 @@ from server.config.files import FileSettings
 from server.config.listening import ListeningSettings
 from server.config.logs import LogSettings
 from server.config.model import ModelSettings
+from server.config.old_names import rename_old
 from server.config.requests import RequestSettings
 
 ENV_PREFIX = "FATHOM_"
@@ -54,6 +56,22 @@ class Settings(
         frozen=True,
         allow_inf_nan=False,
     )
+
+    _old_names: frozenset[str] = PrivateAttr(frozenset())
+
+    @property
+    def old_names(self) -> frozenset[str]:
+        """The old names under which settings were given."""
+        return self._old_names
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _rename_old(cls, values: Any, handler: ModelWrapValidatorHandler[Settings]) -> Settings:
+        """Accept old names; those that flags and variables have, :func:`load_settings` replaces."""
+        used = rename_old(values)
+        settings = handler(values)
+        settings._old_names = frozenset(used)
+        return settings
 
     @classmethod
     def settings_customise_sources(

@@ -1,1 +1,1 @@
-"""Which depth a request gets."""
+"""The depth of a request: levels, the policy in force, automatic depth."""

@@ -1,4 +1,4 @@
-"""What an operator allows the server to choose for requests that leave the depth to it."""
+"""Rules of automatic depth: its levels, target latencies and limits of quality."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from server.errors import InvalidArgument
 
 @dataclass(frozen=True, slots=True)
 class AutoRules:
-    """Latencies to keep, in seconds, and what quality may be given up for them.
+    """Target latencies, in seconds, and limits of quality.
 
-    ``max_quality_loss`` is the largest perplexity ratio to dense, less 1; ``min_agreement`` the
-    smallest share of next tokens that are the dense model's.
+    ``max_quality_loss`` is the largest perplexity divided by that of the dense model, minus 1.
+    ``min_agreement`` is the smallest share of positions at which the most likely next token is
+    that of the dense model.
     """
 
-    # The first without load, each further one under more. Empty: the level of the policy, and all
-    # that are shallower.
+    # The levels from no load to the highest load. Empty: the policy's level without load, and all
+    # shallower ones.
     levels: tuple[str, ...] = ()
-    # Whether requests that name no depth leave it to the server.
+    # Whether requests that name no depth leave the depth to the server.
     by_default: bool = False
     time_to_first_token: float = 1.0
     inter_token_latency: float = 0.1
@@ -35,8 +36,10 @@ class AutoRules:
 
 
 def check_rules(policy: DepthPolicy, rules: AutoRules, field: str) -> None:
-    """Raise :class:`InvalidArgument` for a level that is named twice, and
-    :class:`server.errors.UnknownLevel` for one that does not exist.
+    """Raise an error unless every level of the rules exists and is named once.
+
+    That is :class:`server.errors.UnknownLevel` for a level that does not exist, and
+    :class:`InvalidArgument`, naming ``field``, for a level that is named twice.
     """
     for i, name in enumerate(rules.levels):
         policy.level(name)
@@ -45,10 +48,10 @@ def check_rules(policy: DepthPolicy, rules: AutoRules, field: str) -> None:
 
 
 def ladder(policy: DepthPolicy, rules: AutoRules) -> tuple[Level, ...]:
-    """Return the levels that ``Auto`` may get, the one without load first.
+    """Return the levels that ``Auto`` may get, from no load to the highest load.
 
-    That one is the operator's own choice; of the others, those stay out whose quality is below
-    the floor or has not been measured.
+    The first is the operator's own choice, whatever its quality. The others must have been measured
+    and be good enough.
     """
     first = policy.level(policy.auto_level)
     if rules.levels:
@@ -67,20 +70,20 @@ def ladder(policy: DepthPolicy, rules: AutoRules) -> tuple[Level, ...]:
 
 
 def is_good_enough(policy: DepthPolicy, level: Level, rules: AutoRules) -> bool:
-    """Return whether the level's measured quality is above the floor."""
+    """Return whether the level's measured quality is within the limits of the rules."""
     if level.depths == policy.dense:
         return True
     quality, dense = policy.qualities.get(level.depths), policy.qualities.get(policy.dense)
     if quality is None or dense is None:
         return False
     loss = quality.perplexity / dense.perplexity - 1
-    # Where it was not measured, it is above no floor but the lowest.
+    # An agreement that was not measured passes only a limit of 0.
     agreement = 0.0 if quality.agreement is None else quality.agreement
     return loss <= rules.max_quality_loss and agreement >= rules.min_agreement
 
 
 def speedup(policy: DepthPolicy, level: Level) -> float:
-    """Return how much faster than dense a level is: as measured, else by its layers."""
+    """Return how much faster than dense a level is: as measured, else by its number of layers."""
     speed = policy.speeds.get(level.depths)
     measured = None if speed is None else speed.speedup
     return policy.num_layers / level.decode_layers if measured is None else measured

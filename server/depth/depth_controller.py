@@ -1,13 +1,13 @@
-"""Decides how far depth is turned down under load.
+"""The controller of automatic depth: decides how far depth is turned down under load.
 
-A ladder of rungs, the first of which is the deepest. Depth goes down as soon as latency has
-exceeded a target: a rung, or as many as it takes to keep up with the requests that come. It goes
-up again, rung by rung, when load has been low for long, where low means
-that the rung above would meet the targets, too, judged by how much slower it is. When a rise turns
-out soon to have been a mistake, the next one has to wait twice as long, so that a load between
-two rungs does not make the depth swing.
+The levels form a ladder of rungs, the deepest first. When a latency exceeds its target, depth goes
+down at once: by one rung, or by as many as it takes to keep up with the requests that arrive. When
+load has been low for long enough, depth goes up by one rung. Load is low if the rung above would
+meet the targets as well, judged by how much slower it is. If a rise soon turns out to have been a
+mistake, the next one has to wait twice as long, so that depth does not swing under a load between
+two rungs.
 
-Nothing here measures anything or knows the time: times are given, in seconds of any clock.
+The controller measures nothing and has no clock: all times are given to it, in seconds.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Between two steps down: what a step does shows after the requests that wait have started.
-_DESCENT_SECONDS = 2.0
-# Of the targets, that the rung above is expected to use at most.
-_COMFORT = 0.8
-# Of the targets, at and below which what was learned of the load is forgotten.
-_IDLE = 0.5
+# The least time between two steps down: the effect of a step shows only after the waiting requests
+# have started.
+_MIN_DESCENT_SECONDS = 2.0
+# Depth goes up if the rung above is expected to use at most this share of the targets.
+_MAX_USE_AFTER_RISE = 0.8
+# At or below this share of the targets, what was learned of the load is forgotten.
+_MAX_IDLE_USE = 0.5
 _MAX_HOLD_SECONDS = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Latencies to keep, in seconds."""
+    """Target latencies, in seconds."""
 
     time_to_first_token: float
     inter_token_latency: float
@@ -34,10 +35,11 @@ class Targets:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What requests see at one moment.
+    """The load at one moment.
 
-    Latencies are in seconds, 0.0 where there are no requests. ``utilization`` is the share of the
-    engine's places that are taken. ``overload`` is how many requests come for each that starts.
+    Latencies are in seconds, 0.0 if there are no requests. ``utilization`` is the share of the
+    engine's slots that are taken. ``overload`` is the number of requests that arrive for each one
+    that starts.
     """
 
     time_to_first_token: float
@@ -50,15 +52,15 @@ class DepthController:
     """Holds the present rung, 0 to the number of rungs - 1."""
 
     def __init__(self, targets: Targets, hold_seconds: float) -> None:
-        """``hold_seconds``: how long load has to be low before depth goes up by one rung."""
+        """``hold_seconds`` is how long load has to be low before depth goes up by one rung."""
         self._targets = targets
         self._base_hold = hold_seconds
         self._hold = hold_seconds
         self._rung = 0
         self._changed_at = float("-inf")
         self._risen_at = float("-inf")
-        # Since when it has been like this; None: it is not.
-        self._comfortable_since: float | None = None
+        # Since when load has been low, and next to nothing; None: it is not.
+        self._low_since: float | None = None
         self._idle_since: float | None = None
 
     @property
@@ -78,8 +80,8 @@ class DepthController:
         )
         self._note_idleness(now, max(pressure, load.utilization) * speedups[self._rung])
         if pressure > 1:
-            self._comfortable_since = None
-            if self._rung < last and now - self._changed_at >= _DESCENT_SECONDS:
+            self._low_since = None
+            if self._rung < last and now - self._changed_at >= _MIN_DESCENT_SECONDS:
                 if now - self._risen_at < 2 * self._hold:
                     self._hold = min(2 * self._hold, _MAX_HOLD_SECONDS)
                 needed = speedups[self._rung] * load.overload
@@ -90,11 +92,11 @@ class DepthController:
         if self._rung == 0:
             return 0
         slowdown = speedups[self._rung] / speedups[self._rung - 1]
-        if max(pressure, load.utilization) * slowdown > _COMFORT:
-            self._comfortable_since = None
-        elif self._comfortable_since is None:
-            self._comfortable_since = now
-        elif now - max(self._comfortable_since, self._changed_at) >= self._hold:
+        if max(pressure, load.utilization) * slowdown > _MAX_USE_AFTER_RISE:
+            self._low_since = None
+        elif self._low_since is None:
+            self._low_since = now
+        elif now - max(self._low_since, self._changed_at) >= self._hold:
             self._move(now, -1)
         return self._rung
 
@@ -103,14 +105,14 @@ class DepthController:
         self._changed_at = now
         if step < 0:
             self._risen_at = now
-        self._comfortable_since = None
+        self._low_since = None
 
     def _note_idleness(self, now: float, use: float) -> None:
-        """Forget the mistakes of another load once there has been next to none for long.
+        """Go back to the normal hold time once there has been next to no load for long.
 
-        ``use`` is what the load would be on the first rung.
+        ``use`` is the share of the targets that the load would take on the first rung.
         """
-        if use > _IDLE:
+        if use > _MAX_IDLE_USE:
             self._idle_since = None
         elif self._idle_since is None:
             self._idle_since = now

@@ -1,4 +1,4 @@
-"""Levels: the operating points that an operator gives a name."""
+"""Levels: operating points that an operator has named."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Level:
     decode_layers: int
 
     def __str__(self) -> str:
-        """Return it as it is written in a flag."""
+        """Return the level as it is written in a flag."""
         if self.prefill_layers == self.decode_layers:
             return f"{self.name}={self.decode_layers}"
         return f"{self.name}={self.prefill_layers}/{self.decode_layers}"
@@ -49,7 +49,7 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class LevelSpec:
-    """A level as it is written: an int is a number of layers, a float a prune ratio."""
+    """A level as the settings write it: an int is a number of layers, a float a prune ratio."""
 
     name: str
     depth: int | float
@@ -57,11 +57,11 @@ class LevelSpec:
     prefill_depth: int | float | None = None
 
     def resolve(self, num_layers: int, field: str | None = None) -> Level:
-        """Return the level of a model of ``num_layers``.
+        """Return the level for a model with ``num_layers`` layers.
 
-        ``field`` is what errors call the level, ``levels.NAME`` by default. Raises
+        Errors call the level ``field``, by default ``levels.NAME``. Raises
         :class:`InvalidArgument`, naming for example ``levels.fast.prefill_depth``, for a depth
-        that the model does not have, and for a name that is not allowed.
+        that the model does not have and for a name that is not allowed.
         """
         field = field or f"levels.{self.name}"
         _check_name(self.name, f"{field}.name")
@@ -75,7 +75,7 @@ class LevelSpec:
 def default_levels(num_layers: int) -> tuple[Level, ...]:
     """Return dense, balanced, fast and turbo: all layers, 3/4, 1/2 and 1/4 of them, rounded down.
 
-    Of a model so shallow that two of them are the same depth, the first is kept.
+    If two of them are the same depth, because the model is shallow, only the first is kept.
     """
     names: dict[int, str] = {}
     for name, share in _DEFAULT_SHARES.items():
@@ -84,7 +84,7 @@ def default_levels(num_layers: int) -> tuple[Level, ...]:
 
 
 def check_levels(levels: Iterable[Level], field: str = "levels") -> tuple[Level, ...]:
-    """Return the levels; raise :class:`InvalidArgument` for none and for a name used twice."""
+    """Return the levels; raise :class:`InvalidArgument` for no level and for a repeated name."""
     checked = tuple(levels)
     if not checked:
         raise InvalidArgument(field, [], "at least one level")
@@ -114,7 +114,7 @@ def layers_of(depth: int | float, num_layers: int, field: str) -> int:
 
 
 def _check_name(name: str, field: str) -> None:
-    """Raise :class:`InvalidArgument` for a name that is awkward as a flag or a metric label."""
+    """Raise :class:`InvalidArgument` for a name that does not suit a flag and a metric label."""
     if not _NAME.fullmatch(name):
         raise InvalidArgument(
             field,

@@ -1,4 +1,4 @@
-"""Which depth a request gets."""
+"""The depth policy: plan, levels and measurements, and the depth that each request gets."""
 
 from __future__ import annotations
 
@@ -24,26 +24,29 @@ class Layers:
 
 @dataclass(frozen=True, slots=True)
 class PruneRatio:
-    """A depth as the share of layers that is left out."""
+    """A depth as the share of layers to skip."""
 
     ratio: float
 
 
 @dataclass(frozen=True, slots=True)
 class NamedLevel:
-    """The depths of an operating point."""
+    """The depths of the level of that name."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Auto:
-    """The server chooses, within ``max_quality_loss``: the perplexity ratio to dense, less 1."""
+    """The server chooses.
+
+    It loses at most ``max_quality_loss``: perplexity divided by that of the dense model, minus 1.
+    """
 
     max_quality_loss: float | None = None
 
 
-_ONE_DEPTH = "dedicated engines run the same layers for the prompt and for what is generated"
+_ONE_DEPTH = "dedicated engines run the same layers for the prompt and for generated tokens"
 
 # None is a request that names no depth.
 DepthChoice = Layers | PruneRatio | NamedLevel | Auto | None
@@ -71,7 +74,7 @@ class ServedDepth:
 class Speed:
     """Decode throughput of ``num_streams`` concurrent requests.
 
-    ``speedup`` is over dense, None where dense could not be run.
+    ``speedup`` is relative to dense, None if dense could not be run.
     """
 
     tokens_per_second: float
@@ -81,24 +84,26 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class DepthPolicy:
-    """Plan and levels of one model, with what was measured of them.
+    """Plan and levels of one model, with their measurements.
 
-    Immutable: the service replaces the whole policy at once, and requests that run keep the
-    layers that they were given. The first level is the default and what ``Auto`` gets where no
-    other is named. Without ``any_depth``, requests may have the depths of levels alone, and
-    levels have one depth for prompt and generated tokens. Raises :class:`UnknownLevel` where a
-    level that is named does not exist, and :class:`InvalidArgument` for levels that cannot be.
+    It is immutable: the service replaces the whole policy at once, and running requests keep the
+    layers that they were given. The first level is the default level, and the level of ``Auto``,
+    unless another is named. Without ``any_depth``, requests may only have the depths of levels,
+    and a level has the same depth for prompt and generated tokens.
+
+    Raises :class:`UnknownLevel` for a named level that does not exist, and
+    :class:`InvalidArgument` for levels that are not possible.
     """
 
     plan: Plan
     levels: tuple[Level, ...]
     default_level: str = ""
     auto_level: str = ""
-    # What Auto gets at present, under load; auto_level is what it gets without.
+    # The level of Auto at present; auto_level is its level without load.
     present_level: str = ""
     # Whether requests that name no depth are served as Auto.
     auto_by_default: bool = False
-    # Of the plan in force.
+    # Measured under this plan.
     qualities: Mapping[DepthPair, Quality] = field(default_factory=dict)
     speeds: Mapping[DepthPair, Speed] = field(default_factory=dict)
     any_depth: bool = True
@@ -134,18 +139,18 @@ class DepthPolicy:
         return self.any_depth or any(level.depths == depths for level in self.levels)
 
     def level_selections(self) -> dict[str, LayerSelection]:
-        """Return the layers that each level leaves out."""
+        """Return the layers that each level skips, by its name."""
         return {level.name: self.selection(level.depths) for level in self.levels}
 
     def level(self, name: str) -> Level:
-        """Return the level of that name; raise :class:`UnknownLevel`, which lists the known."""
+        """Return the level of that name; raise :class:`UnknownLevel` if there is none."""
         for level in self.levels:
             if level.name == name:
                 return level
         raise UnknownLevel(name, [level.name for level in self.levels])
 
     def selection(self, depths: DepthPair) -> LayerSelection:
-        """Return the layers that the plan leaves out at these depths."""
+        """Return the layers that the plan skips at these depths."""
         return LayerSelection(
             prefill_skips=tuple(sorted(self.plan.skipped(depths.prefill_layers))),
             decode_skips=tuple(sorted(self.plan.skipped(depths.decode_layers))),
@@ -154,11 +159,13 @@ class DepthPolicy:
     def resolve(
         self, depth: DepthChoice, prefill_depth: DepthChoice = None
     ) -> tuple[LayerSelection, ServedDepth]:
-        """Return the layers that a request leaves out, and the depth it is served at.
+        """Return the layers that a request skips, and the depth it is served at.
 
-        A level sets both depths, unless ``prefill_depth`` is given. Raises
-        :class:`InvalidArgument`, naming the field, :class:`UnknownLevel`, and
-        :class:`FailedPrecondition` where a quality is asked for and none has been measured.
+        A level sets both depths, unless ``prefill_depth`` is given.
+
+        Raises :class:`InvalidArgument`, naming the field, for a depth that the request cannot
+        have, :class:`UnknownLevel` for a level that does not exist, and
+        :class:`FailedPrecondition` if a quality is asked for and none has been measured.
         """
         depths, reason = self._depths(depth, "depth")
         if prefill_depth is not None:
@@ -169,23 +176,23 @@ class DepthPolicy:
         return self.selection(depths), served
 
     def with_plan(self, plan: Plan) -> DepthPolicy:
-        """Return the policy under another plan, whose quality has not been measured.
+        """Return the policy with another plan, whose quality has not been measured.
 
-        Speed depends on how many layers run, not on which, and stays.
+        The speeds stay: they depend on how many layers run, not on which.
         """
         return dataclasses.replace(self, plan=plan, qualities={})
 
     def with_levels(self, levels: tuple[Level, ...], default_level: str | None) -> DepthPolicy:
         """Return the policy with other levels.
 
-        Without ``default_level`` the present default stays where it still exists, else it is
-        the first level; likewise the level for ``Auto``, else it is the default. There is no load
-        until the next look at it.
+        Without ``default_level``, the default level stays if it still exists, else the first level
+        is the default. The level of ``Auto`` without load stays if it still exists, else it is the
+        default level. Load does not count until it is measured again.
         """
         names = {level.name for level in levels}
         kept = self.default_level if self.default_level in names else ""
         qualities, speeds = self.qualities, self.speeds
-        if not self.any_depth:  # what a level that is gone was like is no news of this server
+        if not self.any_depth:  # measurements of a removed level no longer apply to this server
             served = {level.depths for level in levels}
             qualities = {pair: value for pair, value in qualities.items() if pair in served}
             speeds = {pair: value for pair, value in speeds.items() if pair in served}
@@ -200,12 +207,12 @@ class DepthPolicy:
         )
 
     def with_auto_level(self, name: str) -> DepthPolicy:
-        """Return the policy that gives ``Auto`` another level, whatever the load is."""
+        """Return the policy with another level of ``Auto`` without load."""
         self.level(name)
         return dataclasses.replace(self, auto_level=name, present_level="")
 
     def with_present_level(self, name: str) -> DepthPolicy:
-        """Return the policy that gives ``Auto`` another level for now."""
+        """Return the policy with another level of ``Auto`` at present."""
         return dataclasses.replace(self, present_level=name)
 
     def with_auto_by_default(self, auto_by_default: bool) -> DepthPolicy:
@@ -260,9 +267,10 @@ class DepthPolicy:
         return present, Reason.AUTO if present == unloaded else Reason.DEGRADED
 
     def _within(self, depths: DepthPair, max_quality_loss: float | None, field: str) -> DepthPair:
-        """Return the depths, or deeper ones where they would lose more quality than that.
+        """Return the depths, or deeper ones if these lose more than ``max_quality_loss``.
 
-        Those are the shallowest that have been measured, from the decode depth on.
+        The deeper ones are the shallowest that were measured to lose no more, at least as deep as
+        the decode depth.
         """
         if max_quality_loss is None:
             return depths

@@ -1,4 +1,4 @@
-"""What every engine tells vLLM: arguments, environment, and checks before it is started."""
+"""vLLM's arguments and environment for every engine, and checks before one is started."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import psutil
 from pydantic import ValidationError
 
+from pruning.weights import weight_files
+from server.engine.environment import check_directories, shorten_socket_directory
+from server.engine.start_failure import reason_of
 from server.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 GIB = 1 << 30
 _SMALL_MODEL_BYTES = 64 << 20
-# What Fathom sets itself, with the setting to use instead, where there is one.
+# vLLM's arguments that Fathom sets itself, each with the setting to use instead, if there is one.
 RESERVED: Mapping[str, str | None] = {
     "model": "model",
     "revision": "revision",
@@ -136,14 +139,23 @@ def check_kv_cache(config: VllmConfig, given_gib: float | None) -> None:
         )
 
 
-def refusal(error: ValidationError, config: EngineConfig) -> InvalidArgument:
-    """Return what vLLM refused under the name of the setting that it comes from."""
-    problem = error.errors()[0]
-    reason = problem["msg"].removeprefix("Value error, ").partition(". ")[0]
+def refusal(error: Exception, config: EngineConfig) -> InvalidArgument:
+    """Return what vLLM refused under the name of the setting that it comes from.
+
+    That is the model itself where no setting is named in vLLM's reason.
+    """
+    reason = reason_of(error)
+    if isinstance(error, ValidationError):
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        reason = " ".join(reason.split())
+    first = reason.partition(". ")[0]
     for argument in ("max_model_len", "max_num_seqs", "dtype"):
-        if argument in reason and (setting := RESERVED[argument]) is not None:
-            return InvalidArgument(setting, getattr(config, setting), f"what vLLM takes: {reason}")
-    return InvalidArgument("engine_args", dict(config.engine_args), f"what vLLM takes: {reason}")
+        if argument in first and (setting := RESERVED[argument]) is not None:
+            return InvalidArgument(setting, getattr(config, setting), f"what vLLM takes: {first}")
+    for argument, value in config.engine_args.items():
+        if argument in reason or repr(value) in reason:
+            return InvalidArgument(f"engine_args.{argument}", value, f"what vLLM takes: {reason}")
+    return InvalidArgument("model", str(config.model), f"what vLLM takes: {reason}")
 
 
 def cpu_dtype(dtype: DtypeName, *, quantized: bool) -> DtypeName:
@@ -161,14 +173,26 @@ def cpu_dtype(dtype: DtypeName, *, quantized: bool) -> DtypeName:
 
 
 def cpu_kv_cache_bytes(gib: float | None) -> int:
-    """Return the size of the KV cache on a CPU."""
-    if gib is not None:
-        return int(gib * GIB)
-    return min(4 * GIB, psutil.virtual_memory().available // 4)
+    """Return the size of the KV cache on a CPU.
+
+    Raises :class:`InvalidArgument` for more than the machine has.
+    """
+    memory = psutil.virtual_memory()
+    if gib is None:
+        return min(4 * GIB, memory.available // 4)
+    if gib * GIB > memory.total:
+        allowed = f"at most {memory.total / GIB:.3g}, the memory of this machine"
+        raise InvalidArgument("kv_cache_gib", gib, allowed)
+    return int(gib * GIB)
 
 
 def prepare_environment() -> None:
-    """Set what vLLM and its processes read from the environment, where the operator has not."""
+    """Set what vLLM and its processes read from the environment, where the operator has not.
+
+    Raises :class:`InvalidArgument` for a variable that names a directory of no use.
+    """
+    check_directories()
+    shorten_socket_directory()
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
         # Tells of each request whether the model computed what is not a number.
@@ -212,4 +236,4 @@ def num_cpu_threads(model: Path, num_cores: int | None = None) -> int:
 
 def weight_bytes(model: Path) -> int:
     """Return the size of a checkpoint's weights."""
-    return sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in weight_files(model))

@@ -1,4 +1,4 @@
-"""The interface between the service and whatever runs tokens."""
+"""The interface between the service and the engines, which run tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pruning.importance import BlockInfluence
 from pruning.plan import Plan
 from pruning.quality import Quality
 
-# Called with (done, total): tokens, or engines that are started.
+# Called with (done, total), in tokens or in engines that have been started.
 ProgressCallback = Callable[[int, int], None]
 
 
@@ -133,13 +133,13 @@ class ModelInfo:
     # Ids below it have a row in the model's embedding and are within the tokenizer's vocabulary.
     vocab_size: int
     max_context: int
-    # The longest text that one token stands for.
+    # The length of the longest text that one token stands for.
     max_characters_per_token: int
 
 
 @dataclass(frozen=True, slots=True)
 class LoadInfo:
-    """Requests in the engine at this moment."""
+    """The number of requests in the engine at this moment."""
 
     num_running: int
     num_waiting: int
@@ -211,10 +211,12 @@ class Engine(Protocol):
         """
         ...
 
-    def detokenize(self, token_ids: Sequence[int]) -> str: ...
+    def detokenize_prompt(self, token_ids: Sequence[int]) -> str:
+        """Return the text of a prompt, up to the character that it ends within, if it does."""
+        ...
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
-        """Return the text of each token by itself."""
+        """Return what each token adds to a text, the space before a word included."""
         ...
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from server.engine.arguments import prepare_environment
+from server.engine.start_failure import report_start_failures
 
 _PRELOADED = ["server.engine.preloaded"]
 # vLLM's build for CPU; the other one starts processes its own way.
@@ -97,6 +98,7 @@ def _run(
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
     os.environ.update(environment)
+    report_start_failures()
     import torch
 
     if num_threads := os.environ.get("OMP_NUM_THREADS"):

@@ -1,4 +1,4 @@
-"""Move this process's memory into huge pages, on Linux.
+"""Huge pages for this process's memory, on Linux.
 
 Every step reads the weights from end to end. In pages of 4 KiB the processor spends a good part
 of that time on finding out where they are. Asking for huge pages beforehand would also put into

@@ -1,4 +1,4 @@
-"""Hears from vLLM's scheduler how many requests it holds."""
+"""The number of requests that vLLM's scheduler holds."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 
-# The title of a process can be set only where its arguments were found before anything changed.
+# A process can change its title only if setproctitle has found its arguments early.
 with contextlib.suppress(ImportError):
     import setproctitle
 
@@ -22,7 +22,7 @@ _MODULES = (
     "server.engine.elastic.model",
     "server.engine.elastic.worker_extension",
 )
-# Whatever is wrong with them is for the engine's process to report, which imports them again.
+# The engine's process imports them again, and reports what is wrong with them.
 with contextlib.suppress(Exception):
     for name in _MODULES:
         importlib.import_module(name)

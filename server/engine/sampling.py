@@ -1,4 +1,4 @@
-"""Between the service's sampling options and scores and vLLM's."""
+"""Sampling options and scores, turned into vLLM's and back."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from server.engine.base import SamplingOptions, TokenScore
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.logprobs import Logprob
+
+    from server.engine.model_tokenizer import ModelTokenizer
 
 # Options whose name and meaning vLLM shares.
 _SAME_NAME = (
@@ -36,6 +38,9 @@ def sampling_params(
     from vllm.sampling_params import RequestOutputKind
 
     given = {name: value for name in _SAME_NAME if (value := getattr(options, name)) is not None}
+    if options.max_tokens is not None and "min_tokens" in defaults:
+        least = min(defaults["min_tokens"], options.max_tokens)
+        defaults = {**defaults, "min_tokens": least}
     return SamplingParams(
         **{
             **defaults,
@@ -55,6 +60,7 @@ def token_scores(
     token_ids: Sequence[int],
     logprobs: Sequence[Mapping[int, Logprob] | None] | None,
     num_top: int,
+    tokenizer: ModelTokenizer,
 ) -> tuple[TokenScore, ...]:
     """Return the scores of ``token_ids``, each with the ``num_top`` most likely tokens."""
     if logprobs is None:
@@ -67,9 +73,10 @@ def token_scores(
             (entry.rank or 0, identity, entry) for identity, entry in candidates.items()
         )
         top = tuple(
-            TokenScore(identity, entry.logprob, entry.decoded_token or "")
+            TokenScore(identity, entry.logprob, tokenizer.token_text(identity))
             for _, identity, entry in ranked[:num_top]
         )
         chosen = candidates[token_id]
-        scores.append(TokenScore(token_id, chosen.logprob, chosen.decoded_token or "", top))
+        text = tokenizer.token_text(token_id)
+        scores.append(TokenScore(token_id, chosen.logprob, text, top))
     return tuple(scores)

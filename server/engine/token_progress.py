@@ -1,4 +1,4 @@
-"""What measurements that run many requests at once have in common."""
+"""Progress and failures of measurements that run many requests at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One engine of vLLM in a process of its own, with its errors in the server's terms."""
+"""vLLM's client of one engine, with errors turned into the server's own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import gc
 import math
 import signal
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from dataclasses import replace
 from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from server.engine.base import (
@@ -21,8 +23,12 @@ from server.engine.base import (
     TokenScore,
 )
 from server.engine.fork_server import forked_engines
+from server.engine.generation_defaults import GenerationDefaults
 from server.engine.model_tokenizer import ModelTokenizer
+from server.engine.partial_character import go_on_within_character
 from server.engine.sampling import sampling_params, token_scores
+from server.engine.start_failure import named_failures
+from server.engine.stops import Stops
 from server.errors import InvalidArgument, NonFiniteResult, RequestFailed
 
 if TYPE_CHECKING:
@@ -47,6 +53,8 @@ class VllmClient:
         self._llm: AsyncLLM | None = None
         self._load_logger: LoadLogger | None = None
         self._defaults: dict[str, Any] = {}
+        self._default_stop: tuple[str, ...] = ()
+        self._tokenizer: ModelTokenizer | None = None
 
     async def start(
         self, configure: Callable[[], VllmConfig], stat_loggers: Sequence[Any] = ()
@@ -54,10 +62,15 @@ class VllmClient:
         """Start the engine with what ``configure``, called in a thread, returns."""
         await self.shutdown()
         await asyncio.to_thread(self._start, configure, stat_loggers)
-        _accept_unknown_ids(self.tokenizer)
-        self._defaults = self.model_config.get_diff_sampling_param()
+        config = self.model_config
+        self._tokenizer = ModelTokenizer(self._require_llm().get_tokenizer(), self.model_name)
+        self._defaults = config.get_diff_sampling_param()
         # The server's own limit on the length of an answer comes from the request or the context.
         self._defaults.pop("max_tokens", None)
+        if config.generation_config == "auto":
+            more = GenerationDefaults.of_model(Path(config.model))
+            self._defaults |= more.sampling
+            self._default_stop = more.stop
 
     def _start(self, configure: Callable[[], VllmConfig], stat_loggers: Sequence[Any]) -> None:
         # Sets what a future would return: vLLM keeps frames of this thread, and so futures, alive.
@@ -75,12 +88,32 @@ class VllmClient:
         resource_tracker.ensure_running()  # when it is started, it resets the mask
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            with forked_engines():
+            with named_failures(), forked_engines():
                 self._llm = AsyncLLM.from_vllm_config(
                     config, stat_loggers=[load_logger, *stat_loggers]
                 )
+                self._prepare_outputs(self._llm)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _prepare_outputs(self, llm: AsyncLLM) -> None:
+        """Change how vLLM makes text of requests' outputs, when they are added.
+
+        Prompts may end within a character, and texts of scored tokens are made here: vLLM's has
+        no text for rows of the embedding that are no token, and fails with all of its requests.
+        """
+        processor = llm.output_processor
+        add_request = processor.add_request
+
+        def add(request: Any, *arguments: Any, **options: Any) -> None:
+            add_request(request, *arguments, **options)
+            state = processor.request_states[request.request_id]
+            if state.logprobs_processor is not None:
+                state.logprobs_processor.tokenizer = None
+            if request.prompt_token_ids and state.detokenizer is not None:
+                go_on_within_character(state.detokenizer, self.tokenizer, request.prompt_token_ids)
+
+        processor.add_request = add  # type: ignore[method-assign]
 
     async def shutdown(self) -> None:
         if self._llm is not None:
@@ -98,7 +131,7 @@ class VllmClient:
 
     @property
     def process_ids(self) -> list[int]:
-        """The processes that vLLM's client has started; empty where that is not for it to know."""
+        """The processes that vLLM's client has started; empty if it does not know them."""
         if self._llm is None:
             return []
         resources = getattr(self._llm.engine_core, "resources", None)
@@ -118,8 +151,17 @@ class VllmClient:
         return self._require_llm().model_config
 
     @property
-    def tokenizer(self) -> Any:
-        return self._require_llm().get_tokenizer()
+    def model_name(self) -> str:
+        """The name that clients know the model by."""
+        config = self.model_config
+        name = config.served_model_name or config.model
+        return name if isinstance(name, str) else name[0]
+
+    @property
+    def tokenizer(self) -> ModelTokenizer:
+        if self._tokenizer is None:
+            raise EngineDead("the engine is not running")
+        return self._tokenizer
 
     def sampling_params(
         self, options: SamplingOptions, extra_args: dict[str, Any] | None = None
@@ -136,7 +178,8 @@ class VllmClient:
         self,
         request_id: str,
         prompt_ids: Sequence[int],
-        params: SamplingParams,
+        options: SamplingOptions,
+        extra_args: dict[str, Any] | None = None,
         *,
         cache_salt: str,
         depth: str,
@@ -146,18 +189,42 @@ class VllmClient:
         ``depth`` is what errors call the depth that the request runs at.
 
         Raises:
-            InvalidArgument: vLLM refuses the request.
+            InvalidArgument: vLLM refuses the request, or its options cannot be served.
             RequestFailed: The engine has given up this request and runs on.
             NonFiniteResult: The model computes what is not a finite number.
         """
-        num_top = params.logprobs or 0
+        tokenizer = self.tokenizer
+        stops = Stops.of(options, tokenizer.special_tokens, self._default_stop)
+        vllm_options = replace(options, stop=stops.strings, stop_token_ids=stops.token_ids)
+        params = self.sampling_params(vllm_options, extra_args)
         with self._errors() as llm:
             outputs = llm.generate(_prompt(prompt_ids, cache_salt), params, request_id)
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
-                    delta = _delta(output, num_top)
+                    delta = _delta(output, options, stops, tokenizer)
                     _check_finite(output, delta.scores, depth)
                     yield delta
+
+    async def prefill(
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        extra_args: dict[str, Any],
+        *,
+        cache_salt: str,
+        depth: str,
+    ) -> None:
+        """Run all of ``token_ids``, uncached; raise what :meth:`generate` does."""
+        params = self.sampling_params(SamplingOptions(max_tokens=1), extra_args)
+        params.detokenize = False
+        # A token that is found in the prefix cache is not run, and so not measured.
+        params.skip_reading_prefix_cache = True
+        with self._errors() as llm:
+            outputs = llm.generate(_prompt(token_ids, cache_salt), params, request_id)
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    _finish_reason(output.outputs[0].finish_reason)
+                    _check_finite(output, (), depth)
 
     async def prompt_scores(
         self,
@@ -180,7 +247,8 @@ class VllmClient:
                 async for output in outputs:
                     _finish_reason(output.outputs[0].finish_reason)
                     if output.prompt_logprobs:
-                        scores.extend(token_scores(token_ids, output.prompt_logprobs, num_top))
+                        logprobs = output.prompt_logprobs
+                        scores += token_scores(token_ids, logprobs, num_top, self.tokenizer)
                     _check_finite(output, scores, depth)
         return scores
 
@@ -250,21 +318,29 @@ def model_info(
     )
 
 
-def _delta(output: RequestOutput, num_top: int) -> GenerationDelta:
+def _delta(
+    output: RequestOutput, options: SamplingOptions, stops: Stops, tokenizer: ModelTokenizer
+) -> GenerationDelta:
     completion = output.outputs[0]
     metrics = output.metrics
     queue_seconds = 0.0
     if metrics is not None and metrics.scheduled_ts and metrics.queued_ts:
         queue_seconds = max(0.0, metrics.scheduled_ts - metrics.queued_ts)
     token_ids = tuple(completion.token_ids)
+    text, stopped_by = completion.text, None
+    if completion.finish_reason == "stop":
+        last_token = token_ids[-1] if token_ids else None
+        stopped_by = stops.stopped_by(completion.stop_reason, last_token)
+        if options.include_stop and last_token is not None:
+            text += stops.requested_specials.get(last_token, "")
     return GenerationDelta(
-        text=completion.text,
+        text=text,
         token_ids=token_ids,
-        scores=token_scores(token_ids, completion.logprobs, num_top),
+        scores=token_scores(token_ids, completion.logprobs, options.logprobs or 0, tokenizer),
         num_cached_tokens=output.num_cached_tokens or 0,
         queue_seconds=queue_seconds,
         finish_reason=_finish_reason(completion.finish_reason),
-        stopped_by=completion.stop_reason,
+        stopped_by=stopped_by,
     )
 
 
@@ -282,24 +358,6 @@ def _check_finite(output: RequestOutput, scores: Sequence[TokenScore], depth: st
     is_corrupted = output.metrics is not None and output.metrics.is_corrupted
     if is_corrupted or not all(math.isfinite(score.logprob) for score in scores):
         raise NonFiniteResult(depth)
-
-
-def _accept_unknown_ids(tokenizer: Any) -> None:
-    """Let a tokenizer call tokens that it does not know empty, as vLLM does elsewhere.
-
-    A model whose embedding has more rows than the tokenizer has tokens may generate such ids,
-    and name them among the most likely ones. Where the tokenizer marks words, vLLM looks into
-    the text of each, and None would end the client of the engine.
-    """
-    known: Callable[..., Any] = tokenizer.convert_ids_to_tokens
-
-    def convert(ids: int | Sequence[int], *others: Any, **more: Any) -> Any:
-        tokens = known(ids, *others, **more)
-        if isinstance(tokens, list):
-            return ["" if token is None else token for token in tokens]
-        return "" if tokens is None else tokens
-
-    tokenizer.convert_ids_to_tokens = convert
 
 
 def _finish_reason(reason: str | None) -> FinishReason | None:

@@ -11,17 +11,18 @@ from typing import Protocol
 import psutil
 
 from server.engine.base import EngineDead
+from server.engine.process_activity import activity_of
 
 logger = logging.getLogger(__name__)
 
-# Without an answer, and without the least use of a processor: nothing is being computed.
-_STILL_SECONDS = 10.0
-# Stopped by a signal: it cannot even begin to answer.
+# Processes that neither answer nor do anything for so long hang.
+_STALL_SECONDS = 10.0
+# Processes that a signal has stopped cannot answer at all.
 _STOPPED_SECONDS = 3.0
 
 
 class Pingable(Protocol):
-    """What can fall silent."""
+    """What the watchdog watches."""
 
     @property
     def is_alive(self) -> bool: ...
@@ -36,8 +37,14 @@ class Watchdog:
     """Asks the engine for a sign of life, and kills its processes when none comes.
 
     The engine answers between two steps, so ``timeout_seconds`` has to be longer than the longest
-    step. Processes that do nothing at all, as after SIGSTOP or in a deadlock, are not waited for
-    as long. Time is counted in looks at them, so that a machine that was asleep harms nobody.
+    step. There are two shorter times:
+
+    - ``stall_seconds``, of an engine that does not answer and does nothing at all, as in a
+      deadlock: none of its threads uses a processor, reads pages or files from a disk, writes to
+      one, or waits for one;
+    - ``stopped_seconds``, of an engine that was stopped by a signal and cannot answer.
+
+    Time is counted in looks at the engine, so that a machine that was asleep harms nobody.
     """
 
     def __init__(
@@ -45,13 +52,14 @@ class Watchdog:
         engine: Pingable,
         timeout_seconds: float,
         *,
-        still_seconds: float = _STILL_SECONDS,
+        stall_seconds: float = _STALL_SECONDS,
         stopped_seconds: float = _STOPPED_SECONDS,
         poll_seconds: float = 1.0,
     ) -> None:
+        """Watch ``engine``; without ``stall_seconds`` a stall gets ``timeout_seconds``."""
         self._engine = engine
         self._timeout_seconds = timeout_seconds
-        self._still_seconds = min(still_seconds, timeout_seconds)
+        self._stall_seconds = min(stall_seconds or timeout_seconds, timeout_seconds)
         self._stopped_seconds = min(stopped_seconds, timeout_seconds)
         self._poll_seconds = poll_seconds
 
@@ -70,7 +78,7 @@ class Watchdog:
         ping = asyncio.create_task(self._ping())
         process_ids = list(self._engine.process_ids)
         processes = _processes(process_ids)
-        used = _cpu_seconds(processes)
+        activity = activity_of(processes)
         silent = still = stopped = 0.0
         try:
             while not (await asyncio.wait([ping], timeout=self._poll_seconds))[0]:
@@ -80,51 +88,39 @@ class Watchdog:
                 silent += self._poll_seconds
                 still += self._poll_seconds
                 stopped += self._poll_seconds
-                if (now_used := _cpu_seconds(processes)) != used or not processes:
-                    used, still = now_used, 0.0
-                if not _are_stopped(processes):
+                before, activity = activity, activity_of(processes)
+                if activity.has_worked_since(before) or not processes:
+                    still = 0.0
+                if not activity.is_stopped:
                     stopped = 0.0
                 if stopped >= self._stopped_seconds:
-                    return "was stopped by a signal"
-                if still >= self._still_seconds:
-                    return f"has not answered or done anything for {still:g} s"
+                    return f"was stopped by a signal {stopped:g} s ago"
+                if still >= self._stall_seconds:
+                    return f"has not answered or done anything for {still:g} s ({activity})"
                 if silent >= self._timeout_seconds:
-                    return f"has not answered for {silent:g} s"
+                    return f"has not answered for {silent:g} s ({activity})"
             return ""
         finally:
             ping.cancel()
             await asyncio.gather(ping, return_exceptions=True)
 
     async def _ping(self) -> None:
-        with suppress(EngineDead):  # others deal with that
+        try:
             await self._engine.ping()
+        except EngineDead:
+            pass  # the supervisor starts it again
+        except Exception:
+            logger.exception("the engine has answered its watchdog with an error")
 
 
 def _processes(process_ids: Iterable[int]) -> list[psutil.Process]:
-    """Return the processes and all that they have started."""
+    """Return the processes and all that they have started, directly or not."""
     found = []
     for process_id in process_ids:
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(process_id)
             found += [process, *process.children(recursive=True)]
     return found
-
-
-def _cpu_seconds(processes: Iterable[psutil.Process]) -> float:
-    total = 0.0
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            times = process.cpu_times()
-            total += times.user + times.system
-    return total
-
-
-def _are_stopped(processes: Iterable[psutil.Process]) -> bool:
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            if process.status() == psutil.STATUS_STOPPED:
-                return True
-    return False
 
 
 def _kill(processes: Iterable[psutil.Process]) -> None:

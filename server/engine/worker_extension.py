@@ -1,4 +1,4 @@
-"""What the server asks of a worker of any engine, over vLLM's collective_rpc."""
+"""Methods of the workers of any engine, called over vLLM's collective_rpc."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from server.engine.huge_pages import use_huge_pages
 
 
 class WorkerExtension:
-    """Mixed into vLLM's worker."""
+    """Methods that vLLM mixes into its worker."""
 
     def fathom_use_huge_pages(self) -> None:
         """Begin to move this process's memory into huge pages, and return at once.

@@ -11,6 +11,7 @@ from pruning.plan import Plan
 from pruning.quantization import Order, plan_of_base, prune_then_quantize
 from pruning.surgery import Export, export_checkpoint
 from server.config import Settings
+from server.file_hashes import FileHashes
 from server.model.inputs import calibration_texts
 from server.model.quantized import QuantizedModel, calibration_windows, checked_quantization
 from server.model.source import ModelSource
@@ -74,6 +75,7 @@ class Exporter:
             overwrite=overwrite,
             with_code=self._settings.trust_remote_code,
             on_progress=lambda done, total: on_work("Writing", done, total),
+            file_hash=FileHashes(self._settings.state_dir),
         )
 
     def _prune_then_quantize(
@@ -93,6 +95,7 @@ class Exporter:
             overwrite=overwrite,
             with_code=self._settings.trust_remote_code,
             on_progress=_quantizing(on_work),
+            file_hash=FileHashes(self._settings.state_dir),
         )
 
 

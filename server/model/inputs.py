@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import glob
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pruning.checkpoint import CheckpointError, check_checkpoint, read_config
-from pruning.fingerprint import model_fingerprint
+from pruning.checkpoint import (
+    CheckpointError,
+    check_checkpoint,
+    read_config,
+    tensor_names,
+    weight_files,
+)
+from pruning.fingerprint import model_fingerprint, tokenizer_fingerprint
 from pruning.plan import Plan, PlanError
 from pruning.quantization import Order, QuantizationError, plan_of_base
 from pruning.surgery import SurgeryError, count_layers
@@ -18,7 +26,11 @@ from server.depth.auto_rules import AutoRules
 from server.depth.levels import Level, check_levels, default_levels
 from server.engine.elastic.architectures import UnsupportedArchitecture, elastic_architecture
 from server.engine.elastic.compatibility import check_quantized_kernels
+from server.engine.environment import check_directories
+from server.engine.quantized_checkpoint import check_loadable, experts_problem
 from server.errors import FathomError, InvalidArgument
+from server.file_hashes import FileHashes
+from server.model.companions import check_companions
 from server.model.demo.corpus import Part, documents
 from server.model.quantized import QuantizedModel, checked_quantization
 from server.model.source import ModelSource, find_model
@@ -37,6 +49,8 @@ class Inputs:
 
     source: ModelSource
     fingerprint: str
+    # The fingerprint of whatever decides which tokens a text has.
+    tokenizer: str
     num_layers: int
     levels: tuple[Level, ...]
     default_level: str
@@ -54,15 +68,25 @@ def read_inputs(settings: Settings) -> Inputs:
     Raises:
         StartError: something is missing, damaged, or does not fit the model.
     """
+    with refused_as("environment"):
+        check_directories()
     with refused_as("model", CheckpointError, UnsupportedArchitecture):
         source = find_model(settings.model, settings.revision)
         check_checkpoint(source.directory)
-        fingerprint = model_fingerprint(source.directory)
         num_layers = _num_layers(source.directory, elastic=settings.engine == "elastic")
+        check_companions(source.directory, settings.engine_args)
+        check_loadable(source.directory, settings.dtype, settings.engine_args)
+        _check_path(source.directory)
+        # Last, as it may read all of the weights.
+        fingerprint = model_fingerprint(source.directory, FileHashes(settings.state_dir))
+        tokenizer = tokenizer_fingerprint(source.directory)
     with refused_as("levels"):
         levels, default_level = chosen_levels(settings, num_layers)
     with refused_as("calibration", TextError):
         texts = calibration_texts(settings)
+    with refused_as("state_dir", CheckpointError):
+        if settings.quantize is not None or settings.engine == "dedicated":
+            _check_path(settings.state_dir)  # checkpoints are made there
     quantized = _quantized(settings, source, fingerprint, texts)
     plan = None
     if settings.plan is not None:
@@ -78,6 +102,7 @@ def read_inputs(settings: Settings) -> Inputs:
     return Inputs(
         source=source,
         fingerprint=fingerprint,
+        tokenizer=tokenizer,
         num_layers=num_layers,
         levels=levels,
         default_level=default_level,
@@ -157,7 +182,19 @@ def _quantized(
             )
             raise InvalidArgument("order", settings.order, allowed)
         check_quantized_kernels(quantization.bits, settings.dtype)
-        return QuantizedModel(settings, source, fingerprint, texts, quantization)
+        tensors = set[str]().union(*map(tensor_names, weight_files(source.directory)))
+        if problem := experts_problem(tensors):
+            raise InvalidArgument("quantize", settings.quantize, f"nothing here: {problem}")
+        with refused_as("calibration", TextError):
+            return QuantizedModel(settings, source, fingerprint, texts, quantization)
+
+
+def _check_path(path: Path) -> None:
+    """Raise :class:`CheckpointError` for a path in which vLLM finds no weights."""
+    if glob.has_magic(str(path)):
+        raise CheckpointError(
+            f"{path}: allowed: a path without *, ? and [, which vLLM takes for patterns"
+        )
 
 
 def _num_layers(directory: Path, *, elastic: bool) -> int:
@@ -177,4 +214,5 @@ def _num_layers(directory: Path, *, elastic: bool) -> int:
 def _texts(source: str | None, part: Part, max_tokens: int) -> Sequence[str]:
     if source is None:
         return list(documents([part]))
-    return load_texts(source, max_characters=max_tokens * _CHARACTERS_PER_TOKEN)
+    max_characters = min(max_tokens * _CHARACTERS_PER_TOKEN, sys.maxsize)
+    return load_texts(source, max_characters=max_characters)

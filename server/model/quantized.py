@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
+import json
 import logging
 import math
-import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pruning.checkpoint import read_config
-from pruning.fingerprint import text_fingerprint
+from pruning.fingerprint import file_sha256, text_fingerprint, token_fingerprint
 from pruning.quantization import (
     GroupSizeError,
     QuantizationSettings,
@@ -25,19 +24,22 @@ from pruning.quantization import (
     fitting_settings,
     gptqmodel_version,
     quantize_checkpoint,
+    with_companions_of,
 )
+from pruning.surgery.companions import companions_fingerprint
+from pruning.transformers_model import load_tokenizer
 from server.calibration.calibrator import WINDOW, text_windows
 from server.config import Settings
 from server.errors import InvalidArgument
+from server.file_hashes import FileHashes
 from server.model.source import ModelSource
 from server.state import EntryFormat, JsonEntry, StateDirectory, StateError
+from server.state_keys import Key, quantized_key, with_companions
 
 # Tells (layers done, layers in all).
 OnLayers = Callable[[int, int], None]
 
 _KIND = "quantized"
-# Of how the checkpoint is made, apart from GPTQModel's version.
-_RECIPE = 1
 _BITS = {"gptq-4bit": 4, "gptq-8bit": 8}
 
 logger = logging.getLogger(__name__)
@@ -70,23 +72,29 @@ class QuantizedModel:
         texts: Sequence[str],
         quantization: QuantizationSettings,
     ) -> None:
-        """Quantize ``source``, of that ``fingerprint``, as :func:`checked_quantization` says."""
+        """Quantize ``source``, of that ``fingerprint``, as :func:`checked_quantization` says.
+
+        Raises :class:`pruning.text.TextError` where ``texts`` have no tokens, and
+        :class:`pruning.checkpoint.CheckpointError` for a tokenizer that cannot be loaded and for
+        a file beside the weights that cannot be read.
+        """
         self._settings = settings
         self._source = source
-        self._texts = texts
         self._quantization = quantization
         self._text_fingerprint = text_fingerprint(texts)
-        self._key = {
-            "model": fingerprint,
-            "bits": quantization.bits,
-            "group_size": quantization.group_size,
-            "act_order": quantization.act_order,
-            "text": self._text_fingerprint,
-            "num_tokens": settings.calibration_tokens,
-            "max_context": max_context(settings, source.directory),
-            "gptqmodel": gptqmodel_version(),
-            "recipe": _RECIPE,
-        }
+        self._windows = calibration_windows(settings, source.directory, texts)
+        with_code = settings.trust_remote_code
+        self._weights_key = quantized_key(
+            model=fingerprint,
+            bits=quantization.bits,
+            group_size=quantization.group_size,
+            act_order=quantization.act_order,
+            tokens=token_fingerprint(self._windows),
+            gptqmodel=gptqmodel_version(),
+            with_code=with_code,
+        )
+        companions = companions_fingerprint(source.directory, with_code=with_code)
+        self._key = with_companions(self._weights_key, companions)
         # Who waits for another server saves hours, so there is no end to it: the lock ends with
         # the other's process.
         self._state = StateDirectory(settings.state_dir, lock_seconds=math.inf)
@@ -107,8 +115,7 @@ class QuantizedModel:
     async def prepare(self, on_progress: OnLayers) -> str:
         """Return the fingerprint of the checkpoint, which is made where it is not kept.
 
-        Raises what :func:`pruning.quantization.quantize_checkpoint` does, and
-        :class:`pruning.text.TextError`.
+        Raises what :func:`pruning.quantization.quantize_checkpoint` does.
         """
 
         async def make() -> CheckpointRecord:
@@ -130,17 +137,29 @@ class QuantizedModel:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.exists():  # without a record that fits it
             shutil.rmtree(out)
-        windows = calibration_windows(self._settings, self._source.directory, self._texts)
+        kept = self._kept_with_other_companions()
+        if kept is not None:
+            directory, fingerprint = kept
+            with_companions_of(
+                self._source.directory,
+                directory,
+                out,
+                base_model=self._source.name,
+                with_code=self._settings.trust_remote_code,
+            )
+            logger.info("Quantized before, with other files beside the weights: %s", directory)
+            return CheckpointRecord(fingerprint, _files(out))
         written = quantize_checkpoint(
             self._source.directory,
             out,
             self._quantization,
-            windows,
+            self._windows,
             text_fingerprint=self._text_fingerprint,
             base_model=self._source.name,
             with_code=self._settings.trust_remote_code,
             on_progress=on_progress,
             stop=stop,
+            file_hash=FileHashes(self._settings.state_dir),
         )
         logger.info(
             "Quantized: %.1f MB, before: %.1f MB; kept in %s",
@@ -150,6 +169,22 @@ class QuantizedModel:
         )
         return CheckpointRecord(written.fingerprint, _files(out))
 
+    def _kept_with_other_companions(self) -> tuple[Path, str] | None:
+        """Return a kept checkpoint of the same weights, and its fingerprint.
+
+        Tokenizer, templates or generation settings of the model were other ones when it was made.
+        """
+        for path in sorted(self._settings.state_dir.glob(f"{_KIND}-*.json")):
+            try:
+                key: Key = json.loads(path.read_bytes())["key"]
+                if with_companions(self._weights_key, str(key["companions"])) != key:
+                    continue
+                record = _CheckpointEntry(key).load(path)
+            except (OSError, ValueError, LookupError, TypeError, RecursionError):
+                continue  # whoever needs it reports it
+            return _directory_of(path), record.fingerprint
+        return None
+
 
 class _CheckpointEntry(EntryFormat[CheckpointRecord]):
     """The record of a checkpoint, and the checkpoint, in a directory beside it.
@@ -158,7 +193,7 @@ class _CheckpointEntry(EntryFormat[CheckpointRecord]):
     which takes a part of the time that the engine takes to load it.
     """
 
-    def __init__(self, key: Mapping[str, object]) -> None:
+    def __init__(self, key: Key) -> None:
         self._json: JsonEntry[CheckpointRecord] = JsonEntry(CheckpointRecord, key)
 
     def record(self, path: Path) -> CheckpointRecord:
@@ -213,21 +248,29 @@ def calibration_windows(
 ) -> list[list[int]]:
     """Cut the calibration texts into windows as for Block Influence, without an engine.
 
-    Raises :class:`pruning.text.TextError` where they have no tokens.
+    Raises :class:`pruning.text.TextError` where they have no tokens, or one that the model does
+    not know, and :class:`pruning.checkpoint.CheckpointError` for a tokenizer that cannot be loaded.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from transformers import AutoTokenizer
-
-    auto_tokenizer: Any = AutoTokenizer
-    tokenizer = auto_tokenizer.from_pretrained(
-        directory, trust_remote_code=settings.trust_remote_code
-    )
+    tokenizer = load_tokenizer(directory, trust=settings.trust_remote_code)
 
     def tokenize(text: str, *, special_tokens: bool = True) -> list[int]:
         return list(tokenizer(text, add_special_tokens=special_tokens).input_ids)
 
-    context = max_context(settings, directory)
-    return text_windows(tokenize, texts, context, settings.calibration_tokens)
+    return text_windows(
+        tokenize,
+        texts,
+        max_context=max_context(settings, directory),
+        max_tokens=settings.calibration_tokens,
+        vocab_size=_vocab_size(directory),
+    )
+
+
+def _vocab_size(directory: Path) -> int:
+    """Return how many tokens the model knows; no limit where its configuration does not say."""
+    config = read_config(directory)
+    sections = (config, *(value for value in config.values() if isinstance(value, dict)))
+    sizes = [section.get("vocab_size") for section in sections]
+    return next((size for size in sizes if isinstance(size, int) and size > 0), sys.maxsize)
 
 
 def max_context(settings: Settings, directory: Path) -> int:
@@ -254,6 +297,4 @@ def _files(directory: Path) -> dict[str, FileRecord]:
 
 
 def _record_of(path: Path) -> FileRecord:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileRecord(path.stat().st_size, digest)
+    return FileRecord(path.stat().st_size, file_sha256(path))

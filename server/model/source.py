@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from pruning.checkpoint import read_config
 from server.errors import InvalidArgument
 from server.model import smollm2
 
 DEMO_MODEL = Path(__file__).parent / "demo"
 DEMO_MODEL_NAME = "fathom-demo"
+
+# Tokens that a context is taken for where the configuration names no length.
+_UNKNOWN_CONTEXT = 2**17
+# Where the Hub's client keeps what it downloads.
+_CACHE_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME")
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 # Weights in other formats, which some repositories hold beside these, are not loaded.
@@ -24,6 +32,17 @@ class ModelSource:
     directory: Path
     name: str
 
+    def max_context(self) -> int:
+        """Return an upper bound of the context in tokens, from the checkpoint's configuration."""
+        config = read_config(self.directory)
+        text: dict[str, Any] = config.get("text_config") or config
+        length = text.get("max_position_embeddings")
+        if not isinstance(length, int):
+            return _UNKNOWN_CONTEXT
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        factor = rope.get("factor") if isinstance(rope, dict) else None
+        return int(length * max(1.0, factor)) if isinstance(factor, int | float) else length
+
 
 def find_model(model: str | None, revision: str | None = None) -> ModelSource:
     """Return the model of the settings; one of the Hub is downloaded where it is not cached.
@@ -36,13 +55,19 @@ def find_model(model: str | None, revision: str | None = None) -> ModelSource:
     """
     if model is None:
         return ModelSource(DEMO_MODEL, DEMO_MODEL_NAME)
-    path = Path(model).expanduser()
-    if path.is_dir():
+    allowed = "an existing directory or a Hugging Face Hub id"
+    try:
+        path = Path(model).expanduser()
+        is_directory, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no such user as in ~user
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidArgument("model", model, f"{allowed} ({reason})") from error
+    if is_directory:
         return ModelSource(path, model)
     if model == smollm2.NAME:
         return ModelSource(_made_smollm2(), model)
-    if path.exists() or not _HUB_ID.fullmatch(model):
-        raise InvalidArgument("model", model, "an existing directory or a Hugging Face Hub id")
+    if exists or not _HUB_ID.fullmatch(model):
+        raise InvalidArgument("model", model, allowed)
     return ModelSource(_download(model, revision), model)
 
 
@@ -63,8 +88,12 @@ def _download(model: str, revision: str | None) -> Path:
         return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
     except RevisionNotFoundError:
         raise InvalidArgument("revision", revision, f"a revision that {model} has") from None
-    except (OSError, ValueError) as error:  # what the client and its transport raise
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # what the client and its transport raise, and there is much
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        for name in _CACHE_VARIABLES:
+            if value := os.environ.get(name):
+                reason += f"; {name}={value}"
         raise InvalidArgument(
             "model", model, f"an existing directory, or a model of the Hub ({reason})"
         ) from error

@@ -1,6 +1,6 @@
-"""The gRPC face of the service."""
+"""gRPC: servicers, messages, status codes and the client."""
 
 import os
 
-# gRPC reads it when it is imported; without it, every port scan is reported on stderr.
+# gRPC reads this when it is imported. By default it reports every port scan on stderr.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

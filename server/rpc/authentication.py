@@ -1,4 +1,4 @@
-"""Who may call what."""
+"""Authentication and authorization of callers."""
 
 from __future__ import annotations
 
@@ -17,30 +17,35 @@ _CERTIFICATE_NAMES = "x509_common_name", "x509_subject_alternative_name", "peer_
 
 
 class Authenticator:
-    """Knows the clients.
+    """Finds the client that makes a call.
 
-    Without a list of clients, whoever can connect may call: everything where no client
-    certificates are asked for, else inference alone.
+    Without a list of clients, everybody who can connect may call ``Inference``. ``Control`` needs
+    ``anonymous_control`` then, and a list of clients where client certificates are required.
     """
 
     def __init__(
-        self, clients: ClientList | None = None, *, requires_certificates: bool = False
+        self,
+        clients: ClientList | None = None,
+        *,
+        requires_certificates: bool = False,
+        anonymous_control: bool = True,
     ) -> None:
         self._clients = clients
         self._requires_certificates = requires_certificates
+        self._anonymous_control = anonymous_control
 
     def install(self, clients: ClientList) -> None:
-        """Let these be the clients from now on; calls that run go on."""
+        """Replace the list of clients; running calls go on."""
         self._clients = clients
 
     def client(self, context: Context) -> Client | None:
-        """Return the client that makes a call, None where clients are not known.
+        """Return the client that makes a call, None if there is no list of clients.
 
-        Raises :class:`Unauthenticated` where they are, and this is none of them.
+        Raises :class:`Unauthenticated` if there is a list and the caller is not on it.
         """
         names = _certificate_names(context) if self._requires_certificates else []
         if self._clients is None:
-            # Operating the server takes more than a certificate of the right authority.
+            # A certificate alone does not permit operating the server.
             permissions = frozenset({Permission.INFERENCE})
             return Client(names[0], permissions) if names else None
         token = _token(context)
@@ -54,19 +59,24 @@ class Authenticator:
             raise Unauthenticated("authorization: a bearer token is needed")
         return client
 
+    def require(self, permission: Permission, client: Client | None) -> None:
+        """Raise :class:`PermissionDenied` for a caller that lacks the permission."""
+        if client is None:
+            if permission is Permission.CONTROL and not self._anonymous_control:
+                raise PermissionDenied(
+                    "callers that are not known lack the permission control; the server's "
+                    "settings clients and anonymous_control say who has it"
+                )
+        elif permission not in client.permissions:
+            raise PermissionDenied(f"client {client.name} lacks the permission {permission.value}")
+
 
 def caller_of(context: Context, client: Client | None) -> Caller:
-    """Return who makes a call: the client, or the machine of one that is not known."""
+    """Return who makes a call: the client, or the caller's address if the client is not known."""
     peer = peer_address(context.peer())
     if client is None:
         return Caller(client=host_of(peer), peer=peer)
     return Caller(client=client.name, peer=peer, is_known=True)
-
-
-def require(permission: Permission, client: Client | None) -> None:
-    """Raise :class:`PermissionDenied` for a client that is known and lacks the permission."""
-    if client is not None and permission not in client.permissions:
-        raise PermissionDenied(f"client {client.name} lacks the permission {permission.value}")
 
 
 def _token(context: Context) -> str | None:

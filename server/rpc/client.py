@@ -1,4 +1,4 @@
-"""Clients of a Fathom server."""
+"""Clients of a Fathom server, blocking and asynchronous."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from server.rpc.generated.fathom.v1 import (
 
 T = TypeVar("T")
 
-# A reply may be larger than any request: it brings log-probabilities of many tokens.
+# Replies with the log-probabilities of many tokens are larger than gRPC's default limit, 4 MiB.
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -31,9 +31,10 @@ _OPTIONS = [
 
 
 class CallError(Exception):
-    """A call failed; ``code`` is the name of its status code.
+    """A call that failed; ``code`` is the name of its status code.
 
-    ``retry_after`` is in seconds, where the server said when to try again.
+    ``retry_after`` is the number of seconds after which to try again, None if the server did not
+    say.
     """
 
     def __init__(self, code: str, message: str, retry_after: float | None) -> None:
@@ -44,10 +45,10 @@ class CallError(Exception):
 
 
 class Client:
-    """Calls a server and waits for the answers; every method raises :class:`CallError`.
+    """A client that waits for each answer; every method raises :class:`CallError`.
 
-    ``timeout`` is in seconds, None for no limit. Without ``tls`` nothing is encrypted, the
-    token neither.
+    ``timeout`` is in seconds, None for no limit. Without ``tls`` nothing is encrypted, not even
+    the token.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class Client:
     def calibrate(
         self, request: control_pb2.CalibrateRequest
     ) -> Iterator[control_pb2.CalibrateResponse]:
-        """Yield progress, then the plan; closing the iterator before leaves all as it was."""
+        """Yield progress, then the new plan; closing the iterator earlier keeps the old plan."""
         return self._stream(self._control.Calibrate, request)
 
     def set_levels(self, request: control_pb2.SetLevelsRequest) -> control_pb2.SetLevelsResponse:
@@ -128,6 +129,11 @@ class Client:
 
     def drain(self, request: control_pb2.DrainRequest) -> control_pb2.DrainResponse:
         return self._unary(self._control.Drain, request, control_pb2.DrainResponse)
+
+    def resume(self) -> control_pb2.ResumeResponse:
+        return self._unary(
+            self._control.Resume, control_pb2.ResumeRequest(), control_pb2.ResumeResponse
+        )
 
     def health(self, service: str = "") -> str:
         """Return ``SERVING`` or ``NOT_SERVING``."""
@@ -156,7 +162,7 @@ class Client:
 class AsyncClient:
     """The stubs of a server, for use with asyncio; close it when done.
 
-    A token goes into the metadata of each call, see :func:`token_metadata`.
+    The token goes into the metadata of each call: see :func:`token_metadata`.
     """
 
     def __init__(self, address: str, *, tls: ClientTls | None = None) -> None:
@@ -187,8 +193,8 @@ class AsyncClient:
 
 
 def retry_delay(call: grpc.Call | grpc.aio.AioRpcError) -> float | None:
-    """Return when a failed call may be tried again, in seconds, where the server said so."""
-    # The stubs know of calls alone, but all that is asked for are code, details and metadata.
+    """Return after how many seconds to try a failed call again, None if the server did not say."""
+    # The type stubs allow only grpc.Call here, but code, details and metadata are all that is used.
     status = rpc_status.from_call(cast("grpc.Call", call))
     for detail in status.details if status is not None else ():
         info = RetryInfo()
@@ -203,6 +209,6 @@ def token_metadata(token: str | None) -> list[tuple[str, str]]:
 
 
 def _call_error(error: grpc.RpcError) -> CallError:
-    # What stubs raise is the call, too, though the base class does not say so.
+    # The error that a stub raises is also the call, though its base class does not say so.
     assert isinstance(error, grpc.Call)
     return CallError(error.code().name, error.details() or "", retry_delay(error))

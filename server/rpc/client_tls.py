@@ -1,4 +1,4 @@
-"""A client's side of TLS."""
+"""TLS of a client."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import grpc
 
 @dataclass(frozen=True, slots=True)
 class ClientTls:
-    """How a client knows the server, and how the server knows the client; in PEM.
+    """Certificates of a client, in PEM.
 
-    Without ``ca`` the authorities are those that gRPC brings along. ``server_name`` is the name
-    in the server's certificate where it is not that of the address.
+    ``ca`` holds the authorities that may sign the server's certificate; None: those that come with
+    gRPC. ``server_name`` is the name in the server's certificate, if it differs from the address.
     """
 
     ca: bytes | None = None

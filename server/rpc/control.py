@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class ControlServicer(control_pb2_grpc.ControlServicer):
-    """What operators do; exceptions are left to the interceptor."""
+    """Operation of the server; exceptions are left to the interceptor."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -33,21 +33,23 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
         self, request: pb.CalibrateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
         max_tokens = request.max_tokens if request.HasField("max_tokens") else None
-        async with aclosing(self._service.calibrate(request.texts, max_tokens)) as events:
-            async for event in events:
-                response = pb.CalibrateResponse()
-                if isinstance(event, Progress):
-                    response.progress.CopyFrom(replies.progress_message(event))
-                else:
-                    response.plan.CopyFrom(replies.plan_message(event))
-                await context.write(response)
+        with self._service.updating() as updates:
+            async with aclosing(updates.calibrate(request.texts, max_tokens)) as events:
+                async for event in events:
+                    response = pb.CalibrateResponse()
+                    if isinstance(event, Progress):
+                        response.progress.CopyFrom(replies.progress_message(event))
+                    else:
+                        response.plan.CopyFrom(replies.plan_message(event))
+                    await context.write(response)
 
     async def SetLevels(
         self, request: pb.SetLevelsRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.SetLevelsResponse:
         specs = requests.level_specs(request)
         default_level = request.default_level if request.HasField("default_level") else None
-        policy = await self._service.set_levels(specs, default_level)
+        with self._service.updating() as updates:
+            policy = await updates.set_levels(specs, default_level)
         levels = ", ".join(map(str, policy.levels))
         _log_until_the_end(f"levels: {levels}; the default is {policy.default_level}")
         return pb.SetLevelsResponse(
@@ -60,7 +62,7 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
         service = self._service
         level, rules = requests.auto_rules(request.policy, service.auto_rules)
         service.set_auto_rules(rules, level)
-        _log_until_the_end(f"depth by itself: {service.policy.auto_level} without load, {rules}")
+        _log_until_the_end(f"automatic depth: {service.policy.auto_level} without load, {rules}")
         return pb.SetPolicyResponse(
             policy=replies.policy_message(service.policy, service.auto_rules)
         )
@@ -76,8 +78,15 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
         num_unfinished = await self._service.drain(requests.grace_seconds(request))
         return pb.DrainResponse(num_unfinished=num_unfinished)
 
+    async def Resume(
+        self, request: pb.ResumeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.ResumeResponse:
+        state = self._service.resume()
+        logger.info("resumed by %s", current_caller().client or "a client")
+        return pb.ResumeResponse(state=replies.state_message(state))
+
 
 def _log_until_the_end(what: str) -> None:
-    """Log what is not in the settings, so that it is known why the next start undoes it."""
+    """Log a change that the next start will undo, because it is not in the settings."""
     client = current_caller().client
     logger.info("%s; set by %s, until this server ends", what, client or "a client")

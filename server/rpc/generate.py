@@ -1,4 +1,4 @@
-"""Generate the protobuf code next to the server.
+"""Generation of the code for the protobuf messages and services.
 
     python -m server.rpc.generate
 
@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 PROTOS = ROOT / "protos"
 GENERATED = Path(__file__).parent / "generated"
 
-# protoc derives Python packages from the path of a proto file below protos/. The generated code
-# lives in a package of the server instead, so that nothing takes the name ``fathom`` at the top.
+# protoc derives Python packages from the path of a proto file below protos/. The generated code is
+# put into a package of the server instead, so that there is no top-level package ``fathom``.
 _IMPORT = re.compile(r"^from fathom\.", flags=re.MULTILINE)
 _IMPORT_BELOW_SERVER = "from server.rpc.generated.fathom."
 
@@ -26,7 +26,7 @@ _IMPORT_BELOW_SERVER = "from server.rpc.generated.fathom."
 def generate(directory: Path) -> list[Path]:
     """Write the code for every file below ``protos/`` to ``directory``; return what was written.
 
-    Raises :class:`RuntimeError` where protoc refuses a file; it says why on stderr.
+    Raises :class:`RuntimeError` if protoc refuses a file; protoc says why on stderr.
     """
     protos = sorted(str(path.relative_to(PROTOS)) for path in PROTOS.rglob("*.proto"))
     with tempfile.TemporaryDirectory() as temporary:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -15,6 +14,7 @@ from server.engine.base import GenerationDelta
 from server.rpc import replies, requests
 from server.rpc.generated.fathom.v1 import inference_pb2 as pb
 from server.rpc.generated.fathom.v1 import inference_pb2_grpc
+from server.rpc.pieces import in_pieces
 from server.serving.service import Service
 
 
@@ -31,8 +31,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         call.begin(generation)
         response = pb.GenerateResponse()
         texts: list[str] = []
-        answer = self._service.generate(generation, deadline=_deadline(context), resubmit=True)
-        async with aclosing(answer) as events:
+        async with self._service.generate(
+            generation, deadline=_deadline(context), may_repeat=True
+        ) as events:
             async for event in events:
                 call.observe(event)
                 match event:
@@ -56,8 +57,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         call.begin(generation)
         # Written rather than yielded: a generator that gRPC iterates over is not closed when a
         # call is cancelled while a message is on its way.
-        answer = self._service.generate(generation, deadline=_deadline(context))
-        async with aclosing(answer) as events:
+        async with self._service.generate(generation, deadline=_deadline(context)) as events:
             async for event in events:
                 call.observe(event)
                 response = pb.GenerateStreamResponse()
@@ -77,7 +77,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> pb.ScoreResponse:
         result = await self._service.score(requests.scoring(request), deadline=_deadline(context))
         current_call().served = result.served
-        return replies.score_message(result)
+        response = replies.score_message(result.scores, result.served)
+        async for scores in in_pieces(result.scores):
+            response.logprobs.extend(map(replies.logprob_message, scores))
+        return response
 
     async def Tokenize(
         self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -85,8 +88,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         ids, texts = await self._service.tokenize(
             requests.text_to_tokenize(request),
             special_tokens=not request.without_special_tokens,
+            deadline=_deadline(context),
         )
-        return pb.TokenizeResponse(ids=ids, tokens=texts)
+        response = pb.TokenizeResponse(ids=ids)
+        async for piece in in_pieces(texts):
+            response.tokens.extend(piece)
+        return response
 
     async def GetModel(
         self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext[Any, Any]

@@ -1,4 +1,4 @@
-"""What every call goes through: who makes it, its status code, and what is noted of it."""
+"""The interceptor of all calls: authentication, status codes, and records of calls."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health
-from grpc_reflection.v1alpha import reflection
 
 from server.access.clients import Permission
 from server.calls.call_record import CallRecord, set_current_call
 from server.calls.caller import set_caller
 from server.errors import InvalidArgument
-from server.rpc.authentication import Authenticator, caller_of, require
+from server.rpc.authentication import Authenticator, caller_of
+from server.rpc.reflection import SERVICE_NAMES as REFLECTION
 from server.rpc.status import code_of, status_of
 
 logger = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Behavior = Callable[[Any, Context], Awaitable[Any]]
-# Is told of every call of the project's own services when it has ended.
+# A function that is called with the record of each call of Fathom's own services, at its end.
 Observer = Callable[[CallRecord], None]
+# Raises an error for a method's request that is not to be decoded.
+CheckSize = Callable[[str, bytes], None]
 
-# A client's deadline cancels the call a moment before the server's copy of it runs out: the
-# copy is rounded up, and starts when the call arrives.
-_DEADLINE_SLACK = 0.02
+# A client's deadline cancels the call a moment before the server's copy of the deadline passes: the
+# copy is rounded up, and counts from the arrival of the call. As a share of the timeout:
+_DEADLINE_SLACK_RATIO = 0.02
 _DEADLINE_SLACK_SECONDS = 0.05
 
 _PERMISSIONS = {
@@ -39,14 +41,20 @@ _TRACE_HEADERS = frozenset({"traceparent", "tracestate", "baggage"})
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Knows the caller, turns exceptions into status codes, and tells observers.
+    """Authenticates callers, turns exceptions into status codes, and tells observers.
 
-    Health is open to anybody: what asks for it has no token.
+    The health service is open to anybody, because probes have no token.
     """
 
-    def __init__(self, authenticator: Authenticator, observers: Sequence[Observer]) -> None:
+    def __init__(
+        self,
+        authenticator: Authenticator,
+        observers: Sequence[Observer],
+        check_size: CheckSize = lambda method, data: None,
+    ) -> None:
         self._authenticator = authenticator
         self._observers = observers
+        self._check_size = check_size
 
     async def intercept_service(
         self,
@@ -60,14 +68,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         service = method.partition("/")[0]
         if handler is None or service == health.SERVICE_NAME:  # None: there is no such method
             return handler
-        if service == reflection.SERVICE_NAME:
+        if service in REFLECTION:
             return self._guarded(handler)
         behavior: Any
         if handler.response_streaming:
             behavior, make_handler = handler.unary_stream, grpc.unary_stream_rpc_method_handler
         else:
             behavior, make_handler = handler.unary_unary, grpc.unary_unary_rpc_method_handler
-        # Messages are decoded later: of callers that are known, and with an error that says more.
+        # Messages are decoded after authentication, with a clearer error than gRPC's own.
         return make_handler(
             self._wrapped(behavior, handler.request_deserializer, method, _PERMISSIONS[service]),
             request_deserializer=None,
@@ -75,7 +83,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         )
 
     def _guarded(self, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
-        """Return a handler of streams that any client may use."""
+        """Return the handler of a stream, open to every known client."""
 
         async def guarded(requests: Any, context: Any) -> AsyncIterator[Any]:
             try:
@@ -112,11 +120,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 record.caller = caller_of(context, None)
                 client = self._authenticator.client(context)
                 record.caller = caller_of(context, client)
-                require(permission, client)
+                self._authenticator.require(permission, client)
                 set_caller(record.caller)
-                response = await behavior(_decoded(data, deserialize, method), context)
+                self._check_size(method, data)
+                message = _decoded(data, deserialize, method)
+                del data  # or it would be held as long as the call
+                response = await behavior(message, context)
             except (asyncio.CancelledError, grpc.aio.InternalError) as error:
-                # InternalError is what a message gets that is on its way when the call ends.
+                # gRPC raises InternalError if the call ends while a message is being sent.
                 code = _code_of_cancellation(timeout, context.time_remaining())
                 self._end(record, code)
                 raise asyncio.CancelledError from error
@@ -162,9 +173,9 @@ def _trace_headers(context: Context) -> dict[str, str]:
 
 
 def _code_of_cancellation(timeout: float | None, remaining: float | None) -> grpc.StatusCode:
-    """Return whether the client's deadline or the client itself ended the call."""
+    """Return DEADLINE_EXCEEDED if the client's deadline ended the call, else CANCELLED."""
     if timeout is None or remaining is None:
         return grpc.StatusCode.CANCELLED
-    if remaining <= max(_DEADLINE_SLACK_SECONDS, _DEADLINE_SLACK * timeout):
+    if remaining <= max(_DEADLINE_SLACK_SECONDS, _DEADLINE_SLACK_RATIO * timeout):
         return grpc.StatusCode.DEADLINE_EXCEEDED
     return grpc.StatusCode.CANCELLED

@@ -1,4 +1,4 @@
-"""Where a call comes from."""
+"""Addresses of callers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages that the services answer with; pure functions of what they work with."""
+"""Conversion of domain objects to reply messages; pure functions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pruning.plan import Plan
 from pruning.quality import Quality
 from server.calibration.calibrator import Progress
-from server.calls.generation import FinishInfo, PromptInfo, ScoringResult
+from server.calls.generation import FinishInfo, PromptInfo
 from server.depth.auto_rules import AutoRules, ladder
 from server.depth.levels import DepthPair, Level
 from server.depth.policy import DepthPolicy, Reason, ServedDepth, Speed
@@ -101,11 +101,11 @@ def logprob_message(score: TokenScore) -> inference_pb2.TokenLogprob:
     )
 
 
-def score_message(result: ScoringResult) -> inference_pb2.ScoreResponse:
+def score_message(scores: Iterable[TokenScore], served: ServedDepth) -> inference_pb2.ScoreResponse:
+    """Return the answer without the scores of the single tokens."""
     return inference_pb2.ScoreResponse(
-        logprobs=map(logprob_message, result.scores),
-        total_logprob=math.fsum(score.logprob for score in result.scores),
-        served=served_message(result.served),
+        total_logprob=math.fsum(score.logprob for score in scores),
+        served=served_message(served),
     )
 
 
@@ -156,6 +156,10 @@ def model_message(model: ModelInfo, engine: str, policy: DepthPolicy) -> inferen
 
 def progress_message(progress: Progress) -> control_pb2.Progress:
     return control_pb2.Progress(phase=progress.phase, done=progress.done, total=progress.total)
+
+
+def state_message(state: State) -> control_pb2.GetStatusResponse.State:
+    return _STATES[state]
 
 
 def status_message(status: Status) -> control_pb2.GetStatusResponse:

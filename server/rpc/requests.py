@@ -1,7 +1,8 @@
-"""Requests, from messages to what the service works with; pure functions.
+"""Conversion of request messages to domain objects; pure functions.
 
-Errors name fields by their path in the request, as ``sampling.temperature``. What only the
-model can decide (context, vocabulary, number of layers) is left to the service.
+All raise :class:`InvalidArgument`, naming the field by its path in the request, such as
+``sampling.temperature``. Limits of the model (context, vocabulary, number of layers) are checked by
+the service.
 """
 
 from __future__ import annotations
@@ -27,18 +28,17 @@ from server.engine.base import SamplingOptions
 from server.errors import InvalidArgument
 from server.rpc.generated.fathom.v1 import common_pb2, control_pb2, inference_pb2
 
-# Every token of a request is compared with all of its stop strings, on the engine's thread.
+# Every token of a request is compared with all its stop strings, on the engine's thread.
 _MAX_STOPS, _MAX_STOP_CHARACTERS = 16, 256
 _MAX_STOP_TOKENS = 128
 _MAX_CHAT_MESSAGES, _MAX_ROLE_CHARACTERS = 1024, 64
 _MAX_LEVELS = 64
 
-# Of a seed, which is a signed 64-bit integer in the request.
-_MAX_INT64 = 2**63 - 1
+_MAX_SEED = 2**63 - 1
 
 
 def generation(request: inference_pb2.GenerateRequest) -> Generation:
-    """Raise :class:`InvalidArgument`, as all functions that read requests do."""
+    """Return what a ``GenerateRequest`` asks for."""
     return Generation(
         request_id=request.request_id,
         prompt=_prompt(request),
@@ -84,7 +84,7 @@ def text_to_tokenize(request: inference_pb2.TokenizeRequest) -> Prompt:
 
 
 def depth_choice(depth: common_pb2.Depth, field: str) -> DepthChoice:
-    """Read a ``Depth``, absent or empty for None."""
+    """Return the choice of a ``Depth``, None if the message is absent or empty."""
     match depth.WhichOneof("choice"):
         case "layers":
             return Layers(depth.layers)
@@ -112,7 +112,7 @@ def _level_spec(spec: control_pb2.LevelSpec, field: str) -> LevelSpec:
 
 
 def auto_rules(policy: control_pb2.Policy, present: AutoRules) -> tuple[str | None, AutoRules]:
-    """Return the level without load, None where it is not given, and the rules."""
+    """Return the level without load, None if ``policy`` has none, and ``present`` as changed."""
     level = policy.level if policy.HasField("level") else None
     levels = tuple(policy.ladder)
     if levels and level not in (None, levels[0]):
@@ -180,7 +180,7 @@ def _sampling(request: inference_pb2.GenerateRequest) -> SamplingOptions:
     if max_tokens == 0:
         raise InvalidArgument("stop.max_tokens", max_tokens, "1 or more")
     if sampling.HasField("seed") and sampling.seed < 0:
-        raise InvalidArgument("sampling.seed", sampling.seed, f"0 to {_MAX_INT64}")
+        raise InvalidArgument("sampling.seed", sampling.seed, f"0 to {_MAX_SEED}")
     return SamplingOptions(
         temperature=_number(sampling, "temperature", "sampling", 0.0),
         top_p=_number(sampling, "top_p", "sampling", 0.0, 1.0, above_low=True),
@@ -236,5 +236,5 @@ def _fixed_depth(depth: common_pb2.Depth, field: str) -> int | float | None:
             return num_layers
         case PruneRatio(ratio):
             return ratio
-        case choice:
-            raise InvalidArgument(field, choice, "layers or prune_ratio")
+        case _:
+            raise InvalidArgument(field, depth.WhichOneof("choice"), "layers or prune_ratio")

@@ -1,16 +1,15 @@
-"""The gRPC server: both services, health and reflection on one port."""
+"""The gRPC server: both services, health and reflection, on one port."""
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from collections.abc import Sequence
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from server.access.listening import cannot_listen
+from server.background import BackgroundTask
 from server.calls.call_record import CallRecord
 from server.errors import InvalidArgument
 from server.rpc.authentication import Authenticator
@@ -23,6 +22,8 @@ from server.rpc.generated.fathom.v1 import (
 )
 from server.rpc.inference import InferenceServicer
 from server.rpc.interceptors import CallInterceptor, Observer
+from server.rpc.message_size import check_size
+from server.rpc.reflection import enable_reflection
 from server.rpc.tls import ServerTls
 from server.serving.service import Service
 from server.serving.service_state import State
@@ -30,12 +31,16 @@ from server.serving.service_state import State
 INFERENCE: str = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 CONTROL: str = control_pb2.DESCRIPTOR.services_by_name["Control"].full_name
 
+_INFERENCE_REQUESTS = {
+    f"{INFERENCE}/{method.name}": method.input_type
+    for method in inference_pb2.DESCRIPTOR.services_by_name["Inference"].methods
+}
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class RpcServer:
-    """Serves a :class:`Service`, in whatever state it is; health follows the state."""
+    """The server of a :class:`Service` in any state; health follows the state."""
 
     def __init__(
         self,
@@ -52,8 +57,8 @@ class RpcServer:
     ) -> None:
         """Prepare to listen on ``port``, 0 for any free one.
 
-        ``tls`` None is plain text, ``authenticator`` None lets anybody call. ``observers`` are
-        told of every call that has ended.
+        Without ``tls`` connections are plain text; without ``authenticator`` anybody may call.
+        ``observers`` are called with the record of each call at its end.
         """
         self._service = service
         self._host = host
@@ -61,7 +66,9 @@ class RpcServer:
         self._tls = tls
         self._server = grpc.aio.server(
             interceptors=[
-                CallInterceptor(authenticator or Authenticator(), [self._count, *observers])
+                CallInterceptor(
+                    authenticator or Authenticator(), [self._count, *observers], self._check_size
+                )
             ],
             options=_options(max_message_bytes, max_concurrent_streams, max_connection_age_seconds),
         )
@@ -69,18 +76,20 @@ class RpcServer:
         control_pb2_grpc.add_ControlServicer_to_server(ControlServicer(service), self._server)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = [INFERENCE, CONTROL, health.SERVICE_NAME, reflection.SERVICE_NAME]
-        reflection.enable_server_reflection(names, self._server)
-        self._following: asyncio.Task[None] | None = None
+        enable_reflection([INFERENCE, CONTROL, health.SERVICE_NAME], self._server)
+        self._following = BackgroundTask("what tells health checks of the state", self._follow)
         self._port = 0
 
     @property
     def port(self) -> int:
-        """The port that the server listens on, once it has been started."""
+        """The port that the server listens on, 0 before :meth:`start`."""
         return self._port
 
     async def start(self) -> None:
-        """Listen; raise :class:`InvalidArgument`, naming ``port`` or ``host``, if impossible."""
+        """Listen.
+
+        Raises :class:`InvalidArgument`, naming ``port`` or ``host``, if that is impossible.
+        """
         _check_free(self._host, self._wanted_port)
         host = f"[{self._host}]" if ":" in self._host else self._host
         try:
@@ -95,19 +104,21 @@ class RpcServer:
         await self._health.set(CONTROL, _SERVING)
         await self._publish(self._service.state)
         await self._server.start()
-        self._following = asyncio.create_task(self._follow())
+        self._following.start()
 
     async def stop(self) -> None:
-        """Tell watchers that nothing is served, and end all calls that are still open.
+        """Tell watchers of health that nothing is served, and end all open calls.
 
-        :meth:`Service.drain` first lets requests finish.
+        Call :meth:`Service.drain` before, to let requests finish.
         """
-        if self._following is not None:
-            self._following.cancel()
-            await asyncio.gather(self._following, return_exceptions=True)
+        await self._following.stop()
         await self._health.enter_graceful_shutdown()
-        # Watchers never end by themselves, so there is no point in waiting for open calls.
+        # Calls that watch health never end, so there is no point in waiting for open calls.
         await self._server.stop(_LAST_MESSAGES_SECONDS)
+
+    def _check_size(self, method: str, data: bytes) -> None:
+        if (message := _INFERENCE_REQUESTS.get(method)) is not None:
+            check_size(data, message, self._service.model)
 
     def _count(self, record: CallRecord) -> None:
         self._service.metrics.count_request(record.method, record.depth, record.code)
@@ -124,11 +135,13 @@ class RpcServer:
             await self._health.set(name, status)
 
 
-# For what has been answered already to get to the clients.
+# Time for the last messages to reach the clients.
 _LAST_MESSAGES_SECONDS = 0.1
-# Calls that gRPC holds until the event loop takes them, at some 16 KiB each. By default it cancels
-# some beyond a thousand, which a burst of streams reaches; admission refuses them properly.
+# Calls that gRPC holds until the event loop takes them, some 16 KiB each. By default gRPC cancels
+# some calls beyond a thousand, which a burst of streams reaches; admission refuses with a reason.
 _MAX_PENDING_CALLS = 2**13
+# The largest value of an option; gRPC takes it for no limit.
+_MAX_INT = 2**31 - 1
 
 
 def _options(
@@ -137,32 +150,36 @@ def _options(
     max_connection_age_seconds: float | None,
 ) -> list[tuple[str, int]]:
     options = [
-        # Otherwise a second server on the port would go unnoticed, and get half of the calls.
+        # Otherwise a second server could listen on the port unnoticed, and get half of the calls.
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
         ("grpc.server.max_pending_requests_hard_limit", 2 * _MAX_PENDING_CALLS),
-        # Clients whose machine is gone are noticed, so that their requests end.
+        # Pings notice clients whose machine is gone, so that their requests end.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
-        # Clients may ping as often, also through unary calls that are silent for long.
+        # Clients may ping as well, also during unary calls that send nothing for long.
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.http2.max_ping_strikes", 0),
     ]
     if max_concurrent_streams is not None:
         options.append(("grpc.max_concurrent_streams", max_concurrent_streams))
-        # Or calls would count that the client knows to have ended, whose remains have not been
-        # cleared away yet, and its next one, which had waited for its turn, would be refused.
+        # Otherwise calls count that have ended for the client but are not cleaned up yet, and the
+        # next call, which has waited for them to end, is refused.
         options.append(("grpc.http.overload_protection", 0))
     if max_connection_age_seconds is not None:
-        # What runs then is finished on the old connection: there is no limit to its grace.
-        options.append(("grpc.max_connection_age_ms", int(max_connection_age_seconds * 1000)))
+        # Running calls are finished on the old connection: its grace has no limit.
+        milliseconds = int(min(max_connection_age_seconds * 1000, _MAX_INT))
+        options.append(("grpc.max_connection_age_ms", milliseconds))
     return options
 
 
 def _check_free(host: str, port: int) -> None:
-    """Listen for a moment: gRPC's error would not say what is wrong, and it logs one, too."""
+    """Raise :class:`InvalidArgument` if the address cannot be listened on.
+
+    It listens for a moment, because gRPC's own error does not say what is wrong.
+    """
     try:
         (family, kind, protocol, _, address), *_ = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM

@@ -1,4 +1,4 @@
-"""Which gRPC status an exception becomes."""
+"""gRPC status codes of exceptions."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ CODES: dict[type[Exception], grpc.StatusCode] = {
     PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
 }
 
-# Status and message travel as HTTP/2 headers, of which peers accept some 8 KiB.
-_MAX_MESSAGE = 1024
+# Status and message are sent as HTTP/2 headers, of which peers accept some 8 KiB.
+_MAX_MESSAGE_CHARACTERS = 1024
 
 
 def code_of(error: Exception) -> grpc.StatusCode:
-    """Return the code of the nearest class of ``error``; INTERNAL for one that is in no table."""
+    """Return the code of the nearest class of ``error`` in the table, else INTERNAL."""
     for cls in type(error).__mro__:
         if cls in CODES:
             return CODES[cls]
@@ -49,14 +49,14 @@ def code_of(error: Exception) -> grpc.StatusCode:
 
 
 def status_of(error: Exception) -> grpc.Status:
-    """Return the status that a client is told, with when to try again where that may help.
+    """Return the status that a client is told, with the time to try again where that may help.
 
-    Of an error that no client is meant to see it says nothing but that it was logged.
+    The text of an error that is not a :class:`FathomError` is for the log alone.
     """
     code = code_of(error)
     message = str(error) if isinstance(error, FathomError) else "an error that the server logged"
-    if len(message) > _MAX_MESSAGE:
-        message = f"{message[: _MAX_MESSAGE - 3]}..."
+    if len(message) > _MAX_MESSAGE_CHARACTERS:
+        message = f"{message[: _MAX_MESSAGE_CHARACTERS - 3]}..."
     status = status_pb2.Status(code=code.value[0], message=message)
     if isinstance(error, Overloaded | Unavailable):
         delay = Duration()

@@ -1,4 +1,4 @@
-"""gRPC's side of TLS: every new connection gets the certificates that are in force then."""
+"""TLS of the server: a new connection uses the certificates that are in force at that time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from server.access.certificates import Certificates
 
 
 class ServerTls:
-    """The server's credentials; open connections keep theirs when certificates are replaced."""
+    """The server's credentials; open connections keep their certificates when new ones come."""
 
     def __init__(self, certificates: Certificates) -> None:
         self._configuration = _configuration(certificates)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,9 +17,14 @@ _MAX_RETRY_SECONDS = 30.0
 
 @dataclass(slots=True, eq=False)
 class Admitted:
-    """A request in flight; ``num_tokens`` of its prompt, once they are known."""
+    """A request in flight; ``num_tokens`` of its prompt, once they are known.
+
+    ``request_id`` is the client's, which another client may use at the same time; ``engine_id``
+    is made here, and the only one that the engine gets.
+    """
 
     request_id: str
+    engine_id: str
     client: str
     num_tokens: int = 0
     is_waiting: bool = True
@@ -27,26 +32,36 @@ class Admitted:
 
 @dataclass(slots=True)
 class _Share:
-    """What a client has of what waits."""
+    """A client's part of what waits."""
 
     num_requests: int = 0
     num_tokens: int = 0
 
 
 class Admission:
-    """The requests in flight, of which a limited number waits for their first token.
+    """The requests in flight, of which a limited number may wait.
 
-    Their prompts are limited, too, in tokens. Where there is no room, and one client has more of
-    ``queue`` than the one that comes would have, the former's newest request gives way.
+    Their prompts are limited, too, in tokens. Where there is no room, and one client has more in
+    one of the queues than the one that comes would have, the former's newest request there gives
+    way.
     """
 
     def __init__(
-        self, queue: FairQueue, max_waiting: int, max_waiting_tokens: int | None = None
+        self,
+        queue: FairQueue,
+        max_waiting: int,
+        max_waiting_tokens: int | None = None,
+        *,
+        other_queues: Sequence[FairQueue] = (),
     ) -> None:
+        """``queue`` is in front of the engine, ``other_queues`` are those on the way there."""
         self._queue = queue
+        # The last ones to have come are in these, and have cost least.
+        self._queues = [*other_queues, queue]
         self._max_waiting = max_waiting
         self._max_waiting_tokens = max_waiting_tokens
-        self._in_flight: dict[str, Admitted] = {}
+        # By client and id.
+        self._in_flight: dict[tuple[str, str], Admitted] = {}
         self._shares: dict[str, _Share] = {}
         self._num_waiting = 0
         self._num_waiting_tokens = 0
@@ -63,21 +78,22 @@ class Admission:
 
     @contextmanager
     def admit(self, request_id: str, client: str = "") -> Iterator[Admitted]:
-        """Hold a place for a request; an empty id is replaced by one that is made.
+        """Let a request in; an empty id is replaced by one that is made.
 
-        Raises :class:`InvalidArgument` for an id that is not allowed or is in flight already,
-        and :class:`Overloaded` where there is no room.
+        Raises :class:`InvalidArgument` for an id that is not allowed or that a request of this
+        client has already, and :class:`Overloaded` where there is no room.
         """
-        if not request_id:
-            request_id = uuid.uuid4().hex
         if len(request_id) > 128 or not (request_id.isascii() and request_id.isprintable()):
             raise InvalidArgument("request_id", request_id, _ID_ALLOWED)
-        if request_id in self._in_flight:
+        engine_id = uuid.uuid4().hex
+        request_id = request_id or engine_id
+        key = client, request_id
+        if key in self._in_flight:
             raise InvalidArgument("request_id", request_id, "an id that no running request has")
         self._require_room_for_request(client)
         # However long the prompt is: what cannot fit is refused before it is tokenized.
         self._require_room_for_tokens(client, 1)
-        admitted = self._in_flight[request_id] = Admitted(request_id, client)
+        admitted = self._in_flight[key] = Admitted(request_id, engine_id, client)
         self._shares.setdefault(client, _Share()).num_requests += 1
         self._num_waiting += 1
         self._idle.clear()
@@ -85,7 +101,7 @@ class Admission:
             yield admitted
         finally:
             self.begin(admitted)
-            del self._in_flight[request_id]
+            del self._in_flight[key]
             if not self._in_flight:
                 self._idle.set()
 
@@ -96,8 +112,9 @@ class Admission:
         """
         self._require_room_for_tokens(admitted.client, num_tokens)
         admitted.num_tokens = num_tokens
-        self._shares[admitted.client].num_tokens += num_tokens
-        self._num_waiting_tokens += num_tokens
+        if admitted.is_waiting:
+            self._shares[admitted.client].num_tokens += num_tokens
+            self._num_waiting_tokens += num_tokens
 
     def begin(self, admitted: Admitted) -> None:
         """Note that a request waits no longer; it may have been noted before."""
@@ -137,8 +154,9 @@ class Admission:
                 )
 
     def _make_room(self, client: str, size: int, *, in_tokens: bool) -> bool:
-        return self._queue.make_room(
-            client, size, in_tokens=in_tokens, retry_after=self._retry_after(client)
+        return any(
+            queue.make_room(client, size, in_tokens=in_tokens, retry_after=self._retry_after)
+            for queue in self._queues
         )
 
     def _retry_after(self, client: str) -> float:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Iterator
+import asyncio
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
+from server.background import BackgroundTask
 from server.engine.base import Engine, EngineDead
 from server.engine.supervisor import Supervisor
 from server.engine.watchdog import Watchdog
@@ -21,20 +22,22 @@ class EngineRestarter:
     def __init__(
         self,
         engine: Engine,
-        life: ServiceState,
+        state: ServiceState,
         queue: FairQueue,
         metrics: Metrics,
         *,
         timeout_seconds: float,
+        stall_seconds: float,
         poll_seconds: float,
         first_delay: float,
         max_delay: float,
     ) -> None:
         self._engine = engine
-        self._life = life
+        self._state = state
         self._queue = queue
         self._metrics = metrics
         self._num_restarts = 0
+        self._resumed = asyncio.Event()
         self._supervisor = Supervisor(
             engine,
             self._died,
@@ -45,7 +48,7 @@ class EngineRestarter:
             max_delay=max_delay,
         )
         self._watchdog = (
-            Watchdog(engine, timeout_seconds)
+            Watchdog(engine, timeout_seconds, stall_seconds=stall_seconds)
             if timeout_seconds and not engine.restarts_itself
             else None
         )
@@ -55,12 +58,12 @@ class EngineRestarter:
     def num_restarts(self) -> int:
         return self._num_restarts
 
-    def watches(self) -> list[Coroutine[Any, Any, None]]:
+    def tasks(self) -> list[BackgroundTask]:
         """Return what is to run as long as the engine is to be kept alive."""
-        watches = [self._supervisor.run()]
+        tasks = [BackgroundTask("the engine's supervisor", self._supervise)]
         if self._watchdog is not None:
-            watches.append(self._watchdog.run())
-        return watches
+            tasks.append(BackgroundTask("the engine's watchdog", self._watchdog.run))
+        return tasks
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -79,11 +82,28 @@ class EngineRestarter:
             self._died()
             self._supervisor.report_death()
 
+    def resume(self) -> None:
+        """Serve again after a drain, during which a dead engine is left dead."""
+        if self._engine.is_alive:
+            self._state.turn_to(State.SERVING)
+            self._queue.resume()
+        else:
+            self._state.turn_to(State.ENGINE_DOWN)
+            self._queue.pause()
+            self._supervisor.report_death()
+        self._resumed.set()
+
+    async def _supervise(self) -> None:
+        while True:
+            await self._supervisor.run()  # ends when the engine dies during a drain
+            await self._resumed.wait()
+            self._resumed.clear()
+
     def _died(self) -> bool:
         """Return whether the engine is to be started again."""
-        if self._life.state is State.SERVING:
-            self._life.turn_to(State.ENGINE_DOWN)
-        if self._life.state is State.ENGINE_DOWN:
+        if self._state.state is State.SERVING:
+            self._state.turn_to(State.ENGINE_DOWN)
+        if self._state.state is State.ENGINE_DOWN:
             self._queue.pause()
             return True
         self._queue.fail(lambda: Unavailable("the engine has died, and the server is draining"))
@@ -96,8 +116,8 @@ class EngineRestarter:
     def _restarted(self) -> None:
         if not self._engine.restarts_itself:  # else it has counted
             self._count_restart()
-        if self._life.state is State.ENGINE_DOWN:
-            self._life.turn_to(State.SERVING)
+        if self._state.state is State.ENGINE_DOWN:
+            self._state.turn_to(State.SERVING)
         self._queue.resume()
 
     def _restart_failed(self) -> None:

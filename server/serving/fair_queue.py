@@ -2,9 +2,9 @@
 
 Virtual token counters (Sheng et al., "Fairness in Serving Large Language Models",
 arXiv 2401.00588, algorithm 2): a client's counter grows by the work that is done for it, and the
-next place goes to the waiting client whose counter is smallest. A client that comes back starts
-no lower than those who wait, so that idling earns no credit. No place stays empty while a
-request waits.
+next slot goes to the waiting client whose counter is smallest. A client that comes back starts
+no lower than those who wait, so that idling earns no credit. No slot stays empty while a request
+waits.
 """
 
 from __future__ import annotations
@@ -18,15 +18,31 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+from server.depth.sliding_window import SlidingWindow
 from server.errors import DeadlineTooSoon, Overloaded
-from server.serving.start_rate import StartRate
 
 # There may be as many clients as addresses: those that have been idle longest are forgotten.
 _MAX_IDLE_CLIENTS = 4096
+# Starts that the pace is measured by: the latest, and no fewer than are needed.
+_NUM_STARTS, _NUM_STARTS_NEEDED = 512, 16
+# A wait that is told to a client must be sure even at so many times the pace that was measured.
+_OPTIMISM = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Who waits for slots, and how long: ``deadline`` is a time of the queue's clock.
+
+    ``on_refused`` is called when the request has to make room for another client.
+    """
+
+    client: str = ""
+    deadline: float = math.inf
+    on_refused: Callable[[], None] = lambda: None
 
 
 class Slot:
-    """A request's slot in the engine: waits for it when entered, and ends it when left."""
+    """A request's slot in the engine: entering waits for it, leaving gives it back."""
 
     def __init__(
         self,
@@ -39,7 +55,7 @@ class Slot:
     ) -> None:
         self.client = client
         self.num_tokens = num_tokens
-        # Of the prompt, charged when the request starts.
+        # The cost of the prompt is charged when the request starts.
         self.cost = cost
         self.deadline = deadline
         self.on_refused = on_refused
@@ -65,7 +81,7 @@ class Slot:
         self._queue.charge(self, cost)
 
     def end(self) -> None:
-        """Let the next request start; may be called twice."""
+        """Give the slot back, so that the next request starts; may be called twice."""
         self._queue.leave(self)
 
     async def again(self) -> None:
@@ -92,12 +108,12 @@ class _Client:
 
 
 class FairQueue:
-    """Requests in front of an engine that is given ``num_places`` at a time; None: all."""
+    """Requests in front of an engine that is given ``num_slots`` at a time; None: all."""
 
     def __init__(
-        self, num_places: int | None = None, clock: Callable[[], float] = time.monotonic
+        self, num_slots: int | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._num_places = math.inf if num_places is None else num_places
+        self._num_slots: float = math.inf if num_slots is None else num_slots
         self._clock = clock
         # Those with requests, and those without, the one that has been idle longest first.
         self._clients: dict[str, _Client] = {}
@@ -108,7 +124,8 @@ class FairQueue:
         # The counter of the client that was served last.
         self._virtual_time = 0.0
         self._paused = False
-        self._rate = StartRate()
+        # The latest starts while others waited.
+        self._starts = SlidingWindow(grain=0.0, max_grains=_NUM_STARTS)
 
     @property
     def num_waiting(self) -> int:
@@ -121,8 +138,20 @@ class FairQueue:
 
     @property
     def utilization(self) -> float:
-        """The share of the places that are taken; 0.0 where there is no limit."""
-        return self._num_running / self._num_places
+        """The share of the slots that are taken; 0.0 where there is no limit."""
+        return min(1.0, self._num_running / self._num_slots)
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether there may be requests that have to wait."""
+        return self._num_slots < math.inf
+
+    def set_num_slots(self, num_slots: int) -> None:
+        """Give the engine so many requests at a time; those that run beyond that go on."""
+        if num_slots != self._num_slots:
+            self._num_slots = num_slots
+            self._starts.clear()  # the pace is another one
+            self._start_next()
 
     def longest_wait(self) -> float:
         """Return how long the request has waited that has waited longest, in seconds."""
@@ -136,7 +165,9 @@ class FairQueue:
         before it come first for sure; how others mix in between is left out.
         """
         own = self._clients.get(client)
-        return self._rate.seconds_for(len(own.waiting)) if own is not None else 0.0
+        if own is None:
+            return 0.0
+        return len(own.waiting) * self._starts.interval(_NUM_STARTS_NEEDED) / _OPTIMISM
 
     def slot(
         self,
@@ -149,16 +180,16 @@ class FairQueue:
     ) -> Slot:
         """Return the slot of a request of so many prompt tokens, which cost so much.
 
-        ``deadline`` is a time of the clock. ``on_refused`` is called when the request loses its
-        place in a full queue to another client.
+        ``deadline`` is a time of the clock. ``on_refused`` is called when the request has to make
+        room in a full queue for another client.
         """
         return Slot(self, client, num_tokens, cost, deadline, on_refused)
 
     async def enter(self, slot: Slot, *, first: bool = False) -> None:
-        """Wait until it is the request's slot; ``first``: before the client's other requests.
+        """Wait until the slot is free; ``first``: before the client's other requests.
 
         Raises :class:`DeadlineTooSoon` at once where the request cannot start before its
-        deadline, :class:`Overloaded` when it loses its place, and what :meth:`fail` is given.
+        deadline, :class:`Overloaded` when it has to make room, and what :meth:`fail` is given.
         """
         now = self._clock()
         if not first and now + (seconds := self.seconds_until_start(slot.client)) > slot.deadline:
@@ -173,7 +204,7 @@ class FairQueue:
         try:
             await slot.started
         except BaseException:
-            # Whatever ended the wait, a place that was given meanwhile goes to another.
+            # Whatever ended the wait, a slot that was given meanwhile goes to another.
             self.leave(slot)
             raise
 
@@ -183,7 +214,7 @@ class FairQueue:
             self._clients[slot.client].counter += cost
 
     def leave(self, slot: Slot) -> None:
-        """Give the place back; nothing happens where the request has none any more."""
+        """Give the slot back; nothing happens where the request has none any more."""
         client = self._clients.get(slot.client)
         if client is None:
             return
@@ -197,11 +228,14 @@ class FairQueue:
         self._rest(slot.client)
         self._start_next()
 
-    def make_room(self, client: str, size: int, *, in_tokens: bool, retry_after: float) -> bool:
+    def make_room(
+        self, client: str, size: int, *, in_tokens: bool, retry_after: Callable[[str], float]
+    ) -> bool:
         """Refuse the newest request of the client that has most of what waits here.
 
         Returns False, and refuses none, unless that client has more than ``size``, which is what
-        ``client`` would have; in tokens or in requests.
+        ``client`` would have; in tokens or in requests. ``retry_after`` returns when a client may
+        try again, in seconds; the refused one is told its own.
         """
 
         def size_of(other: _Client) -> int:
@@ -216,16 +250,17 @@ class FairQueue:
         slot = greediest.waiting.pop()
         self._num_waiting -= 1
         slot.on_refused()
+        seconds = retry_after(slot.client)
         _refuse(
             slot,
-            Overloaded("the queue is full, and its places are shared among clients", retry_after),
+            Overloaded("the queue is full, and its places are shared among clients", seconds),
         )
         return True
 
     def pause(self) -> None:
         """Start nothing until :meth:`resume`."""
         self._paused = True
-        self._rate.forget()
+        self._starts.clear()
 
     def resume(self) -> None:
         self._paused = False
@@ -252,10 +287,10 @@ class FairQueue:
         self._num_waiting += 1
 
     def _start_next(self) -> None:
-        while not self._paused and self._num_running < self._num_places:
+        while not self._paused and self._num_running < self._num_slots:
             waiting = [client for client in self._clients.values() if client.waiting]
             if not waiting:
-                self._rate.forget()
+                self._starts.clear()
                 return
             client = min(waiting, key=lambda each: (each.counter, each.latest_start))
             slot = client.waiting.popleft()
@@ -271,7 +306,7 @@ class FairQueue:
             client.num_running += 1
             slot.is_running = True
             slot.started.set_result(None)
-            self._rate.add(self._clock())
+            self._starts.add(self._clock())
 
     def _rest(self, name: str) -> None:
         client = self._clients[name]

@@ -1,4 +1,4 @@
-"""Between an engine that does not wait and a client that may read slowly."""
+"""What the engine has generated and the client has not read yet."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Self
 from server.engine.base import GenerationDelta
 from server.errors import Overloaded
 
-# Of merged deltas, in tokens with their log-probabilities: a client's library refuses messages
-# that are larger than it expects, 4 MiB by default.
+# Tokens and log-probabilities of a merged delta. A client's library refuses messages that are
+# larger than it expects, 4 MiB by default.
 _MAX_DELTA_SIZE = 4096
 
 
@@ -20,17 +20,17 @@ class OutputBuffer:
     """Takes what a request generates as it comes, and merges what the client has not read.
 
     So the engine is free as soon as it is done, and what is held is bounded: by the tokens that
-    the request may generate, and by ``max_unread`` tokens and log-probabilities.
+    the request may generate, and by ``max_buffered_tokens`` tokens and log-probabilities.
     """
 
     def __init__(
-        self, on_delta: Callable[[GenerationDelta], None], max_unread: int | None = None
+        self, on_delta: Callable[[GenerationDelta], None], max_buffered_tokens: int | None = None
     ) -> None:
         """``on_delta`` is called with every delta when the engine brings it."""
         self._on_delta = on_delta
-        self._max_unread = max_unread
+        self._max_buffered_tokens = max_buffered_tokens
         self._deltas: deque[GenerationDelta] = deque()
-        self._num_unread = 0
+        self._num_buffered = 0
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -61,7 +61,7 @@ class OutputBuffer:
             self._changed.clear()
             await self._changed.wait()
         delta = self._deltas.popleft()
-        self._num_unread -= _size(delta)
+        self._num_buffered -= _size(delta)
         return delta
 
     async def _read(self, deltas: AsyncGenerator[GenerationDelta, None]) -> None:
@@ -72,12 +72,12 @@ class OutputBuffer:
 
     def _add(self, delta: GenerationDelta) -> None:
         size = _size(delta)
-        self._num_unread += size
-        if self._max_unread is not None and self._num_unread > self._max_unread:
+        self._num_buffered += size
+        if self._max_buffered_tokens is not None and self._num_buffered > self._max_buffered_tokens:
             self._deltas.clear()
             raise Overloaded(
-                f"the client has left {self._num_unread} tokens and log-probabilities unread, "
-                f"and max_unread allows {self._max_unread}",
+                f"the client has left {self._num_buffered} tokens and log-probabilities unread, "
+                f"and max_buffered_tokens allows {self._max_buffered_tokens}",
                 retry_after=1.0,
             )
         if self._deltas and _size(self._deltas[-1]) + size <= _MAX_DELTA_SIZE:

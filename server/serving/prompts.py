@@ -2,38 +2,48 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from server.calls.generation import ChatPrompt, Prompt, Scoring, TextPrompt, TokenPrompt
 from server.engine.base import Engine
 from server.errors import InvalidArgument
+from server.serving.fair_queue import Claim, FairQueue
+from server.serving.tokenizer_thread import TokenizerThread
 
 T = TypeVar("T")
 
-# In characters; longer texts take long enough to tokenize that others would notice.
+# Characters; longer texts take long enough to tokenize that others would notice.
 _LONG_TEXT = 65536
+# Characters of a long text that are tokenized at a time to see whether all of it could fit.
+_PIECE = 65536
+# Tokens that are turned into text at a time, between which others get their turn.
+_PIECE_TOKENS = 4096
 
 
 class PromptReader:
     """Tokenizes off the event loop, and refuses what cannot fit before it costs anything.
 
-    The engine must have been started.
+    What is to be done for a request waits in a queue that clients share, and ends with the call
+    or its deadline, which the :class:`Claim` names. The engine must have been started.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         # Long texts are kept out of the way of short ones.
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
-        self._threads_for_long = ThreadPoolExecutor(1, thread_name_prefix="long-tokenizer")
+        self._short = TokenizerThread("tokenizer")
+        self._long = TokenizerThread("long-tokenizer")
+
+    @property
+    def queues(self) -> list[FairQueue]:
+        """Where requests wait for a tokenizer."""
+        return [self._short.queue, self._long.queue]
 
     def close(self) -> None:
-        for threads in (self._threads, self._threads_for_long):
-            threads.shutdown(wait=False, cancel_futures=True)
+        self._short.close()
+        self._long.close()
 
-    async def read_to_generate(self, prompt: Prompt) -> list[int]:
+    async def read_to_generate(self, prompt: Prompt, claim: Claim) -> list[int]:
         """Return the ids of a prompt that something is to follow; see :meth:`read`."""
         match prompt:
             case TextPrompt(""):
@@ -41,25 +51,38 @@ class PromptReader:
             case ChatPrompt(()):
                 raise InvalidArgument("chat.messages", [], "at least one message")
         fields = "prompt", "token_ids.ids"
-        ids = await self.read(prompt, *fields)
+        ids = await self.read(prompt, *fields, claim)
         if not ids:
             raise InvalidArgument(field_of(prompt, *fields), ids, "at least one token")
         return ids
 
-    async def read_to_score(self, request: Scoring) -> tuple[list[int], list[int]]:
-        """Return the ids of the context, which may be none, and of its continuation.
+    async def read_to_score(self, request: Scoring, claim: Claim) -> tuple[list[int], list[int]]:
+        """Return the ids of the context, which may be none, and of what is scored after it.
 
-        Raises :class:`InvalidArgument`, as :meth:`read` does, and where there is nothing to score.
+        Texts are tokenized as the one text that they make: where a token spans the end of the
+        context, it is scored, too. Raises :class:`InvalidArgument`, as :meth:`read` does, and
+        where there is nothing to score.
         """
-        context_ids: list[int] = []
-        if request.context is not None:
-            fields = "context_text", "context_ids.ids"
-            context_ids = await self.read(request.context, *fields)
-            if not context_ids:
-                raise InvalidArgument(field_of(request.context, *fields), "", "at least one token")
+        context, continuation = request.context, request.continuation
         fields = "text", "token_ids.ids"
-        field = field_of(request.continuation, *fields)
-        ids = await self.read(request.continuation, *fields, special_tokens=request.context is None)
+        field = field_of(continuation, *fields)
+        if context is None:
+            context_ids, ids = [], await self.read(continuation, *fields, claim)
+        else:
+            context_fields = "context_text", "context_ids.ids"
+            context_ids = await self.read(context, *context_fields, claim)
+            if not context_ids:
+                raise InvalidArgument(field_of(context, *context_fields), "", "at least one token")
+            if isinstance(context, TextPrompt) and isinstance(continuation, TextPrompt):
+                joined = TextPrompt(context.text + continuation.text)
+                whole = await self.read(joined, *fields, claim)
+                num_shared = _num_shared(context_ids, whole)
+                if num_shared == 0:
+                    allowed = "at least one token that does not join with those of text"
+                    raise InvalidArgument("context_text", context.text, allowed)
+                context_ids, ids = whole[:num_shared], whole[num_shared:]
+            else:
+                ids = await self.read(continuation, *fields, claim, special_tokens=False)
         if len(context_ids) + len(ids) < 2 or not ids:
             allowed = "at least one token to score, after at least one token of context"
             raise InvalidArgument(field, f"{len(ids)} tokens", allowed)
@@ -67,7 +90,13 @@ class PromptReader:
         return context_ids, ids
 
     async def read(
-        self, prompt: Prompt, text_field: str, ids_field: str, *, special_tokens: bool = True
+        self,
+        prompt: Prompt,
+        text_field: str,
+        ids_field: str,
+        claim: Claim,
+        *,
+        special_tokens: bool = True,
     ) -> list[int]:
         """Return the ids of a prompt, which may be none.
 
@@ -75,41 +104,53 @@ class PromptReader:
         is longer than the context and for ids that are not in the vocabulary.
         """
         field = field_of(prompt, text_field, ids_field)
-        self._check_characters(prompt, field)
-        ids = await self.tokenize(prompt, special_tokens=special_tokens)
+        if isinstance(prompt, TokenPrompt):
+            self.check_length(len(prompt.ids), field)
+        elif isinstance(prompt, TextPrompt):
+            self._check_characters(prompt, field)
+            await self._check_pieces(prompt.text, field, claim)
+        ids = await self._tokenize(prompt, field, claim, special_tokens=special_tokens)
         self.check_length(len(ids), field)
         check_ids(ids, field, self._engine.model.vocab_size)
         return ids
 
-    async def tokenize(self, prompt: Prompt, *, special_tokens: bool = True) -> list[int]:
-        """Return the ids of a prompt of any length."""
-        match prompt:
-            case TextPrompt(text):
-                return await self._in_thread(
-                    lambda: self._engine.tokenize(text, special_tokens=special_tokens), len(text)
-                )
-            case TokenPrompt(ids):
-                return list(ids)
-            case ChatPrompt(messages):
-                return await self._in_thread(
-                    lambda: self._engine.tokenize_chat(messages), _num_characters(prompt)
-                )
+    async def tokenize(
+        self, prompt: Prompt, claim: Claim, *, special_tokens: bool = True
+    ) -> tuple[list[int], list[str]]:
+        """Return the ids of a prompt, and the text of each token by itself.
 
-    async def token_texts(self, ids: Sequence[int]) -> list[str]:
-        """Return the text of each token by itself."""
-        return await self._in_thread(lambda: self._engine.token_texts(ids), len(ids))
+        Raises :class:`InvalidArgument` for a prompt of more characters than the context holds.
+        """
+        field = field_of(prompt, "text", "token_ids.ids")
+        ids = await self._tokenize(prompt, field, claim, special_tokens=special_tokens)
+        unique = sorted(set(ids))
+        texts: dict[int, str] = {}
+        for piece in _pieces(unique, _PIECE_TOKENS):
+            found = await self._run(claim, self._token_texts(piece), len(piece), len(ids))
+            texts.update(zip(piece, found, strict=True))
+        return ids, [texts[token_id] for token_id in ids]
 
-    def text(self, prompt: Prompt, ids: Sequence[int]) -> str:
+    async def text(self, prompt: Prompt, ids: Sequence[int], claim: Claim) -> str:
         """Return the text of a prompt that has been read as ``ids``."""
-        return prompt.text if isinstance(prompt, TextPrompt) else self._engine.detokenize(ids)
+        if isinstance(prompt, TextPrompt):
+            return prompt.text
+        decode = self._engine.detokenize_prompt
+        return await self._run(claim, lambda: decode(ids), len(ids), len(ids))
 
     def check_length(self, num_tokens: int, field: str) -> None:
         """Raise :class:`InvalidArgument` for more tokens than the context has room for."""
-        # One place is left for the token that is generated.
-        longest = self._engine.model.max_context - 1
+        longest = self._max_prompt_tokens
         if num_tokens > longest:
-            allowed = f"at most {longest} tokens: the context holds {longest + 1}"
-            raise InvalidArgument(field, f"{num_tokens} tokens", allowed)
+            raise InvalidArgument(field, f"{num_tokens} tokens", self._allowed_tokens)
+
+    @property
+    def _max_prompt_tokens(self) -> int:
+        return self._engine.model.max_context - 1  # leaving room for one that is generated
+
+    @property
+    def _allowed_tokens(self) -> str:
+        longest = self._max_prompt_tokens
+        return f"at most {longest} tokens: the context holds {longest + 1}"
 
     def _check_characters(self, prompt: Prompt, field: str) -> None:
         model = self._engine.model
@@ -118,16 +159,61 @@ class PromptReader:
             allowed = f"at most {longest} characters: the context holds {model.max_context} tokens"
             raise InvalidArgument(field, f"{size} characters", allowed)
 
-    async def _in_thread(self, function: Callable[[], T], size: int) -> T:
-        threads = self._threads_for_long if size > _LONG_TEXT else self._threads
-        return await asyncio.get_running_loop().run_in_executor(threads, function)
+    async def _check_pieces(self, text: str, field: str, claim: Claim) -> None:
+        """Raise :class:`InvalidArgument` for a long text that comes to too many tokens in pieces.
+
+        Tokenizing it as a whole could not be ended half-way. Cutting costs a few tokens a piece,
+        so that a text which fits has far less than twice as many in pieces.
+        """
+        if len(text) <= _LONG_TEXT:
+            return
+        num_tokens = 0
+        for piece in _pieces(text, _PIECE):
+            ids = await self._run(claim, self._ids(piece, special_tokens=False), len(piece))
+            num_tokens += len(ids)
+            if num_tokens > 2 * self._max_prompt_tokens:
+                raise InvalidArgument(field, f"about {num_tokens} tokens", self._allowed_tokens)
+
+    async def _tokenize(
+        self, prompt: Prompt, field: str, claim: Claim, *, special_tokens: bool
+    ) -> list[int]:
+        self._check_characters(prompt, field)
+        match prompt:
+            case TextPrompt(text):
+                ids = self._ids(text, special_tokens=special_tokens)
+                return await self._run(claim, ids, len(text))
+            case TokenPrompt(ids=token_ids):
+                return list(token_ids)
+            case ChatPrompt(messages):
+                return await self._run(
+                    claim, lambda: self._engine.tokenize_chat(messages), _num_characters(prompt)
+                )
+
+    def _ids(self, text: str, *, special_tokens: bool) -> Callable[[], list[int]]:
+        return lambda: self._engine.tokenize(text, special_tokens=special_tokens)
+
+    def _token_texts(self, ids: Sequence[int]) -> Callable[[], list[str]]:
+        return lambda: self._engine.token_texts(ids)
+
+    async def _run(
+        self, claim: Claim, function: Callable[[], T], cost: int, size: int | None = None
+    ) -> T:
+        """Run a function in the thread for work of ``size``, by default ``cost``."""
+        thread = self._long if (cost if size is None else size) > _LONG_TEXT else self._short
+        return await thread.run(claim, function, cost)
+
+
+def _pieces(values: Sequence[T] | str, size: int) -> Iterator[Any]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]
 
 
 def check_ids(ids: Sequence[int], field: str, vocab_size: int) -> None:
     """Raise :class:`InvalidArgument`, naming the entry of ``field``, for an id that is no token."""
-    for i, token_id in enumerate(ids):
-        if not 0 <= token_id < vocab_size:
-            raise InvalidArgument(f"{field}[{i}]", token_id, f"0 to {vocab_size - 1}")
+    if not ids or (min(ids) >= 0 and max(ids) < vocab_size):
+        return
+    i = next(i for i, token_id in enumerate(ids) if not 0 <= token_id < vocab_size)
+    raise InvalidArgument(f"{field}[{i}]", ids[i], f"0 to {vocab_size - 1}")
 
 
 def field_of(prompt: Prompt, text_field: str, ids_field: str) -> str:
@@ -139,6 +225,12 @@ def field_of(prompt: Prompt, text_field: str, ids_field: str) -> str:
             return ids_field
         case ChatPrompt():
             return "chat.messages"
+
+
+def _num_shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many ids both begin with."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _num_characters(prompt: Prompt) -> int:

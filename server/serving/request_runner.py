@@ -1,101 +1,112 @@
-"""One request on its way through the engine."""
+"""One generation on its way through the engine."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Sequence
+from typing import Protocol
 
 from server.calls.generation import FinishInfo, GenerationEvent, Timings
 from server.depth.policy import ServedDepth
-from server.engine.base import Engine, GenerationDelta, GenerationRequest
+from server.engine.base import Engine, EngineDead, GenerationDelta, GenerationRequest
+from server.serving.attempts import Attempts
 from server.serving.output_buffer import OutputBuffer
-from server.telemetry.metrics import Metrics
+
+
+class StepObserver(Protocol):
+    """Is told of a request's steps when the engine makes them, however slowly the client reads.
+
+    Times are in seconds.
+    """
+
+    def first_step(self, num_tokens: int, *, queue: float, seconds: float) -> None:
+        """The first step: the request waited for ``queue``, and ``seconds`` until this moment."""
+
+    def next_step(self, num_tokens: int, *, seconds: float) -> None:
+        """Another step, ``seconds`` after the one before."""
+
+    def finished(self) -> None:
+        """The engine is done with the request."""
 
 
 class RequestRunner:
-    """Runs ``request``, which came at ``arrived`` on the monotonic clock, and measures it.
-
-    What is measured is the engine's pace, however slowly the client reads.
-    """
+    """Runs ``request``, which came at ``arrived`` on the monotonic clock."""
 
     def __init__(
         self,
+        engine: Engine,
         request: GenerationRequest,
         served: ServedDepth,
         arrived: float,
-        metrics: Metrics,
+        attempts: Attempts,
+        observer: StepObserver,
         *,
-        on_tokens: Callable[[int], None],
-        on_latency: Callable[[float, int | None], None],
-        on_end: Callable[[], None],
-        max_unread: int | None = None,
+        max_buffered_tokens: int | None = None,
     ) -> None:
-        """Tell how it goes.
-
-        ``on_tokens`` is called with the number of tokens of each step, ``on_latency`` with its
-        time since the step before and that number, or None for the first, whose time is that
-        since the request came. ``on_end`` is called when the engine is done.
-        """
-        self.request = request
-        self.served = served
+        """``max_buffered_tokens``: see :class:`OutputBuffer`."""
+        self._engine = engine
+        self._request = request
+        self._served = served
         self._arrived = arrived
-        self._metrics = metrics
-        self._on_tokens = on_tokens
-        self._on_latency = on_latency
-        self._on_end = on_end
-        self._max_unread = max_unread
-        self._submitted = 0.0
-        self._queue = self._first_token = 0.0
+        self._attempts = attempts
+        self._observer = observer
+        self._max_buffered_tokens = max_buffered_tokens
+        self._submitted = self._queue = self._first_token = 0.0
+        # The time of the latest step since the request came; None before the first.
         self._latest: float | None = None
         self._num_generated = self._num_cached = 0
 
-    @property
-    def has_begun(self) -> bool:
-        """Whether the engine has generated anything."""
-        return self._latest is not None
+    async def events(
+        self, preface: Sequence[GenerationEvent]
+    ) -> AsyncGenerator[GenerationEvent, None]:
+        """Yield ``preface``, what the engine's steps add, and :class:`FinishInfo`.
 
-    async def events(self, engine: Engine) -> AsyncGenerator[GenerationEvent, None]:
-        """Yield what the engine's steps add, and :class:`FinishInfo`; closing it frees the engine.
-
-        May be called again after :class:`server.engine.base.EngineDead` unless it has begun.
+        Closing it frees the engine. Raises :class:`server.errors.Unavailable` when the engine has
+        died and the request is not to run again.
         """
-        self._submitted = self._elapsed()
-        buffer = OutputBuffer(self._note, self._max_unread)
-        async with buffer.running(engine.generate(self.request)) as deltas:
-            async for delta in deltas:
-                yield delta
-                if delta.finish_reason is not None:
-                    assert self._latest is not None
-                    yield FinishInfo(
-                        reason=delta.finish_reason,
-                        stopped_by=delta.stopped_by,
-                        num_prompt_tokens=len(self.request.prompt_ids),
-                        num_generated_tokens=self._num_generated,
-                        num_cached_tokens=self._num_cached,
-                        timings=Timings(self._queue, self._first_token, self._latest),
-                        served=self.served,
-                    )
-                    return
-        raise RuntimeError(f"the engine ended request {self.request.request_id} without a reason")
+        for event in preface:
+            yield event
+        while True:
+            self._attempts.begin()
+            self._submitted = self._elapsed()
+            buffer = OutputBuffer(self._note, self._max_buffered_tokens)
+            try:
+                async with buffer.running(self._engine.generate(self._request)):
+                    async for delta in buffer:
+                        yield delta
+                        if delta.finish_reason is not None:
+                            yield self._finish_info(delta)
+                            return
+            except EngineDead as error:
+                await self._attempts.survive(error, has_begun=self._latest is not None)
+            else:
+                raise RuntimeError(f"the engine ended {self._request.request_id} without a reason")
+
+    def _finish_info(self, last: GenerationDelta) -> FinishInfo:
+        assert last.finish_reason is not None
+        assert self._latest is not None
+        return FinishInfo(
+            reason=last.finish_reason,
+            stopped_by=last.stopped_by,
+            num_prompt_tokens=len(self._request.prompt_ids),
+            num_generated_tokens=self._num_generated,
+            num_cached_tokens=self._num_cached,
+            timings=Timings(self._queue, self._first_token, self._latest),
+            served=self._served,
+        )
 
     def _note(self, delta: GenerationDelta) -> None:
-        depth, elapsed = self.served.decode_layers, self._elapsed()
-        num_tokens = len(delta.token_ids)
+        elapsed, num_tokens = self._elapsed(), len(delta.token_ids)
+        self._num_generated += num_tokens
         if self._latest is None:
             self._queue, self._first_token = self._submitted + delta.queue_seconds, elapsed
             self._num_cached = delta.num_cached_tokens
-            num_prompt_tokens = len(self.request.prompt_ids)
-            self._metrics.begin(depth, num_prompt_tokens, self._queue, self._first_token)
-            self._on_latency(elapsed, None)
+            self._observer.first_step(num_tokens, queue=self._queue, seconds=elapsed)
         else:
-            self._metrics.observe_gap(depth, elapsed - self._latest, num_tokens)
-            self._on_latency(elapsed - self._latest, num_tokens)
+            self._observer.next_step(num_tokens, seconds=elapsed - self._latest)
         self._latest = elapsed
-        self._num_generated += num_tokens
-        self._metrics.add_tokens(depth, num_tokens)
-        self._on_tokens(num_tokens)
         if delta.finish_reason is not None:
-            self._on_end()
+            self._observer.finished()
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._arrived

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from server.engine.base import LoadInfo
-from server.errors import Unavailable
+from server.errors import FailedPrecondition, Unavailable
 from server.telemetry.metrics import Metrics
 
 ENGINE_DEAD = "the engine has died; it is being started again"
@@ -52,6 +52,7 @@ class ServiceState:
         self._state = State.STARTING
         self._changed = asyncio.Event()
         self._created = time.monotonic()
+        self._is_closing = False
         self.startup_phase = "initializing"
         self.startup_seconds: dict[str, float] = {}
 
@@ -70,6 +71,18 @@ class ServiceState:
             self._state = state
             self._changed.set()
             self._changed = asyncio.Event()
+
+    def drain(self, *, for_good: bool) -> None:
+        """Enter DRAINING; ``for_good``: no :meth:`require_draining` succeeds any more."""
+        self._is_closing |= for_good
+        self.turn_to(State.DRAINING)
+
+    def require_draining(self) -> None:
+        """Raise :class:`FailedPrecondition` unless the state is a DRAINING that can be left."""
+        if self._is_closing:
+            raise FailedPrecondition("the server is being stopped")
+        if self._state is not State.DRAINING:
+            raise FailedPrecondition(f"the server is not draining; it is {self._state.value}")
 
     async def state_after(self, seen: State) -> State:
         """Return the state as soon as it is not ``seen``; states that were brief are missed."""

@@ -1,1 +1,1 @@
-"""What operators see: metrics, logs, traces and the progress of a start."""
+"""Metrics, logs, traces and the progress of a start."""

@@ -1,4 +1,4 @@
-"""How a log line looks: text for people, JSON for programs."""
+"""Formats of log lines: text for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 from pythonjsonlogger.json import JsonFormatter
 
-# The attribute of a record that holds what else is known, beside the message.
+# The attribute of a log record that holds the fields beside the message.
 FIELDS = "fields"
 
 
 def with_fields(fields: Mapping[str, object]) -> dict[str, object]:
-    """Return the argument ``extra`` for a line with these fields."""
+    """Return the argument ``extra`` of a logging call with these fields."""
     return {FIELDS: dict(fields)}
 
 
 class TextLines(logging.Formatter):
-    """Puts fields behind the message, as ``name=value``."""
+    """Text lines: the message, then the fields as ``name=value``."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         line = super().formatMessage(record)
@@ -28,7 +28,7 @@ class TextLines(logging.Formatter):
 
 
 class JsonLines(JsonFormatter):
-    """One JSON object a line, with a traceback, where there is one, in ``exc_info``."""
+    """JSON lines: one object on each line, with a traceback, if there is one, in ``exc_info``."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -44,6 +44,6 @@ class JsonLines(JsonFormatter):
 
 def _plain(value: object) -> str:
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    # Nobody may make one field look like two.
+    # A value with a space or a quote could make one field look like two.
     is_safe = text and text.isprintable() and not set(text) & set(' "=\\')
     return text if is_safe else json.dumps(text)

@@ -1,4 +1,4 @@
-"""Where log lines go, and which."""
+"""The log of a server: its level, its format and where it is written."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Logs:
     """The log of a server."""
 
     def __init__(self, level: str, log_format: LogFormat) -> None:
-        """Take over the root logger; with JSON, all that is written to stdout and stderr, too."""
+        """Take over the root logger and, with JSON, all that is written to stdout and stderr."""
         self.console = Console(stderr=True)
         self._funnel: OutputFunnel | None = None
         handler: logging.Handler
@@ -47,7 +47,7 @@ class Logs:
         logging.basicConfig(level=logging.WARNING, handlers=[handler])
         logging.captureWarnings(True)
         self.set_level(level)
-        # Most of what these libraries warn of is how the engine is meant to run here.
+        # Most warnings of these libraries are about how the engine is meant to run here.
         library_level = "INFO" if level == "debug" else "ERROR"
         for package in ("vllm", "torchao"):
             logging.getLogger(package).setLevel(library_level)
@@ -61,22 +61,22 @@ class Logs:
 
     @property
     def has_lost_its_terminal(self) -> bool:
-        """Whether this was written to a terminal that has been closed."""
+        """Whether the log was written to a terminal that has been closed."""
         return self.console.is_terminal and not os.isatty(sys.stderr.fileno())
 
     def set_level(self, level: str) -> None:
-        """Write lines of this project from ``level`` on: debug, info, warning or error."""
+        """Write lines of this project of at least ``level``: debug, info, warning or error."""
         for package in ("server", "pruning"):
             logging.getLogger(package).setLevel(level.upper())
 
     def close(self) -> None:
-        """Write what is on its way, before the process ends."""
+        """Write the lines that have not been written yet; call this before the process ends."""
         if self._funnel is not None:
             self._funnel.close()
 
 
 def _foreign(line: str) -> logging.LogRecord:
-    """Return the record of a line that was written past the log."""
+    """Return a log record for a line that was written to a standard stream."""
     return logging.LogRecord("output", logging.WARNING, "", 0, line, None, None)
 
 

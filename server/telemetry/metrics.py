@@ -1,10 +1,10 @@
-"""What Prometheus is told."""
+"""Prometheus metrics."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIServer
@@ -24,13 +24,14 @@ from prometheus_client.registry import Collector
 
 from server.access.listening import cannot_listen
 from server.depth.policy import DepthPolicy
+from server.depth.sliding_window import SlidingWindow
 from server.engine.base import LayerSelection, LoadInfo
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-# Of the gauge of tokens per second, in seconds.
-WINDOW = 10
+# The gauge of tokens per second is a mean over this time.
+WINDOW_SECONDS = 10
 
 _TOKEN_SECONDS = (
     0.001,
@@ -52,15 +53,15 @@ _REQUEST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30,
 
 
 class Metrics:
-    """The ``fathom_*`` families, in a registry of their own.
+    """The ``fathom_*`` metrics, in a registry of their own.
 
-    ``depth`` is the number of decode layers; requests that were refused before they had a depth
-    carry an empty one. Counting is for the thread of the event loop; a scrape may come from
-    any thread.
+    The label ``depth`` is the number of decode layers; it is empty for requests that were refused
+    before they had a depth. The methods are for the thread of the event loop; a scrape may come
+    from any thread.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        disable_created_metrics()  # one series more for every counter, which nobody asks for
+        disable_created_metrics()  # they are a second series for every counter
         self.registry = CollectorRegistry(support_collectors_without_names=True)
         self._requests = Counter(
             "fathom_requests_total",
@@ -82,22 +83,22 @@ class Metrics:
         )
         self._time_to_first_token = self._histogram(
             "fathom_time_to_first_token_seconds",
-            "From a request's arrival to its first token.",
+            "Time from a request's arrival to its first token.",
             _REQUEST_SECONDS,
         )
         self._inter_token_latency = self._histogram(
             "fathom_inter_token_latency_seconds",
-            "Between two tokens of a request.",
+            "Time between two tokens of a request.",
             _TOKEN_SECONDS,
         )
         self._request_duration = self._histogram(
             "fathom_request_duration_seconds",
-            "From a request's arrival to its end, however it ended.",
+            "Time from a request's arrival to its end, however it ended.",
             _REQUEST_SECONDS,
         )
         self._request_queue = self._histogram(
             "fathom_request_queue_seconds",
-            "From a request's arrival to the moment that the engine begins with its prompt.",
+            "Time from a request's arrival until the engine begins to run its prompt.",
             _REQUEST_SECONDS,
         )
         self._running = Gauge(
@@ -105,7 +106,7 @@ class Metrics:
         )
         self._waiting = Gauge(
             "fathom_requests_waiting",
-            "Requests that wait for a place in the engine's batch.",
+            "Requests that wait for a slot in the engine's batch.",
             registry=self.registry,
         )
         self._startup = Gauge(
@@ -119,23 +120,23 @@ class Metrics:
         )
         self._tasks = Gauge(
             "fathom_tasks",
-            "Tasks of asyncio in the server; without calls there are only a few.",
+            "Asyncio tasks of the server; a few if there are no calls.",
             registry=self.registry,
         )
         self._engine_restarts = Counter(
             "fathom_engine_restarts_total",
-            "Times that the engine was started again after it had died.",
+            "Restarts of the engine after it had died.",
             registry=self.registry,
         )
         self._certificate_expiry = Gauge(
             "fathom_tls_certificate_expiry_timestamp_seconds",
             "When the certificate in force expires, in seconds since the epoch.",
-            ["certificate"],  # no sample where there is none
+            ["certificate"],  # without TLS there is no sample
             registry=self.registry,
         )
         self._policy_changes = Counter(
             "fathom_policy_changes_total",
-            "Times that load has changed the level of requests that leave it to the server.",
+            "Changes of the level of automatic depth because of load.",
             ["direction"],
             registry=self.registry,
         )
@@ -151,7 +152,11 @@ class Metrics:
         self._requests.labels(method, depth, code).inc()
 
     def begin(self, depth: int, num_prompt_tokens: int, queue: float, first_token: float) -> None:
-        """Count a request that got its first token, so many seconds after it came."""
+        """Count a request that got its first token.
+
+        ``queue`` and ``first_token`` are the seconds from its arrival until the engine began to run
+        its prompt and until its first token.
+        """
         self._prompt_tokens.labels(depth).inc(num_prompt_tokens)
         self._request_queue.labels(depth).observe(queue)
         self._time_to_first_token.labels(depth).observe(first_token)
@@ -162,12 +167,12 @@ class Metrics:
         self._rate.add(str(depth), num_tokens)
 
     def observe_gap(self, depth: int, seconds: float, num_tokens: int) -> None:
-        """Count the time between a step of a request and its next, which brought the tokens."""
+        """Count the inter-token latency of a step that came ``seconds`` after the one before."""
         for _ in range(num_tokens):
             self._inter_token_latency.labels(depth).observe(seconds / num_tokens)
 
     def end(self, depth: int, seconds: float) -> None:
-        """Count a request that has ended, so many seconds after it came."""
+        """Count a request that ended ``seconds`` after its arrival."""
         self._request_duration.labels(depth).observe(seconds)
 
     def watch_engine(
@@ -176,33 +181,33 @@ class Metrics:
         load: Callable[[], LoadInfo],
         can_run: Callable[[LayerSelection], bool],
     ) -> None:
-        """Have scrapes ask the engine itself; the functions must be fit for any thread."""
+        """Let scrapes ask the engine itself; the functions must be safe in any thread."""
         self._policy.can_run = can_run
         self._engine_up.set_function(lambda: float(is_up()))
         self._running.set_function(lambda: load().num_running)
         self._waiting.set_function(lambda: load().num_waiting)
 
     def watch_tasks(self, count: Callable[[], int]) -> None:
-        """Have scrapes count the server's tasks; the function must be fit for any thread."""
+        """Let scrapes count the server's tasks; the function must be safe in any thread."""
         self._tasks.set_function(count)
 
     def count_engine_restart(self) -> None:
         self._engine_restarts.inc()
 
     def count_policy_change(self, *, down: bool) -> None:
-        """Count that load has turned the depth down, or that it has gone up again."""
+        """Count a change of automatic depth, down or up."""
         self._policy_changes.labels("down" if down else "up").inc()
 
     def set_startup(self, phase: str, seconds: float) -> None:
-        """Tell how long a phase of the start took."""
+        """Set how long a phase of the start took."""
         self._startup.labels(phase).set(seconds)
 
     def set_certificate_expiry(self, timestamp: float) -> None:
-        """Tell when the server's certificate expires, in seconds since the epoch."""
+        """Set when the server's certificate expires, in seconds since the epoch."""
         self._certificate_expiry.labels("server").set(timestamp)
 
     def set_policy(self, policy: DepthPolicy) -> None:
-        """Show the measurements, the plan's scores and the levels of this policy."""
+        """Show the measurements, scores and levels of this policy."""
         self._policy.policy = policy
 
     def _histogram(self, name: str, documentation: str, buckets: tuple[float, ...]) -> Histogram:
@@ -210,13 +215,13 @@ class Metrics:
 
 
 class MetricsServer:
-    """Serves the metrics over HTTP, with those that vLLM and the process put beside them."""
+    """The HTTP server of the metrics, those of vLLM and of the process included."""
 
     def __init__(self, metrics: Metrics, host: str, port: int) -> None:
-        """Listen on ``port``, 0 for any free one, from a thread of its own.
+        """Listen on ``port``, 0 for any free one, in a thread of its own.
 
-        Raises :class:`InvalidArgument`, naming ``metrics_port`` or ``metrics_host``, where that
-        cannot be.
+        Raises :class:`InvalidArgument`, naming ``metrics_port`` or ``metrics_host``, if that is
+        impossible.
         """
         both = CollectorRegistry(support_collectors_without_names=True)
         both.register(metrics.registry)
@@ -242,9 +247,9 @@ class MetricsServer:
 
 
 def _as_text(app: WSGIApplication) -> WSGIApplication:
-    """Answer in Prometheus's text format, whatever else a scrape would rather have.
+    """Return the application, answering in Prometheus's text format whatever a scrape accepts.
 
-    In OpenMetrics, prometheus_client writes ``vllm_`` for the ``vllm:`` of vLLM's names.
+    In OpenMetrics, prometheus_client would change ``vllm:`` in vLLM's names to ``vllm_``.
     """
 
     def text(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -254,45 +259,34 @@ def _as_text(app: WSGIApplication) -> WSGIApplication:
 
 
 class _TokenRate(Collector):
-    """Tokens per second over the last ``WINDOW`` seconds, counted in steps of one second."""
+    """The gauge of tokens per second over the last seconds, counted in steps of one second."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        # For each depth: (second, tokens in it), oldest first.
-        self._seconds: defaultdict[str, deque[list[int]]] = defaultdict(deque)
+        self._tokens: defaultdict[str, SlidingWindow] = defaultdict(
+            lambda: SlidingWindow(WINDOW_SECONDS, grain=1.0)
+        )
 
     def add(self, depth: str, num_tokens: int) -> None:
-        now = int(self._clock())
         with self._lock:
-            seconds = self._seconds[depth]
-            if seconds and seconds[-1][0] == now:
-                seconds[-1][1] += num_tokens
-            else:
-                seconds.append([now, num_tokens])
-            self._forget(seconds, now)
+            self._tokens[depth].add(self._clock(), count=num_tokens)
 
     def collect(self) -> Iterator[Metric]:
         family = GaugeMetricFamily(
             "fathom_tokens_per_second",
-            f"Generated tokens per second over the last {WINDOW} seconds.",
+            f"Generated tokens per second over the last {WINDOW_SECONDS} seconds.",
             labels=["depth"],
         )
-        now = int(self._clock())
         with self._lock:
-            for depth, seconds in self._seconds.items():
-                self._forget(seconds, now)
-                family.add_metric([depth], sum(tokens for _, tokens in seconds) / WINDOW)
+            now = self._clock()
+            for depth, tokens in self._tokens.items():
+                family.add_metric([depth], tokens.count(now) / WINDOW_SECONDS)
         yield family
-
-    @staticmethod
-    def _forget(seconds: deque[list[int]], now: int) -> None:
-        while seconds and seconds[0][0] <= now - WINDOW:
-            seconds.popleft()
 
 
 class _PolicyCollector(Collector):
-    """What is known of the policy in force; a scrape sees one policy, never parts of two."""
+    """Gauges of the policy in force; a scrape sees one policy, never parts of two."""
 
     def __init__(self) -> None:
         self.policy: DepthPolicy | None = None
@@ -321,7 +315,7 @@ class _PolicyCollector(Collector):
         )
         yield _gauge(
             "fathom_depth_agreement_ratio",
-            "Share of positions whose most likely next token is the dense model's.",
+            "Share of positions whose most likely next token is that of the dense model.",
             "depth",
             {depth: quality.agreement for depth, quality in qualities.items()},
         )
@@ -333,13 +327,13 @@ class _PolicyCollector(Collector):
         )
         yield _gauge(
             "fathom_layer_block_influence",
-            "1 less the mean cosine of the residual stream before and after the layer.",
+            "1 minus the mean cosine of the residual stream before and after the layer.",
             "layer",
             {str(layer): score for layer, score in enumerate(policy.plan.scores)},
         )
         yield _gauge(
             "fathom_policy_level",
-            "1 for the level that requests get which leave the depth to the server.",
+            "1 for the present level of requests that leave the depth to the server, else 0.",
             "level",
             {level.name: float(level.name == policy.present_level) for level in policy.levels},
         )
@@ -354,14 +348,14 @@ class _PolicyCollector(Collector):
         )
         degraded = GaugeMetricFamily(
             "fathom_policy_degraded",
-            "Whether load has turned the depth down of requests that leave it to the server.",
+            "Whether load has turned down the depth of requests that leave it to the server.",
             value=float(policy.present_level != policy.auto_level),
         )
         yield degraded
 
 
 def _gauge(name: str, documentation: str, label: str, values: Mapping[str, float | None]) -> Metric:
-    """Return a family; a value of None was not measured and has no sample."""
+    """Return a family of samples by label; a value of None was not measured and is left out."""
     family = GaugeMetricFamily(name, documentation, labels=[label])
     for key, value in values.items():
         if value is not None:

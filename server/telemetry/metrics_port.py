@@ -1,4 +1,4 @@
-"""Where the metrics are served, or will be."""
+"""The port of the metrics, which may have to wait until it is free."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsPort:
-    """Serves the metrics over HTTP; where their port is taken, as soon as it is free.
+    """Serves the metrics over HTTP; if their port is taken, as soon as it is free.
 
-    Requests can be answered without metrics, so that is an error in the log and no more.
+    Requests can be answered without metrics, so a taken port is only an error in the log.
     """
 
     def __init__(self, metrics: Metrics, host: str, port: int) -> None:
         """Listen, if that is possible.
 
-        Raises :class:`InvalidArgument` for a host or a port that will not do later either.
+        Raises :class:`InvalidArgument` for a host or a port that waiting will not make available.
         """
         self._metrics = metrics
         self._host = host
@@ -33,7 +33,7 @@ class MetricsPort:
             self._listen()
         except PortInUse as error:
             logger.error(
-                "%s; serving without metrics, and trying again every %g s: free the port, "
+                "%s; serving without metrics and trying again every %g s: free the port, "
                 "or start with another metrics_port (0: any free one)",
                 error,
                 _RETRY_SECONDS,
@@ -41,14 +41,14 @@ class MetricsPort:
 
     @property
     def url(self) -> str | None:
-        """Where the metrics are; None while the port is taken."""
+        """The address of the metrics; None while the port is taken."""
         if self._server is None:
             return None
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"http://{host}:{self._server.port}/metrics"
 
     async def follow(self, seconds: float = _RETRY_SECONDS) -> None:
-        """Try again every so many seconds, until it listens."""
+        """Try again every ``seconds``, until the port is free."""
         while self._server is None:
             await asyncio.sleep(seconds)
             try:

@@ -1,7 +1,7 @@
-"""Catches what is written past the log, so that every line of output has the log's format.
+"""The output funnel: catches all output, so that every line has the format of the log.
 
-gRPC's and vLLM's native code, the engine's processes and Python's interpreter write to the
-standard streams as they please.
+Native code of gRPC and vLLM, the engine's processes and the Python interpreter write to the
+standard streams directly.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from collections.abc import Callable
 from typing import TextIO
 
 _END = b"\0end of output\n"
-_LONGEST_LINE = 65536
+_MAX_LINE_BYTES = 65536
 _LAST_LINES_SECONDS = 2.0
 
 
 class OutputFunnel:
-    """Stands between the standard streams of this process, and its children's, and stderr."""
+    """Reads what this process and its children write to their standard streams."""
 
     def __init__(self) -> None:
-        """Take over file descriptors 1 and 2; what is written there is held until :meth:`open`."""
+        """Take over file descriptors 1 and 2; output is held until :meth:`open`."""
         self._stdout, self._stderr = os.dup(1), os.dup(2)
-        # Writes to what stderr was.
+        # The former stderr.
         self.stream: TextIO = os.fdopen(os.dup(2), "w", encoding="utf-8", buffering=1)
         self._read_end, write_end = os.pipe()
         os.dup2(write_end, 1)
@@ -32,14 +32,14 @@ class OutputFunnel:
         self._thread: threading.Thread | None = None
 
     def open(self, on_line: Callable[[str], object]) -> None:
-        """Hand every line to ``on_line``, in a thread, from now on."""
+        """Call ``on_line`` for every line from now on, in a thread."""
         self._thread = threading.Thread(
             target=self._read, args=(on_line,), name="output", daemon=True
         )
         self._thread.start()
 
     def close(self) -> None:
-        """Hand on what has been written, and give the streams back."""
+        """Pass on what has been written, and give the streams back."""
         if self._thread is None:
             return
         sys.stdout.flush()
@@ -52,7 +52,7 @@ class OutputFunnel:
 
     def _read(self, on_line: Callable[[str], object]) -> None:
         with os.fdopen(self._read_end, "rb") as file:
-            while (line := file.readline(_LONGEST_LINE)) not in (b"", _END):
+            while (line := file.readline(_MAX_LINE_BYTES)) not in (b"", _END):
                 text = line.decode("utf-8", "replace").rstrip()
                 if text:
                     on_line(text)

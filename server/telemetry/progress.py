@@ -1,4 +1,4 @@
-"""Shows how far long work is: a bar on a terminal, log lines elsewhere."""
+"""Progress of long work: bars on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-# Between two log lines about the same work.
+# The least time between two log lines about the same work.
 LOG_SECONDS = 10.0
 
 logger = logging.getLogger(__name__)
 
 
 class ProgressReport:
-    """One line for each piece of work; to be used as a context manager."""
+    """One bar for each piece of work; to be used as a context manager."""
 
     def __init__(self, console: Console) -> None:
         self._bars = (

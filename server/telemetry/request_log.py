@@ -1,4 +1,4 @@
-"""One line in the log for every call that has ended; never with text of the client."""
+"""The request log: one line for every call at its end, without text of the client."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""OpenTelemetry traces of calls; the only place that imports OpenTelemetry, and only when on.
+"""OpenTelemetry traces of calls; OpenTelemetry is imported only if traces are on.
 
-One span for each call of the project's own services, with the attributes of the semantic
-conventions for generative AI and for RPC, and none with text of a client.
+Each call of Fathom's own services is a span, with the attributes of the semantic conventions for
+generative AI and for RPC. No attribute holds text of a client.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _ENDPOINTS = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"
 _PACKAGES = "opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.grpc"
 _CLOSE_SECONDS = 5.0
-# What the conventions for gRPC count as a fault of the server.
+# Status codes that the conventions for gRPC count as a fault of the server.
 _SERVER_FAULTS = frozenset(
     {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
 )
@@ -35,9 +35,9 @@ Attribute = str | bool | int | float | list[str]
 def open_tracing(
     endpoint: str | None, version: str, environ: Mapping[str, str] = os.environ
 ) -> Tracing | None:
-    """Return where spans go: to ``endpoint``, or where the variables ``OTEL_*`` say, or nowhere.
+    """Return the tracing to ``endpoint``, or else to where ``OTEL_*`` variables say, or else None.
 
-    Raises :class:`InvalidArgument` where ``endpoint`` is given and OpenTelemetry is not installed.
+    Raises :class:`InvalidArgument` if ``endpoint`` is given and OpenTelemetry is not installed.
     """
     is_off = environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
     found = endpoint or next((environ[name] for name in _ENDPOINTS if environ.get(name)), None)
@@ -51,14 +51,14 @@ def open_tracing(
         return None
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
-    # What is not given here, such as headers and certificates, is read from OTEL_*.
+    # Everything else, such as headers and certificates, is read from OTEL_* variables.
     return Tracing(OTLPSpanExporter(endpoint=endpoint), version)
 
 
 class Tracing:
-    """Makes a span of every call that has ended, and sends spans in batches, in a thread.
+    """Makes a span of every call at its end, and sends spans in batches, in a thread.
 
-    Sampling, resource and batches follow the variables ``OTEL_*``.
+    Sampling, resource and batches follow the ``OTEL_*`` variables.
     """
 
     def __init__(self, exporter: SpanExporter, version: str) -> None:
@@ -76,7 +76,10 @@ class Tracing:
         self._propagator = TraceContextTextMapPropagator()
 
     def observer(self, model: Callable[[], str]) -> Callable[[CallRecord], None]:
-        """Return what is to be told of every call; ``model`` names the model, or is empty."""
+        """Return a function to call with the record of each call.
+
+        ``model`` returns the name of the model, or an empty string before it is loaded.
+        """
         from opentelemetry.trace import SpanKind, Status, StatusCode
 
         def observe(record: CallRecord) -> None:
@@ -97,7 +100,7 @@ class Tracing:
         return observe
 
     def close(self) -> None:
-        """Send what has not been sent; a collector that does not answer is waited for briefly."""
+        """Send the remaining spans, waiting at most 5 s for the collector."""
         thread = threading.Thread(target=self._provider.shutdown, daemon=True)
         thread.start()
         thread.join(_CLOSE_SECONDS)

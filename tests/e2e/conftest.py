@@ -11,15 +11,15 @@ from server.rpc.client import Client
 from tests.e2e.running_server import RunningServer, running_server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """Serves the demo model, with a state directory that was empty."""
-    with running_server(tmp_path_factory.mktemp("demo")) as server:
+    """Serves the demo model with compiled layers, and a state directory that was empty."""
+    with running_server(tmp_path_factory.mktemp("demo"), compile_layers=True) as server:
         yield server
     assert "Traceback" not in server.log, server.log
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def stories_server(
     stories_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningServer]:

@@ -19,7 +19,7 @@ from server.engine.elastic.architectures import ELASTIC_ARCHITECTURES
 from server.model.source import DEMO_MODEL
 from tests.e2e.calls import assert_generates
 from tests.e2e.running_server import SMALL, RunningServer, flags
-from tests.fathom_command import FATHOM, environment, free_ports
+from tests.fathom_command import fathom, fathom_in_process, free_ports
 
 LOADING = "Loading the model"
 
@@ -126,6 +126,20 @@ def address_that_others_can_reach(directory: Path) -> tuple[dict[str, object], l
     ]
 
 
+def state_directory_that_others_can_write_to(
+    directory: Path,
+) -> tuple[dict[str, object], list[str]]:
+    state = directory / "shared"
+    state.mkdir()
+    state.chmod(0o777)
+    return {"state_dir": state}, [
+        f"state_dir: got '{state}', allowed: a directory that only the server's user and root "
+        "can write to",
+        f"other users can write to {state} (mode 0777)",
+        f"chmod go-w {state}",
+    ]
+
+
 def architecture_that_is_not_supported(directory: Path) -> tuple[dict[str, object], list[str]]:
     model = directory / "stablelm"
     torch.manual_seed(0)
@@ -159,11 +173,17 @@ TROUBLES: list[Trouble] = [
     level_that_the_model_does_not_have,
     impossible_port,
     address_that_others_can_reach,
+    state_directory_that_others_can_write_to,
     architecture_that_is_not_supported,
 ]
 
 
-def serve(directory: Path, **settings: object) -> subprocess.CompletedProcess[str]:
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def serve(
+    directory: Path, command: Command = fathom_in_process, **settings: object
+) -> subprocess.CompletedProcess[str]:
     """Start a server that is expected not to get anywhere."""
     port, metrics_port = free_ports(2)
     chosen = {
@@ -173,15 +193,7 @@ def serve(directory: Path, **settings: object) -> subprocess.CompletedProcess[st
         "state_dir": directory / "state",
         **settings,
     }
-    return subprocess.run(
-        [FATHOM, "serve", *flags(chosen)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=environment(),
-        cwd=directory,
-        check=False,
-    )
+    return command("serve", *flags(chosen))
 
 
 def assert_refused(result: subprocess.CompletedProcess[str], *expected: str) -> None:
@@ -196,7 +208,15 @@ def assert_refused(result: subprocess.CompletedProcess[str], *expected: str) -> 
 @pytest.mark.parametrize("trouble", TROUBLES, ids=[each.__name__ for each in TROUBLES])
 def test_it_is_refused_before_an_engine_is_started(trouble: Trouble, tmp_path: Path) -> None:
     settings, expected = trouble(tmp_path)
-    assert_refused(serve(tmp_path, **settings), *expected)
+    assert_refused(serve(tmp_path, fathom_in_process, **settings), *expected)
+    assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize("trouble", [unknown_key_in_the_file, truncated_weights])
+def test_a_process_of_its_own_ends_the_same_way(trouble: Trouble, tmp_path: Path) -> None:
+    """One is refused with the settings, the other one once the model is read."""
+    settings, expected = trouble(tmp_path)
+    assert_refused(serve(tmp_path, fathom, **settings), *expected)
     assert not (tmp_path / "state").exists()
 
 
@@ -213,7 +233,7 @@ def taken_port() -> Iterator[int]:
 
 
 def test_a_port_in_use(taken_port: int, tmp_path: Path) -> None:
-    result = serve(tmp_path, port=taken_port)
+    result = serve(tmp_path, fathom, port=taken_port)
     assert_refused(result, f"port: got {taken_port}, allowed: a port that is free on 127.0.0.1")
 
 
@@ -241,21 +261,22 @@ def test_several_mistakes_are_told_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("command", "settings", "expected"),
     [
         (
+            fathom,
             {"engine_args": json.dumps({"kv_cash_dtype": "auto"})},
             ["engine_args.kv_cash_dtype: got 'auto'", "such as kv_cache_dtype"],
         ),
-        ({"max_context": 4096}, ["max_context", "4096", "512"]),
+        (fathom_in_process, {"max_context": 4096}, ["max_context", "4096", "512"]),
     ],
     ids=["unknown engine argument", "context that is too long"],
 )
 def test_what_only_the_engine_can_tell(
-    settings: dict[str, object], expected: list[str], tmp_path: Path
+    command: Command, settings: dict[str, object], expected: list[str], tmp_path: Path
 ) -> None:
     """vLLM is imported for it, so there are lines of progress before the last."""
-    result = serve(tmp_path, **settings)
+    result = serve(tmp_path, command, **settings)
     assert (result.returncode, result.stdout) == (2, ""), result.stderr
     assert "Traceback" not in result.stderr
     problems = [line for line in result.stderr.splitlines() if line.startswith("fathom: ")]

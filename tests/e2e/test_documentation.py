@@ -34,6 +34,7 @@ DOCUMENTS = (
     "README.md",
     "CONTRIBUTING.md",
     "bench/README.md",
+    "deploy/README.md",
     *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
 )
 # By the words that follow ``fathom``.
@@ -47,7 +48,7 @@ OTHER_PROGRAMS = {"curl", "grpcurl"}
 SHELLS = {"sh", "bash", "shell"}
 SUFFIXES = {".py", ".md", ".toml", ".proto", ".yaml", ".yml", ".json", ".jinja", ".mjs"}
 # Stand for something of the reader's own.
-PLACEHOLDER = re.compile(r"path/to/|organization/|^NAME\.|^[A-Z_/=]+$")
+PLACEHOLDER = re.compile(r"path/to/|organization/|localhost/|^NAME\.|^[A-Z_/=]+$")
 # Made by what the documents tell of.
 PRODUCTS = (".venv", "bench-results/")
 
@@ -149,6 +150,12 @@ def check_command(words: list[str], server: RunningServer, directory: Path) -> N
             if name == "serve":
                 # Whether the files are there depends on the reader.
                 load_settings({**context.params, "config": None, "plan": None})
+        case ["kubectl", "apply", "-k", directory]:
+            assert (ROOT / directory / "kustomization.yaml").is_file()
+        case ["docker", "compose", "-f", file, *_]:
+            assert (ROOT / file).is_file()
+        case ["kubectl", "-n", "fathom", *_]:
+            pass
         case ["make", *arguments]:
             targets = [word for word in arguments if "=" not in word]
             assert set(targets) <= make_targets()
@@ -226,7 +233,9 @@ def test_files_that_are_mentioned_exist(document: str) -> None:
                 and not PLACEHOLDER.search(word)
                 and not word.startswith(PRODUCTS)
                 and not any(ROOT.glob(word.rstrip("/")))
-                and not any(inside(place, word) for place in ("server", "pruning", "tests"))
+                and not any(
+                    inside(place, word) for place in ("server", "pruning", "deploy", "tests")
+                )
             ):
                 missing.append(word)
     assert not missing

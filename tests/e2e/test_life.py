@@ -45,7 +45,11 @@ class Life:
 
 @pytest.fixture(scope="module")
 def life(demo_server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Life]:
-    server = RunningServer(tmp_path_factory.mktemp("life"), state_dir=demo_server.state_directory)
+    server = RunningServer(
+        tmp_path_factory.mktemp("life"),
+        state_dir=demo_server.state_directory,
+        compile_layers=True,
+    )
     try:
         with Watcher(server.address) as all_of_it, Watcher(server.address, HEALTH[1]) as inference:
             yield live(server, [all_of_it, inference])

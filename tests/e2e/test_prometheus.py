@@ -2,101 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
 from server.rpc.client import Client
 from tests.e2e.calls import at_once, greedy_request
+from tests.e2e.prometheus import Prometheus, running_prometheus
 from tests.e2e.running_server import RunningServer, until
-from tests.fathom_command import free_ports
 
 DEPTHS = (16, 12, 8, 3)
-
-
-class Prometheus:
-    """Its HTTP API."""
-
-    def __init__(self, port: int) -> None:
-        self._url = f"http://127.0.0.1:{port}/api/v1/query"
-
-    def query(self, expression: str) -> list[dict[str, Any]]:
-        """Return the samples of an instant query; none while it is not up."""
-        query = urllib.parse.urlencode({"query": expression})
-        try:
-            with urllib.request.urlopen(f"{self._url}?{query}", timeout=30) as response:
-                answer = json.load(response)
-        except urllib.error.HTTPError as error:
-            if error.code == 503:  # it is loading what it has kept
-                return []
-            raise
-        except urllib.error.URLError:
-            return []
-        assert answer["status"] == "success", answer
-        samples: list[dict[str, Any]] = answer["data"]["result"]
-        return samples
-
-    def by_depth(self, expression: str) -> dict[str, float]:
-        return {
-            sample["metric"]["depth"]: float(sample["value"][1])
-            for sample in self.query(expression)
-        }
 
 
 @pytest.fixture(scope="module")
 def prometheus(
     demo_server: RunningServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Prometheus]:
-    program = shutil.which("prometheus")
-    if program is None:
-        pytest.skip("prometheus is absent")
     directory = tmp_path_factory.mktemp("prometheus")
-    (directory / "prometheus.yml").write_text(
-        json.dumps(
-            {  # which is YAML, too
-                "global": {"scrape_interval": "1s", "scrape_timeout": "1s"},
-                "scrape_configs": [
-                    {
-                        "job_name": "fathom",
-                        "static_configs": [{"targets": [f"127.0.0.1:{demo_server.metrics_port}"]}],
-                    }
-                ],
-            }
-        )
-    )
-    (port,) = free_ports(1)
-    log = directory / "log"
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [
-                program,
-                f"--config.file={directory / 'prometheus.yml'}",
-                f"--storage.tsdb.path={directory / 'data'}",
-                f"--web.listen-address=127.0.0.1:{port}",
-            ],
-            stdout=file,
-            stderr=file,
-            cwd=directory,
-        )
-    try:
-        running = Prometheus(port)
-
-        def is_up() -> bool:
-            assert process.poll() is None, log.read_text()
-            return any(float(sample["value"][1]) for sample in running.query("up"))
-
-        until(is_up, lambda: f"no scrape has succeeded:\n{log.read_text()}")
-        yield running
-    finally:
-        process.terminate()
-        process.wait()
+    with running_prometheus(directory, demo_server.metrics_port) as prometheus:
+        yield prometheus
 
 
 def test_tokens_per_second_of_every_depth_in_use(

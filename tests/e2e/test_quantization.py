@@ -11,9 +11,6 @@ import pytest
 from server.rpc.client import CallError
 from tests.e2e.calls import greedy_request
 from tests.e2e.running_server import PATIENCE, RunningServer, running_server, until
-from tests.pruning.quantization.conftest import small
-
-__all__ = ["small"]
 
 
 def workers_of(server: RunningServer) -> list[psutil.Process]:

@@ -12,9 +12,7 @@ from tests.e2e.running_server import running_server, until
 def test_it_says_so_serves_and_waits_for_the_port(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with running_server(
-            tmp_path, metrics_port=port, quality_depths="levels", compile_layers=False
-        ) as server:
+        with running_server(tmp_path, metrics_port=port, quality_depths="levels") as server:
             (report,) = [line for line in server.log.splitlines() if " ERROR " in line]
             assert f"metrics_port: got {port}, allowed: a port that is free on 127.0.0.1" in report
             assert "no metrics, their port is taken" in server.log

@@ -22,7 +22,7 @@ def full_disk(directory: Path) -> Iterator[Path]:
     if (
         mount is None
         or subprocess.run(
-            [mount, "-t", "tmpfs", "-o", "size=64k", "fathom-test", directory],
+            [mount, "-t", "tmpfs", "-o", "size=64k,mode=755", "fathom-test", directory],
             capture_output=True,
             check=False,
         ).returncode
@@ -50,7 +50,9 @@ def test_it_says_so_and_serves(
 ) -> None:
     with (
         trouble(tmp_path / "state") as state,
-        running_server(tmp_path / "server", state_dir=state, quality_depths="levels") as server,
+        running_server(
+            tmp_path / "server", state_dir=state, quality_depths="levels", compile_layers=True
+        ) as server,
     ):
         with server.client() as client:
             assert_generates(client)

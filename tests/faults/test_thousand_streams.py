@@ -32,7 +32,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         max_num_seqs=NUM_RUNNING,
         engine_timeout_seconds=0,
         quality_depths="levels",
-        compile_layers=False,
     )
     try:
         server.wait_until_serving()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -200,3 +201,22 @@ def test_refuses_windows_that_cannot_be(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         token_windows([[1, 2, 3]], window, max_tokens, min_window)
+
+
+@pytest.mark.parametrize("source", ["x" * 5000, "./" + "x" * 300, "~nobody-like-this/text.txt"])
+def test_names_that_no_file_can_have(source: str) -> None:
+    with pytest.raises(TextError, match="allowed: a file"):
+        load_texts(source)
+
+
+def test_a_pipe_is_no_text(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(TextError, match=r"pipe\.txt: not a file, allowed: a file"):
+        load_texts(str(tmp_path / "pipe.txt"))
+
+
+@pytest.mark.parametrize("name", ["text.json", "text.jsonl"])
+def test_an_integer_of_thousands_of_digits(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("9" * 5000)
+    with pytest.raises(TextError, match="line 1: not JSON: Exceeds the limit"):
+        load_texts(str(tmp_path / name))

@@ -6,6 +6,8 @@ import asyncio
 import json
 import logging
 import math
+import os
+import stat
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Mapping
@@ -43,6 +45,18 @@ async def test_kept_entry_is_not_made_again(tmp_path: Path) -> None:
     assert await state.load_or_make("quality", KEY, entry(), maker(value)) == value
     again = StateDirectory(tmp_path / "new" / "state")
     assert await again.load_or_make("quality", KEY, entry(), never()) == value
+
+
+async def test_a_new_directory_is_for_its_owner_alone(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        StateDirectory(tmp_path / "saved").save("quality", KEY, entry(), {})
+        async with StateDirectory(tmp_path / "locked").locked("quality", KEY):
+            pass
+    finally:
+        os.umask(before)
+    for name in ("saved", "locked"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o700
 
 
 async def test_entries_are_apart_by_kind_and_by_key(tmp_path: Path) -> None:
@@ -149,15 +163,24 @@ assert state.load("quality", {KEY!r}, entry) == {{"a": 1.0}}
 
 
 def test_servers_that_start_together_make_an_entry_once(tmp_path: Path) -> None:
+    (tmp_path / "waiting").mkdir()
     script = f"""
-import asyncio, os
+import asyncio, logging, os
 from server.state import JsonEntry, StateDirectory
 from pathlib import Path
 directory = Path({str(tmp_path / "state")!r})
+made = Path({str(tmp_path / "made")!r})
+waiting = Path({str(tmp_path / "waiting")!r})
+class WaitingServers(logging.Handler):
+    def emit(self, record):
+        if "waiting for another server" in record.getMessage():
+            (waiting / str(os.getpid())).touch()
+logging.basicConfig(level=logging.INFO, handlers=[WaitingServers()])
 async def make():
-    with open({str(tmp_path / "made")!r}, "a") as file:
+    with made.open("a") as file:
         file.write("x")
-    await asyncio.sleep(1)
+    while made.read_text() == "x" and len(list(waiting.iterdir())) < 3:
+        await asyncio.sleep(0.01)
     return {{"process": os.getpid()}}
 async def main():
     entry = JsonEntry(dict[str, int], {KEY!r})

@@ -11,8 +11,11 @@ from pruning.checkpoint import CheckpointError
 from pruning.fingerprint import model_fingerprint
 from pruning.plan import Plan
 from pruning.surgery import export_checkpoint
+from pruning.surgery.companions import companions_fingerprint
 from server.errors import FailedPrecondition
+from server.file_hashes import FileHashes
 from server.state import EntryFormat, JsonEntry, StateDirectory, StateError
+from server.state_keys import checkpoint_key
 
 _KIND = "checkpoint"
 
@@ -26,11 +29,12 @@ class _ExportEntry(EntryFormat[str]):
 
     directory: Path
     json: JsonEntry[str]
+    hashes: FileHashes
 
     def load(self, path: Path) -> str:
         fingerprint = self.json.load(path)
         try:
-            found = model_fingerprint(self.directory)
+            found = model_fingerprint(self.directory, self.hashes)
         except (CheckpointError, OSError) as error:
             raise StateError(f"{self.directory}: {error}") from error
         if found != fingerprint:
@@ -48,6 +52,7 @@ class CheckpointStore:
         self, state_dir: Path, source: Path, source_name: str, fingerprint: str, *, with_code: bool
     ) -> None:
         self._state = StateDirectory(state_dir)
+        self._hashes = FileHashes(state_dir)
         self._source = source
         self._source_name = source_name
         self._fingerprint = fingerprint
@@ -61,13 +66,14 @@ class CheckpointStore:
         """
         if not skipped:
             return self._source
-        key = {
-            "model": self._fingerprint,
-            "removed": list(skipped),
-            "with_code": self._with_code,
-        }
+        key = checkpoint_key(
+            model=self._fingerprint,
+            removed=skipped,
+            companions=companions_fingerprint(self._source, with_code=self._with_code),
+            with_code=self._with_code,
+        )
         path = self._state.path_of(_KIND, key).with_suffix("")
-        entry = _ExportEntry(path, JsonEntry(str, key))
+        entry = _ExportEntry(path, JsonEntry(str, key), self._hashes)
         depth = plan.num_layers - len(skipped)
         try:
             await self._state.load_or_make(
@@ -90,5 +96,6 @@ class CheckpointStore:
             depth,
             base_model=self._source_name,
             with_code=self._with_code,
+            file_hash=self._hashes,
         )
         return model_fingerprint(path)

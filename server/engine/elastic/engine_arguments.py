@@ -17,6 +17,7 @@ from server.engine.arguments import (
     cpu_arguments,
     prepare_cpu_environment,
     prepare_environment,
+    refusal,
 )
 from server.engine.elastic.architectures import elastic_architecture
 from server.engine.elastic.unsupported_arguments import check_supported
@@ -56,8 +57,9 @@ def vllm_arguments(config: ElasticConfig) -> AsyncEngineArgs:
     """Return vLLM's arguments for ``config``.
 
     Raises:
-        InvalidArgument: ``engine_args`` has a name that vLLM does not know or that Fathom sets,
-            or asks for what the elastic engine cannot do.
+        InvalidArgument: ``engine_args`` has a name that vLLM does not know or that Fathom sets, or
+            asks for what the elastic engine cannot do, or transformers cannot read the model's
+            configuration.
         UnsupportedArchitecture: The model cannot run at several depths.
     """
     from transformers import AutoConfig
@@ -66,9 +68,12 @@ def vllm_arguments(config: ElasticConfig) -> AsyncEngineArgs:
 
     check_engine_args(config.engine_args, _RESERVED)
     check_supported(config.engine_args, on_cpu=current_platform.is_cpu())
-    model_config = AutoConfig.from_pretrained(
-        config.model, trust_remote_code=config.trust_remote_code
-    )
+    try:
+        model_config = AutoConfig.from_pretrained(
+            config.model, trust_remote_code=config.trust_remote_code
+        )
+    except Exception as error:  # the package documents no base class of what it raises
+        raise refusal(error, config) from error
     overrides = dict(config.engine_args.get("hf_overrides", {}))
     overrides["architectures"] = [elastic_architecture(model_config.architectures or [])]
     arguments: dict[str, Any] = {
@@ -96,7 +101,8 @@ def prepare_elastic_environment(compile_cache: Path | None = None) -> None:
 def _can_keep(directory: Path) -> bool:
     """Return whether compiled code can be written there; torch would fail where it cannot."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        # The code is run, so nobody else may write there.
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(bytes(_COMPILED_BYTES))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What is measured inside the engine, on requests that are marked for it."""
+"""Block Influence and quality, measured inside the engine on requests that are marked for it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from server.engine.elastic.payload import ImportanceProbe, QualityProbe
 from server.engine.elastic.row_table import RowTable
 from server.engine.elastic.step import ElasticStep
 
-# Positions whose logits exist at one time: 512 x 128k x 4 bytes are 256 MiB.
+# Positions whose logits exist at one time; 512 of them take 256 MiB for 128k tokens in float32.
 _CHUNK = 512
-# [num_positions, hidden_size] -> [num_positions, vocab_size]; None off the rank that has them
+# [num_positions, hidden_size] -> [num_positions, vocab_size]; None on ranks without logits
 ComputeLogits = Callable[[torch.Tensor], torch.Tensor | None]
 
 

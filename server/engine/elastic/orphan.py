@@ -1,4 +1,4 @@
-"""Keeps the engine's processes from outliving the server."""
+"""The end of the engine's processes when the server has gone."""
 
 from __future__ import annotations
 

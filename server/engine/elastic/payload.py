@@ -1,4 +1,4 @@
-"""What a request tells the model about itself, as plain types that vLLM can carry."""
+"""A request's choice of layers, as plain types that vLLM carries to the model."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ Probe = ImportanceProbe | QualityProbe
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """The layers a request skips, and what is to be measured on it.
+    """The layers that a request skips, and what is to be measured on it.
 
-    ``num_context`` is the number of tokens that count as prompt where that is not the prompt's
-    length: the others of the prompt run as generated tokens would.
+    ``num_context`` is the number of tokens that run as prompt; the rest of the prompt then runs
+    as generated tokens do. None: the whole prompt.
     """
 
     layers: LayerSelection

@@ -84,8 +84,8 @@ def _prompt_stops(table: RowTable, starts: Ints, stops: Ints, first_position: In
     num_rows = len(first_position)
     num_tokens = stops - starts
     num_prompt = np.clip(table.num_context[:num_rows] - first_position, 0, num_tokens)
-    stops_of_prompt: Ints = starts + np.where(table.is_split[:num_rows], num_prompt, num_tokens)
-    return stops_of_prompt
+    stops_in_row: Ints = np.where(table.is_split[:num_rows], num_prompt, num_tokens)
+    return starts + stops_in_row
 
 
 def token_indices(starts: Ints, stops: Ints) -> Ints:

@@ -1,4 +1,4 @@
-"""What the server asks of the worker that holds the model, over vLLM's collective_rpc.
+"""Methods of the worker that holds the model, called over vLLM's collective_rpc.
 
 Answers are plain types: one that msgpack cannot carry ends the worker's output thread, and the
 call never returns.
@@ -18,7 +18,7 @@ from server.engine.worker_extension import WorkerExtension
 
 
 class ElasticWorkerExtension(WorkerExtension):
-    """Mixed into vLLM's worker."""
+    """Methods that vLLM mixes into its worker."""
 
     model_runner: Any
 

@@ -12,9 +12,9 @@ const OPTIONS = { keepCase: true, longs: Number, enums: String, defaults: true, 
 
 // The reflection protocol itself, which every server that speaks it has in common.
 const field = (id, type, rule) => (rule ? { id, type, rule } : { id, type });
-const reflectionProtocol = (version) => ({
+const reflectionProtocol = {
   nested: {
-    [`grpc.reflection.${version}`]: {
+    "grpc.reflection.v1": {
       nested: {
         ServerReflection: {
           methods: {
@@ -56,7 +56,7 @@ const reflectionProtocol = (version) => ({
       },
     },
   },
-});
+};
 
 function stub(definition, name, address) {
   const loaded = grpc.loadPackageDefinition(definition);
@@ -64,9 +64,9 @@ function stub(definition, name, address) {
   return new Client(address, grpc.credentials.createInsecure());
 }
 
-function reflect(address, request, version) {
-  const definition = protoLoader.fromJSON(reflectionProtocol(version), OPTIONS);
-  const client = stub(definition, `grpc.reflection.${version}.ServerReflection`, address);
+function reflect(address, request) {
+  const definition = protoLoader.fromJSON(reflectionProtocol, OPTIONS);
+  const client = stub(definition, "grpc.reflection.v1.ServerReflection", address);
   return new Promise((resolve, reject) => {
     const call = client.ServerReflectionInfo();
     call.on("error", reject);
@@ -77,15 +77,6 @@ function reflect(address, request, version) {
     });
     call.write(request);
   }).finally(() => client.close());
-}
-
-async function reflectInAnyVersion(address, request) {
-  try {
-    return await reflect(address, request, "v1");
-  } catch (error) {
-    if (error.code !== grpc.status.UNIMPLEMENTED) throw error;
-    return await reflect(address, request, "v1alpha");
-  }
 }
 
 // A FileDescriptorSet is the files one after another, each with tag and length before it.
@@ -112,8 +103,8 @@ async function streamed(client, request) {
 }
 
 const [address, prompt, maxTokens, ...depths] = process.argv.slice(2);
-const { list_services_response: list } = await reflectInAnyVersion(address, { list_services: "" });
-const { file_descriptor_response: files } = await reflectInAnyVersion(address, {
+const { list_services_response: list } = await reflect(address, { list_services: "" });
+const { file_descriptor_response: files } = await reflect(address, {
   file_containing_symbol: INFERENCE,
 });
 const definition = protoLoader.loadFileDescriptorSetFromBuffer(

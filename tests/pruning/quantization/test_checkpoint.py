@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import signal
 import subprocess
@@ -192,20 +191,26 @@ def worker_of(process: psutil.Process) -> psutil.Process:
     raise AssertionError("no worker has been started")
 
 
-@pytest.mark.parametrize("seconds", [0.0, 3.0])
-def test_killed_worker_is_reported_and_leaves_nothing(
-    small: Path, tmp_path: Path, seconds: float
+def test_worker_that_is_killed_when_it_starts_is_reported_and_leaves_nothing(
+    small: Path, tmp_path: Path
 ) -> None:
-    def kill() -> None:
-        worker = worker_of(psutil.Process())
-        time.sleep(seconds)
-        worker.kill()
-
-    killer = threading.Thread(target=kill)
+    killer = threading.Thread(target=lambda: worker_of(psutil.Process()).kill())
     killer.start()
     with pytest.raises(QuantizationFailed, match="was killed"):
         quantize(small, tmp_path / "out")
     killer.join()
+    assert siblings(tmp_path / "out") == []
+
+
+def test_worker_that_is_killed_at_work_is_reported_and_leaves_nothing(
+    small: Path, tmp_path: Path
+) -> None:
+    def kill(done: int, total: int) -> None:
+        if done == 1:
+            worker_of(psutil.Process()).kill()
+
+    with pytest.raises(QuantizationFailed, match="was killed"):
+        quantize(small, tmp_path / "out", on_progress=kill)
     assert siblings(tmp_path / "out") == []
 
 
@@ -220,21 +225,33 @@ QUANTIZATION = """
 import sys
 from pathlib import Path
 from tests.pruning.quantization.small_model import quantize
-quantize(Path(sys.argv[1]), Path(sys.argv[2]))
+def on_progress(done, total):
+    print("layers done:", done, flush=True)
+quantize(Path(sys.argv[1]), Path(sys.argv[2]), on_progress=on_progress)
+print("written", flush=True)
 """
 
 
-def killed_quantization(model: Path, out: Path, seconds: float) -> psutil.Process:
-    """Kill a process some time into its quantization; return the worker it had."""
+def killed_quantization(model: Path, out: Path, moment: str) -> psutil.Process:
+    """Kill a process when it has printed that line of its quantization; return its worker."""
     process = subprocess.Popen(
-        [sys.executable, "-c", QUANTIZATION, model, out], cwd=Path(__file__).parents[3]
+        [sys.executable, "-c", QUANTIZATION, model, out],
+        cwd=Path(__file__).parents[3],
+        stdout=subprocess.PIPE,
+        text=True,
     )
+    assert process.stdout is not None
     try:
         worker = worker_of(psutil.Process(process.pid))
-        time.sleep(seconds)
+        printed: list[str] = []
+        while moment and f"{moment}\n" not in printed:
+            line = process.stdout.readline()
+            assert line, printed
+            printed.append(line)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
+        process.stdout.close()
     return worker
 
 
@@ -242,9 +259,9 @@ def test_killed_parent_leaves_no_process_and_nothing_that_looks_whole(
     small: Path, small_quantized: Path, tmp_path: Path
 ) -> None:
     out, fingerprint = tmp_path / "out", model_fingerprint(small_quantized)
-    rng = random.Random(0)
-    for _ in range(3):
-        worker = killed_quantization(small, out, rng.uniform(0, 6))
+    # When the worker has started, while it is at work, and when its part is done.
+    for moment in ("", "layers done: 1", f"layers done: {NUM_LAYERS}"):
+        worker = killed_quantization(small, out, moment)
         assert not psutil.wait_procs([worker], timeout=PATIENCE)[1]
         if out.exists():  # it had been finished
             assert model_fingerprint(out) == fingerprint

@@ -46,8 +46,10 @@ class Authority:
         )
         self.pem = certificate.public_bytes(Encoding.PEM)
 
-    def issue(self, name: str, *, lasts: datetime.timedelta = DAY) -> Issued:
-        """Return a certificate for ``name``, localhost and 127.0.0.1; it began a day ago."""
+    def issue(
+        self, name: str, *, begins: datetime.timedelta = -DAY, lasts: datetime.timedelta = DAY
+    ) -> Issued:
+        """Return a certificate for ``name``, localhost and 127.0.0.1; its times are from now on."""
         key = ec.generate_private_key(ec.SECP256R1())
         names = [
             x509.DNSName(name),
@@ -55,7 +57,7 @@ class Authority:
             x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
         ]
         certificate = (
-            _builder(_name(name), self._name, key, lasts)
+            _builder(_name(name), self._name, key, lasts, begins)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
             .sign(self._key, hashes.SHA256())
         )
@@ -74,6 +76,7 @@ def _builder(
     issuer: x509.Name,
     key: ec.EllipticCurvePrivateKey,
     lasts: datetime.timedelta,
+    begins: datetime.timedelta = -DAY,
 ) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
     return (
@@ -82,6 +85,6 @@ def _builder(
         .issuer_name(issuer)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - DAY)
+        .not_valid_before(now + begins)
         .not_valid_after(now + lasts)
     )

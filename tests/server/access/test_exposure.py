@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from server.access.exposure import check_exposure, is_loopback
+from server.access.exposure import allows_anonymous_control, check_exposure, is_loopback
 from server.config import load_settings
 from server.errors import InvalidArgument
 
@@ -59,3 +59,20 @@ def test_what_protects(given: list[str], missing: list[str], tmp_path: Path) -> 
     assert [part in str(caught.value) for part in (TLS, CLIENTS)] == [
         part in missing for part in (TLS, CLIENTS)
     ]
+
+
+@pytest.mark.parametrize(
+    ("setting", "host", "allowed"),
+    [
+        ({}, "127.0.0.1", True),
+        ({}, "0.0.0.0", False),
+        ({"anonymous_control": "loopback"}, "::1", True),
+        ({"anonymous_control": "always"}, "0.0.0.0", True),
+        ({"anonymous_control": "never"}, "127.0.0.1", False),
+    ],
+)
+def test_who_may_operate_without_being_known(
+    setting: dict[str, str], host: str, allowed: bool
+) -> None:
+    settings = load_settings({"host": host, **setting})
+    assert allows_anonymous_control(settings) is allowed

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
 
 from server.access.file_watch import FileWatch
+from server.errors import FathomError
 
 
 @pytest.fixture
@@ -60,11 +62,41 @@ def test_links_are_followed(tmp_path: Path, changes: list[str]) -> None:
     assert changes == ["change"]
 
 
-def test_what_is_known_is_no_change(tmp_path: Path, changes: list[str]) -> None:
+def test_what_has_been_read_is_no_change(tmp_path: Path, changes: list[str]) -> None:
     path = tmp_path / "file"
     watched = watch(changes, path)
     path.touch()
-    watched.forget()
+    assert watched.read_now()
     watched.look()
     watched.look()
-    assert changes == []
+    assert changes == ["change"]
+
+
+def test_what_is_wrong_is_read_until_it_is_right(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a certificate that becomes valid while its file stays the same."""
+    caplog.set_level(logging.INFO)
+    path = tmp_path / "file"
+    path.touch()
+    problems: list[str] = []
+    num_reads = 0
+
+    def read() -> None:
+        nonlocal num_reads
+        num_reads += 1
+        if problems:
+            raise FathomError(problems.pop(0))
+
+    watched = FileWatch(lambda: [path], read, "the files")
+    path.write_text("new")
+    problems += ["not valid yet", "not valid yet", "gone"]
+    for _ in range(6):
+        watched.look()
+    assert num_reads == 4
+    kept = "what was read before stays in force, and the file is tried again"
+    assert caplog.messages == [
+        f"not valid yet; {kept}",
+        f"gone; {kept}",
+        "the files have been read again",
+    ]

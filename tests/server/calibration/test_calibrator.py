@@ -7,13 +7,15 @@ from collections.abc import Sequence
 import pytest
 
 from pruning.importance import BlockInfluence, ImportanceError
-from server.calibration.calibrator import WINDOW, Calibrator, Progress
+from pruning.quality import Quality
+from pruning.text import TextError
+from server.calibration.calibrator import WINDOW, Calibrator, Progress, text_windows
 from server.depth.levels import DepthPair
 from server.depth.policy import DepthPolicy
-from server.engine.base import ProgressCallback
+from server.engine.base import LayerSelection, ProgressCallback
 from server.errors import FailedPrecondition, InvalidArgument
 from tests.server.rpc.conftest import LEVELS, make_plan
-from tests.server.rpc.toy_engine import BOS, ToyEngine
+from tests.server.rpc.toy_engine import BOS, MODEL, ToyEngine
 
 
 class RecordingEngine(ToyEngine):
@@ -32,6 +34,15 @@ class RecordingEngine(ToyEngine):
         self.windows = [list(window) for window in windows]
         return await super().measure_importance(windows, progress)
 
+    async def measure_quality(
+        self,
+        windows: Sequence[Sequence[int]],
+        selections: Sequence[LayerSelection],
+        progress: ProgressCallback,
+    ) -> list[Quality]:
+        self.windows = [list(window) for window in windows]
+        return await super().measure_quality(windows, selections, progress)
+
 
 @pytest.fixture
 async def engine() -> RecordingEngine:
@@ -40,7 +51,9 @@ async def engine() -> RecordingEngine:
     return engine
 
 
-def make_calibrator(engine: ToyEngine, held_out: str = "held out " * 99) -> Calibrator:
+def make_calibrator(
+    engine: ToyEngine, held_out: str = "held out " * 99, max_held_out_tokens: int = 500
+) -> Calibrator:
     return Calibrator(
         engine,
         model_fingerprint="sha256:model",
@@ -48,9 +61,17 @@ def make_calibrator(engine: ToyEngine, held_out: str = "held out " * 99) -> Cali
         texts=["abc" * 1000, "xyz" * 10],
         max_tokens=1200,
         held_out_texts=[held_out],
-        max_held_out_tokens=500,
+        max_held_out_tokens=max_held_out_tokens,
         every_depth=False,
     )
+
+
+class OutgrownEngine(RecordingEngine):
+    """Has a tokenizer with one token more than the model knows."""
+
+    def tokenize(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        ids = super().tokenize(text, special_tokens=special_tokens)
+        return [MODEL.vocab_size if token_id == ord("~") else token_id for token_id in ids]
 
 
 def ignore(progress: Progress) -> None:
@@ -89,6 +110,65 @@ async def test_what_cannot_be_measured(engine: RecordingEngine) -> None:
     engine.not_finite = True
     with pytest.raises(FailedPrecondition, match="layer 3: the block influence is not finite"):
         await calibrator.measure_plan(ignore)
+
+
+async def test_a_token_that_the_model_does_not_know() -> None:
+    """The engine would die of it."""
+    engine = OutgrownEngine()
+    await engine.start()
+    problem = r"\('b~'\.\.\.\) has the token 258, allowed: 0 to 257, the model's vocabulary"
+    with pytest.raises(FailedPrecondition, match=f"^the held-out text: text 1 {problem}"):
+        make_calibrator(engine, held_out="b~")
+    calibrator = make_calibrator(engine)
+    with pytest.raises(InvalidArgument, match=rf"^texts: .*\(text 2 {problem}"):
+        await calibrator.measure_plan(ignore, ["abc", "b~"])
+    assert engine.windows == []
+
+
+@pytest.mark.parametrize("num_characters", [4, 5, 100, 256, WINDOW - 1, WINDOW])
+async def test_little_held_out_text_makes_two_windows(
+    engine: RecordingEngine, num_characters: int
+) -> None:
+    policy = DepthPolicy(make_plan(), LEVELS)
+    calibrator = make_calibrator(engine, held_out="x" * num_characters, max_held_out_tokens=10**30)
+    await calibrator.measure_quality(policy, [policy.dense], ignore)
+    first, second = engine.windows
+    assert len(first) + len(second) == num_characters + 2
+    assert first[0] == second[0] == BOS
+
+
+async def test_too_little_held_out_text(engine: RecordingEngine) -> None:
+    with pytest.raises(FailedPrecondition, match="3 tokens of it can be used, allowed: 4 or more"):
+        make_calibrator(engine, held_out="xyz")
+
+
+async def test_the_fewest_tokens_that_the_settings_allow(engine: RecordingEngine) -> None:
+    policy = DepthPolicy(make_plan(), LEVELS)
+    calibrator = make_calibrator(engine, max_held_out_tokens=64)
+    await calibrator.measure_quality(policy, [policy.dense], ignore)
+    assert [len(window) for window in engine.windows] == [33, 33]
+
+
+async def test_short_lines_are_text(engine: RecordingEngine) -> None:
+    plan = await make_calibrator(engine).measure_plan(ignore, ["ab", "cd", "e"])
+    assert engine.windows == [[BOS, *b"ab"], [BOS, *b"cd"]]
+    assert plan.num_tokens == 6
+
+
+def test_a_context_without_room_for_text() -> None:
+    def tokenize(text: str, *, special_tokens: bool = True) -> list[int]:
+        return [BOS] * special_tokens + list(text.encode())
+
+    def windows(max_context: int) -> list[list[int]]:
+        return text_windows(
+            tokenize, ["abc"], max_context=max_context, max_tokens=9, vocab_size=257
+        )
+
+    with pytest.raises(TextError, match=r"^max_context: a context of 3 .* allowed: 4 or more$"):
+        windows(3)
+    assert windows(4) == [[BOS, *b"ab"]]
+    with pytest.raises(TextError, match="begins every text with the token 256, allowed: 0 to 255"):
+        text_windows(tokenize, ["abc"], max_context=9, max_tokens=9, vocab_size=256)
 
 
 async def test_speed_is_measured_beside_dense(engine: RecordingEngine) -> None:

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.fathom_command import FATHOM, environment, fathom, free_ports
+from tests.fathom_command import FATHOM, environment, fathom, fathom_in_process, free_ports
 
 # An engine starts in half a minute on a busy machine; this is for one that never does.
 START_SECONDS = 200.0
@@ -25,13 +25,16 @@ class Server:
 
     def wait_until_serving(self) -> None:
         deadline = time.monotonic() + START_SECONDS
-        while fathom("health", "--address", self.address).returncode != 0:
+        while self.fathom_in_process("health").returncode != 0:
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.2)
 
     def fathom(self, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
         return fathom(*arguments, stdin=stdin, FATHOM_ADDRESS=self.address)
+
+    def fathom_in_process(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return fathom_in_process(*arguments, FATHOM_ADDRESS=self.address)
 
     def end(self) -> tuple[int, str]:
         """Wait for the end; return the exit code and what was printed."""
@@ -59,6 +62,7 @@ def start_server(model: Path, directory: Path, *arguments: str) -> Server:
         "0",
     ]
     limits = ["--kv-cache-gib", "0.25", "--max-num-seqs", "16", "--calibration-tokens", "1024"]
+    limits += ["--compile-layers", "false"]
     state: list[str | Path] = ["--quality-tokens", "1024", "--state-dir", directory / "state"]
     with log.open("w") as stderr:
         process = subprocess.Popen(

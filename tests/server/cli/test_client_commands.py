@@ -59,7 +59,7 @@ def test_prompt_from_stdin(server: Server) -> None:
     ],
 )
 def test_refused_request(server: Server, arguments: list[str], message: str) -> None:
-    result = server.fathom("generate", "Once", *arguments)
+    result = server.fathom_in_process("generate", "Once", *arguments)
     assert (result.returncode, result.stdout) == (1, "")
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"fathom: {message}")
@@ -102,9 +102,9 @@ def test_calibrate_with_a_text_that_is_empty(server: Server, tmp_path: Path) -> 
 
 
 def test_health_of_a_service(server: Server) -> None:
-    result = server.fathom("health", "--service", "fathom.v1.Inference")
+    result = server.fathom_in_process("health", "--service", "fathom.v1.Inference")
     assert (result.returncode, result.stdout) == (0, "SERVING\n")
-    result = server.fathom("health", "--service", "fathom.v1.Unheard")
+    result = server.fathom_in_process("health", "--service", "fathom.v1.Unheard")
     assert result.returncode == 1
     assert result.stderr.startswith("fathom: NOT_FOUND")
 

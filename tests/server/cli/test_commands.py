@@ -10,7 +10,7 @@ import pytest
 from typer.main import get_command
 
 from server.cli import app
-from server.config import Settings
+from server.config import OLD_NAMES, Settings
 from tests.fathom_command import FATHOM, environment, fathom, free_ports
 
 
@@ -40,8 +40,15 @@ assert not heavy, heavy
 def test_every_setting_has_a_flag() -> None:
     serve = get_command(app).get_command(None, "serve")  # type: ignore[attr-defined]
     flags = {option for parameter in serve.params for option in parameter.opts}
-    wanted = {f"--{name.replace('_', '-')}" for name in Settings.model_fields}
+    wanted = {f"--{name.replace('_', '-')}" for name in [*Settings.model_fields, *OLD_NAMES]}
     assert flags == wanted
+
+
+def test_old_names_of_settings_are_not_shown() -> None:
+    help_text = fathom("serve", "--help").stdout
+    for old, present in OLD_NAMES.items():
+        assert f"--{old.replace('_', '-')} " not in help_text
+        assert f"--{present.replace('_', '-')} " in help_text
 
 
 def test_version() -> None:

@@ -23,7 +23,7 @@ from server.engine.base import LayerSelection
 from server.model.inputs import calibration_texts
 from server.state import StateDirectory
 from tests.conftest import data_path
-from tests.fathom_command import FATHOM, environment, fathom
+from tests.fathom_command import FATHOM, environment, fathom, fathom_in_process
 from tests.pruning.surgery.conftest import one_thread
 from tests.pruning.surgery.exporting import large_model, plan_of, siblings
 from tests.server.engine.elastic import reference
@@ -108,7 +108,7 @@ def export(*arguments: str | Path) -> list[str]:
 
 
 def refusal(*arguments: str | Path, code: int = 2) -> str:
-    result = fathom("export", *arguments)
+    result = fathom_in_process("export", *arguments)
     assert (result.returncode, result.stdout) == (code, ""), result.stderr
     assert "Traceback" not in result.stderr
     return " ".join(result.stderr.replace("│", " ").split())
@@ -170,8 +170,14 @@ def test_plan_that_a_server_keeps_is_found(
     settings = load_settings({"model": str(stories_model), "state_dir": str(tmp_path)})
     texts = calibration_texts(settings)
     state, fingerprint = StateDirectory(tmp_path), plan.model_fingerprint
-    wanted = replace(plan, text_fingerprint=text_fingerprint(texts), created_at=2.0)
+    wanted = replace(
+        plan,
+        text_fingerprint=text_fingerprint(texts),
+        tokenizer_fingerprint="sha256:tokenizer",
+        created_at=2.0,
+    )
     others = [
+        replace(wanted, tokenizer_fingerprint="sha256:other", created_at=9.0),
         replace(wanted, model_fingerprint="sha256:1", created_at=9.0),
         replace(wanted, text_fingerprint="sha256:2", created_at=9.0),
         replace(wanted, created_at=1.0, num_tokens=5),
@@ -179,9 +185,9 @@ def test_plan_that_a_server_keeps_is_found(
     for number, kept in enumerate([*others, wanted]):
         state.save("plan", {"n": number}, PlanFile(kept.model_fingerprint, 5), kept)
     (tmp_path / "plan-damaged.json").write_text("{")
-    assert kept_plan(settings, fingerprint, texts) == wanted
+    assert kept_plan(settings, fingerprint, "sha256:tokenizer", texts) == wanted
     assert "plan-damaged.json is not used: " in caplog.text
-    assert kept_plan(settings, "sha256:3", texts) is None
+    assert kept_plan(settings, "sha256:3", "sha256:tokenizer", texts) is None
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import psutil
@@ -16,15 +15,12 @@ from pruning.quantization import QUANTIZATION_FILE
 from pruning.surgery import PLAN_FILE, count_layers, export_checkpoint
 from server.engine.base import LayerSelection
 from server.model.source import DEMO_MODEL
-from tests.fathom_command import FATHOM, environment, fathom
-from tests.pruning.quantization.conftest import small, small_quantized
+from tests.fathom_command import FATHOM, PATIENCE, environment, fathom, fathom_in_process
 from tests.pruning.quantization.small_model import quantize
 from tests.pruning.quantization.test_checkpoint import worker_of
 from tests.pruning.surgery.exporting import plan_of, siblings
 from tests.server.engine.elastic.plain_vllm import generate_with_vllm
 from tests.server.engine.elastic.running_engine import running_engine
-
-__all__ = ["small", "small_quantized"]
 
 FEW = ("--calibration-tokens", "512")
 
@@ -36,7 +32,7 @@ def lines_of(*arguments: str | Path) -> list[str]:
 
 
 def refusal(*arguments: str | Path, code: int = 2) -> str:
-    result = fathom(*arguments)
+    result = fathom_in_process(*arguments)
     assert (result.returncode, result.stdout) == (code, ""), result.stderr
     assert "Traceback" not in result.stderr
     return " ".join(result.stderr.replace("│", " ").split())
@@ -91,14 +87,21 @@ def test_no_process_is_left_after_a_signal(
     process = subprocess.Popen(
         [FATHOM, "quantize", *FEW, small, out], stderr=subprocess.PIPE, env=environment()
     )
+    assert process.stderr is not None
     try:
         worker = worker_of(psutil.Process(process.pid))
-        time.sleep(1.0)
+        reported = b""
+        while b"Quantizing the layers: 0 %" not in reported:
+            line = process.stderr.readline()
+            assert line, reported
+            reported += line
         process.send_signal(number)
-        _, reported = process.communicate(timeout=60)
+        reported += process.stderr.read()
+        process.wait(PATIENCE)
     finally:
         process.kill()
-    assert not psutil.wait_procs([worker], timeout=60)[1]
+        process.stderr.close()
+    assert not psutil.wait_procs([worker], timeout=PATIENCE)[1]
     assert b"Traceback" not in reported
     if number == signal.SIGTERM:
         assert process.returncode == 128 + number
@@ -141,7 +144,7 @@ def test_exported_demo_model_equals_the_elastic_engine(tmp_path: Path) -> None:
     export_checkpoint(quantized, tmp_path / "out", plan, 12)
     layers = LayerSelection(plan.skipped(12), plan.skipped(12))
     # bfloat16 is not the same at any batch size: the batches are equal.
-    with running_engine(quantized, dtype="bfloat16", compile_layers=False) as engine:
+    with running_engine(quantized, dtype="bfloat16") as engine:
         texts = ("Return the", "The list of", "class ", "Raises an exception when")
         prompts = [engine.engine.tokenize(text) for text in texts]
         elastic = engine.generate(prompts, [layers] * len(prompts), 32)

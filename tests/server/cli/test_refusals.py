@@ -6,14 +6,16 @@ import socket
 from pathlib import Path
 
 from tests.conftest import data_path
-from tests.fathom_command import fathom
+from tests.fathom_command import fathom_in_process
 from tests.server.cli.served import Server
 from tests.server.model.checkpoint_copy import copy_of
 
 
 def refusals(*arguments: str | Path, **variables: str) -> list[str]:
     """Return what a server that cannot start says, one line for each problem."""
-    result = fathom("serve", "--port", "0", "--metrics-port", "0", *arguments, **variables)
+    result = fathom_in_process(
+        "serve", "--port", "0", "--metrics-port", "0", *arguments, **variables
+    )
     assert (result.returncode, result.stdout) == (2, ""), result.stderr
     assert "Traceback" not in result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("fathom: ")]

@@ -17,7 +17,7 @@ def test_restart_and_ctrl_c(server: Server, stories_model: Path, directory: Path
     again = start_server(stories_model, directory)
     try:
         deadline = time.monotonic() + START_SECONDS
-        while (starting := again.fathom("health")).stdout == "":
+        while (starting := again.fathom_in_process("health")).stdout == "":
             assert time.monotonic() < deadline
         assert (starting.returncode, starting.stdout) == (1, "NOT_SERVING\n")
         again.wait_until_serving()
@@ -52,7 +52,7 @@ def test_signal_while_starting(stories_model: Path, tmp_path: Path) -> None:
     starting = start_server(stories_model, tmp_path)
     try:
         deadline = time.monotonic() + START_SECONDS
-        while starting.fathom("health").stdout == "":
+        while starting.fathom_in_process("health").stdout == "":
             assert time.monotonic() < deadline
         starting.process.terminate()
         assert starting.end() == (0, "")

@@ -12,7 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.config import ConfigError, Settings, load_settings, settings_table
+from server.config import (
+    ConfigError,
+    Settings,
+    load_settings,
+    settings_table,
+    warn_of_old_names,
+)
 from server.depth.levels import LevelSpec
 
 ROOT = Path(__file__).parents[3]
@@ -166,6 +172,44 @@ def test_service_links_of_kubernetes_are_explained(monkeypatch: pytest.MonkeyPat
     found = problems()
     assert len(found) == 2
     assert all("enableServiceLinks" in problem for problem in found)
+
+
+@pytest.mark.parametrize("given", ["flag", "variable", "key"])
+def test_old_names_are_accepted_with_a_warning(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags: dict[str, object] = {}
+    if given == "flag":
+        flags["max_unread"] = "7"
+    elif given == "variable":
+        monkeypatch.setenv("FATHOM_MAX_UNREAD", "7")
+    else:
+        flags["config"] = yaml_file(tmp_path, "max_unread: 7\n")
+    settings = load_settings(flags)
+    assert settings.max_buffered_tokens == 7
+    warn_of_old_names(settings.old_names)
+    (warning,) = caplog.messages
+    assert warning.startswith("the setting max_unread is called max_buffered_tokens now; ")
+
+
+def test_old_names_keep_the_order_of_flags_variables_and_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = {"config": yaml_file(tmp_path, "max_unread: 1\n")}
+    monkeypatch.setenv("FATHOM_MAX_BUFFERED_TOKENS", "2")
+    assert load_settings(old).max_buffered_tokens == 2
+    assert load_settings({**old, "max_unread": "3"}).max_buffered_tokens == 3
+    new = {"config": yaml_file(tmp_path, "max_buffered_tokens: 1\nmax_unread: 4\n")}
+    monkeypatch.setenv("FATHOM_MAX_UNREAD", "5")
+    assert load_settings(new).max_buffered_tokens == 2
+    monkeypatch.setenv("FATHOM_MAX_BUFFERED_TOKENS", "")
+    assert load_settings(new).max_buffered_tokens == 5
+    monkeypatch.delenv("FATHOM_MAX_UNREAD")
+    assert load_settings(new).max_buffered_tokens == 1
+
+
+def test_the_error_of_an_old_name_has_the_present_one() -> None:
+    assert problems(max_unread="0") == ["max_buffered_tokens: got '0', allowed: 1 or more"]
 
 
 def test_every_problem_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

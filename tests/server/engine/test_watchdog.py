@@ -17,8 +17,17 @@ from server.engine.base import EngineDead
 from server.engine.watchdog import Watchdog
 from tests.server.rpc.toy_engine import ToyEngine
 
-BUSY = "while True: pass"
-IDLE = "import time; time.sleep(1000)"
+BUSY = "print(flush=True)\nwhile True: pass"
+IDLE = "import signal\nprint(flush=True)\nsignal.pause()"
+# The kernel has a process wait for its child of vfork as it does for a disk. The child has the
+# memory of its parent, and so does nothing but wait, too.
+WAITS_FOR_DEVICE = """
+import ctypes
+libc = ctypes.CDLL(None)
+print(flush=True)
+libc.vfork()
+libc.sleep(1000)
+"""
 
 
 class EngineOfProcess(ToyEngine):
@@ -26,9 +35,13 @@ class EngineOfProcess(ToyEngine):
 
     def __init__(self, program: str) -> None:
         super().__init__()
-        self.process = subprocess.Popen([sys.executable, "-c", program])
+        self.process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+        assert self.process.stdout is not None
+        self.process.stdout.readline()  # its start, which is work, is over
+        self.process.stdout.close()
         self.answers = True
         self.num_pings = 0
+        self.num_looks = 0
 
     @property
     def is_alive(self) -> bool:
@@ -36,6 +49,7 @@ class EngineOfProcess(ToyEngine):
 
     @property
     def process_ids(self) -> list[int]:
+        self.num_looks += 1
         return [self.process.pid]
 
     async def ping(self) -> None:
@@ -52,23 +66,30 @@ def engines() -> Iterator[list[EngineOfProcess]]:
     yield made
     for engine in made:
         with suppress(psutil.NoSuchProcess):
-            psutil.Process(engine.process.pid).kill()
+            process = psutil.Process(engine.process.pid)
+            for each in (*process.children(recursive=True), process):
+                each.kill()
         engine.process.wait()
+
+
+async def until_waiting_for_device(engine: EngineOfProcess) -> None:
+    process = psutil.Process(engine.process.pid)
+    while process.status() != psutil.STATUS_DISK_SLEEP:
+        await asyncio.sleep(0.01)
 
 
 async def killed(
     engine: EngineOfProcess, *, num_looks: int, timeout: float, still: float, stopped: float
 ) -> bool:
-    """Return whether the watchdog kills the engine within so many looks."""
-    seconds = {"still_seconds": still, "stopped_seconds": stopped}
+    """Return whether the watchdog kills the engine within so many looks at it."""
+    seconds = {"stall_seconds": still, "stopped_seconds": stopped}
     watchdog = Watchdog(engine, timeout, poll_seconds=0.05, **seconds)
     task = asyncio.create_task(watchdog.run())
     try:
-        for _ in range(num_looks):
-            await asyncio.sleep(0.05)
-            if not engine.is_alive:
-                return True
-        return False
+        last = engine.num_looks + num_looks
+        while not task.done() and engine.is_alive and engine.num_looks < last:
+            await asyncio.sleep(0.01)
+        return not engine.is_alive
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -99,10 +120,31 @@ async def test_one_that_does_nothing_at_all(
 ) -> None:
     engine = EngineOfProcess(IDLE)
     engines.append(engine)
-    await asyncio.sleep(0.5)  # for its start, which is work
     engine.answers = False
     assert await killed(engine, num_looks=1000, timeout=1000, still=0.5, stopped=1000)
     assert "has not answered or done anything" in caplog.text
+
+
+async def test_one_that_waits_for_a_disk_has_the_whole_time(
+    engines: list[EngineOfProcess],
+) -> None:
+    engine = EngineOfProcess(WAITS_FOR_DEVICE)
+    engines.append(engine)
+    engine.answers = False
+    await until_waiting_for_device(engine)
+    assert not await killed(engine, num_looks=40, timeout=1000, still=0.5, stopped=1000)
+
+
+async def test_one_that_waits_for_a_disk_for_too_long(
+    engines: list[EngineOfProcess], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = EngineOfProcess(WAITS_FOR_DEVICE)
+    engines.append(engine)
+    engine.answers = False
+    await until_waiting_for_device(engine)
+    assert await killed(engine, num_looks=1000, timeout=1, still=0.2, stopped=1000)
+    assert "has not answered for 1" in caplog.text
+    assert "1 threads wait for a disk or another device" in caplog.text
 
 
 async def test_one_that_was_stopped(

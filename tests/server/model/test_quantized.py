@@ -14,15 +14,13 @@ import pytest
 from pruning.fingerprint import model_fingerprint
 from pruning.quantization import QuantizationFailed, plan_of_base
 from server.config import Settings, load_settings
+from server.model import inputs
 from server.model.inputs import StartError, calibration_texts, read_inputs
 from server.model.quantized import QuantizedModel, checked_quantization
 from server.model.source import find_model
 from server.state import StateError
-from tests.pruning.quantization.conftest import small, small_quantized
 from tests.pruning.quantization.test_checkpoint import worker_of
 from tests.pruning.surgery.exporting import plan_of
-
-__all__ = ["small", "small_quantized"]
 
 
 def settings_of(model: Path, state: Path, **others: object) -> Settings:
@@ -148,6 +146,56 @@ async def test_cancelled_or_killed_it_leaves_nothing_to_trust(small: Path, tmp_p
     assert [path.suffix for path in settings.state_dir.iterdir()] == [".lock"]
 
 
+async def test_what_lies_beside_the_weights_is_that_of_the_source_now(
+    small: Path, tmp_path: Path
+) -> None:
+    source, state = tmp_path / "model", tmp_path / "state"
+    shutil.copytree(small, source)
+    settings = settings_of(source, state)
+    before = quantized_model(settings)
+    fingerprint = await before.prepare(lambda *layers: None)
+    template, generation = source / "chat_template.jinja", source / "generation_config.json"
+    tokenizer = json.loads((source / "tokenizer_config.json").read_bytes())
+    template.write_text("{{ messages[0].content }}")
+    generation.write_text(json.dumps({"temperature": 0.5}))
+    (source / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "padding_side": "left"}))
+    after = quantized_model(settings)
+    assert after.directory != before.directory
+    assert await after.prepare(unexpected) == fingerprint == model_fingerprint(after.directory)
+    for name in (template.name, generation.name, "tokenizer_config.json", "tokenizer.json"):
+        assert (after.directory / name).read_bytes() == (source / name).read_bytes()
+    # The other server that may share the directory goes on with what it has.
+    assert (before.directory / template.name).read_bytes() != template.read_bytes()
+    weights = [model.directory / "model.safetensors" for model in (before, after)]
+    assert weights[0].samefile(weights[1])
+    assert await quantized_model(settings).prepare(unexpected) == fingerprint
+    # Damage is found in either, and what is made anew is whole.
+    flip(weights[1])
+    assert await quantized_model(settings).prepare(lambda *layers: None) == fingerprint
+    assert model_fingerprint(after.directory) == fingerprint
+
+
+def test_other_tokens_make_another_one(small: Path, tmp_path: Path) -> None:
+    source, state = tmp_path / "model", tmp_path / "state"
+    shutil.copytree(small, source)
+    keys = [quantized_model(settings_of(source, state))._weights_key]
+    tokenizer = json.loads((source / "tokenizer.json").read_bytes())
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    keys.append(quantized_model(settings_of(source, state))._weights_key)
+    assert keys[0]["tokens"] != keys[1]["tokens"]
+
+
+def test_a_token_that_the_model_does_not_know(small: Path, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(small, source)
+    config = json.loads((source / "config.json").read_bytes())
+    (source / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
+    found = refusal(source, tmp_path / "state")
+    assert found.startswith("calibration: its tokenizer makes token ")
+    assert found.endswith("allowed: below 100, the vocab_size of config.json")
+
+
 # What a server is started with
 
 
@@ -173,11 +221,19 @@ def test_group_size_that_does_not_fit(stories_model: Path, tmp_path: Path) -> No
     assert "down_proj.weight: got 172 in-features, allowed: multiples of 32" in found
 
 
+def test_experts_that_cannot_be_served(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "experts_problem", lambda tensors: "experts need a GPU")
+    found = refusal(small, tmp_path / "state")
+    assert found == "quantize: got 'gptq-4bit', allowed: nothing here: experts need a GPU"
+
+
 def test_plan_of_the_model_before(small: Path, kept: QuantizedModel, tmp_path: Path) -> None:
     plan = plan_of(small, (1,))
     plan.save(tmp_path / "plan.json")
-    inputs = read_inputs(settings_of(small, tmp_path / "state", plan=str(tmp_path / "plan.json")))
-    assert inputs.plan == plan
+    read = read_inputs(settings_of(small, tmp_path / "state", plan=str(tmp_path / "plan.json")))
+    assert read.plan == plan
     fingerprint = model_fingerprint(kept.directory)
     fitted = plan_of_base(plan, kept.directory, fingerprint)
     assert (fitted.removal_order, fitted.model_fingerprint) == (plan.removal_order, fingerprint)

@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pruning.plan import Plan
 from server.calibration.calibrator import Calibrator
+from server.calibration.policy_store import PolicyStore
 from server.depth.levels import Level
 from server.depth.policy import DepthPolicy
 from server.rpc.client import AsyncClient
@@ -43,6 +44,16 @@ def make_plan() -> Plan:
     )
 
 
+class RecordingStore(PolicyStore):
+    """Remembers the policies that it is to keep."""
+
+    def __init__(self, saved: list[DepthPolicy]) -> None:
+        self._saved = saved
+
+    def save(self, policy: DepthPolicy) -> None:
+        self._saved.append(policy)
+
+
 @dataclass
 class Deployment:
     """Everything of one server, and a client."""
@@ -51,7 +62,7 @@ class Deployment:
     metrics: Metrics
     service: Service
     rpc: RpcServer
-    saved: list[DepthPolicy]
+    saved: list[DepthPolicy] = field(default_factory=list)
     client: AsyncClient = field(init=False)
     metrics_server: MetricsServer | None = None
 
@@ -76,7 +87,8 @@ class Deployment:
             max_held_out_tokens=200,
             every_depth=True,
         )
-        self.service.open(DepthPolicy(make_plan(), LEVELS), calibrator)
+        store = RecordingStore(self.saved)
+        self.service.open(DepthPolicy(make_plan(), LEVELS), calibrator, store)
 
     async def close(self) -> None:
         await self.client.close()
@@ -110,11 +122,9 @@ async def starting(request: pytest.FixtureRequest) -> AsyncIterator[Deployment]:
     options = getattr(request, "param", {})
     async with AsyncExitStack() as stack:
         engine, metrics = ToyEngine(), Metrics()
-        saved: list[DepthPolicy] = []
         service = Service(
             engine,
             metrics,
-            save=saved.append,
             version="1.2.3",
             first_restart_delay=0.01,
             poll_seconds=0.05,
@@ -124,7 +134,7 @@ async def starting(request: pytest.FixtureRequest) -> AsyncIterator[Deployment]:
         rpc = RpcServer(service, "127.0.0.1", 0, max_message_bytes=2**20)
         await rpc.start()
         stack.push_async_callback(rpc.stop)
-        deployment = Deployment(engine, metrics, service, rpc, saved)
+        deployment = Deployment(engine, metrics, service, rpc)
         stack.push_async_callback(deployment.close)
         yield deployment
 

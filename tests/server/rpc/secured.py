@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from server.rpc.access import Access, AccessFiles
 from server.rpc.client import Client
@@ -45,16 +45,21 @@ class Secured(Deployment):
 
 @asynccontextmanager
 async def secured(
-    files: AccessFiles, *, observers: tuple[Observer, ...] = (), **options: int
+    files: AccessFiles,
+    *,
+    observers: tuple[Observer, ...] = (),
+    service: Mapping[str, Any] | None = None,
+    anonymous_control: bool = True,
+    **options: int,
 ) -> AsyncIterator[Secured]:
-    """Yield a server that serves."""
+    """Yield a server that serves; ``service`` and ``options`` are those of its parts."""
     async with AsyncExitStack() as stack:
         engine, metrics = ToyEngine(), Metrics()
-        service = Service(engine, metrics)
-        stack.push_async_callback(service.close)
-        access = Access(files, metrics)
+        served = Service(engine, metrics, **(service or {}))
+        stack.push_async_callback(served.close)
+        access = Access(files, metrics, anonymous_control=anonymous_control)
         rpc = RpcServer(
-            service,
+            served,
             "127.0.0.1",
             0,
             tls=access.tls,
@@ -66,7 +71,7 @@ async def secured(
         stack.push_async_callback(rpc.stop)
         following = asyncio.create_task(access.follow(seconds=0.01))
         stack.callback(following.cancel)
-        deployment = Secured(engine, metrics, service, rpc, [], access=access)
+        deployment = Secured(engine, metrics, served, rpc, [], access=access)
         stack.push_async_callback(deployment.close)
         await deployment.open()
         yield deployment

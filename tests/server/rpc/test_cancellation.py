@@ -22,7 +22,7 @@ def request(request_id: str) -> inference_pb2.GenerateRequest:
 
 
 async def assert_freed(deployment: Deployment, method: str, code: str) -> None:
-    await deployment.engine.until_freed("mine")
+    await deployment.engine.until_freed()
     await deployment.engine.until_running(0)
     labels = {"method": METHOD + method, "depth": "8", "code": code}
     while await deployment.metric("fathom_requests_total", **labels) is None:
@@ -114,5 +114,5 @@ async def test_cancelled_score(deployment: Deployment) -> None:
     )
     await deployment.engine.until_running(1)
     call.cancel()
-    await deployment.engine.until_freed("mine")
+    await deployment.engine.until_freed()
     await deployment.engine.until_running(0)

@@ -88,4 +88,4 @@ async def test_closing_the_stream_cancels_the_request(deployment: Deployment) ->
         stream.close()  # type: ignore[attr-defined]
 
     await use(deployment, calls)
-    await deployment.engine.until_freed("mine")
+    await deployment.engine.until_freed()

@@ -1,18 +1,11 @@
-"""Health and reflection."""
+"""The health service."""
 
 from __future__ import annotations
 
-import asyncio
-
 import grpc
 import pytest
-from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
-    ProtoReflectionDescriptorDatabase,
-)
 
-from server.rpc.generated.fathom.v1 import inference_pb2
 from server.rpc.server import CONTROL, INFERENCE
 from tests.server.rpc.conftest import Deployment, failure
 
@@ -84,36 +77,3 @@ async def test_watchers_do_not_hold_up_the_stop(deployment: Deployment) -> None:
         assert (await watch.read()).status == NOT_SERVING
         error = await failure(watch.read())
         assert error.code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
-
-
-async def test_reflection_is_enough_to_call(deployment: Deployment) -> None:
-    # The client of reflection is synchronous, and the server runs on the loop of this test.
-    def discover() -> tuple[list[str], DescriptorPool]:
-        with grpc.insecure_channel(deployment.address) as channel:
-            database = ProtoReflectionDescriptorDatabase(channel)
-            pool = DescriptorPool(database)
-            for name in database.get_services():
-                pool.FindServiceByName(name)
-            return list(database.get_services()), pool
-
-    names, pool = await asyncio.to_thread(discover)
-    assert {INFERENCE, CONTROL, "grpc.health.v1.Health"} <= set(names)
-    inference = pool.FindServiceByName(INFERENCE)
-    assert set(inference.methods_by_name) == {
-        "Generate",
-        "GenerateStream",
-        "Score",
-        "Tokenize",
-        "GetModel",
-    }
-    assert set(pool.FindServiceByName(CONTROL).methods_by_name) == {
-        "GetPlan",
-        "Calibrate",
-        "SetLevels",
-        "SetPolicy",
-        "GetStatus",
-        "Drain",
-    }
-    seen = pool.FindMessageTypeByName("fathom.v1.GenerateRequest")
-    expected = inference_pb2.GenerateRequest.DESCRIPTOR.fields_by_name
-    assert set(seen.fields_by_name) == set(expected)

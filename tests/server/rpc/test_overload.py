@@ -123,7 +123,7 @@ async def test_a_client_that_does_not_read_holds_nothing_up_and_loses_nothing(
         assert max(message.ByteSize() for message in messages) < 2**20
 
 
-@pytest.mark.parametrize("starting", [{"max_unread": 5000}], indirect=True)
+@pytest.mark.parametrize("starting", [{"max_buffered_tokens": 5000}], indirect=True)
 async def test_a_client_that_leaves_too_much_unread_loses_its_stream(
     deployment: Deployment, narrow_stub: inference_pb2_grpc.InferenceStub
 ) -> None:
@@ -136,7 +136,7 @@ async def test_a_client_that_leaves_too_much_unread_loses_its_stream(
     assert deployment.engine.freed == [deployment.engine.requests[0].request_id]
     error = await failure(rest_of(slow))
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert "and max_unread allows 5000" in message_of(error)
+    assert "and max_buffered_tokens allows 5000" in message_of(error)
     # A client that reads may have as much.
     asked.stop.max_tokens = 300
     assert (await deployment.client.inference.Generate(asked)).HasField("finish_info")

@@ -211,3 +211,49 @@ async def test_the_rules_of_depth_by_itself(
         await running.with_settings(f"{LEVELS}auto_levels: [slow]\n")
         assert "auto_levels: got 'slow', allowed: some of dense, fast, generative" in caplog.text
         assert service.policy.auto_level == "fast"
+
+
+async def test_settings_that_are_half_written_are_read_until_they_are_whole(
+    tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    asked = asyncio.Event()
+    async with reloadable(tmp_path, LEVELS) as each:
+        following = asyncio.create_task(each.reload.follow(asked))
+        each.path.write_text("levels: {dense: 8, th")
+        asked.set()
+        while not log.messages:
+            await asyncio.sleep(0.01)
+        each.path.write_text("levels: {dense: 8, thin: 2}\n")
+        while "settings read again; changed: levels" not in log.messages:
+            await asyncio.sleep(0.01)
+        first, *others = reports(log)
+        assert first.startswith("config: no valid YAML")
+        assert others == ["settings read again; changed: levels"]
+        assert each.levels == {"dense": (8, 8), "thin": (2, 2)}
+        following.cancel()
+
+
+async def test_a_problem_is_told_once_for_each_time_it_is_asked(
+    tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    async with reloadable(tmp_path, LEVELS) as each:
+        each.path.write_text("prot: 1\n")
+        problem = await each.reload.run()
+        assert problem == "unknown setting 'prot'; did you mean port?"
+        assert await each.reload.run(known_problem=problem) == problem
+        assert len(reports(log)) == 1
+        assert await each.reload.run() == problem
+        assert len(reports(log)) == 1
+
+
+async def test_a_file_that_stays_and_breaks_does_not_hold_back_the_settings(
+    tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    clients = written(tmp_path / "clients", CLIENTS)
+    base = f"clients: {clients}\n"
+    async with reloadable(tmp_path, base + LEVELS) as each:
+        written(clients, "alice infer")
+        await each.with_settings(f"{base}levels: {{dense: 8, thin: 2}}\n")
+        assert reports(log) == ["settings read again; changed: levels"]
+        assert each.levels == {"dense": (8, 8), "thin": (2, 2)}
+        assert await each.server.use(generate, token=ALICE)

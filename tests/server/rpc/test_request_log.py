@@ -79,7 +79,7 @@ async def test_a_request_that_is_cancelled(
     await stream.read()
     server.engine.gate.clear()
     stream.cancel()
-    await server.engine.until_freed("mine")
+    await server.engine.until_freed()
     while not lines(caplog):
         await asyncio.sleep(0.01)
     (line,) = lines(caplog)

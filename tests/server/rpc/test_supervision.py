@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from typing import Any
 
 import grpc
 import pytest
 
+from server.depth.autodepth import AutoDepth
+from server.depth.levels import Level
 from server.rpc.client import retry_delay
 from server.rpc.generated.fathom.v1 import control_pb2, inference_pb2
 from server.serving.service_state import State
@@ -236,3 +240,77 @@ async def test_a_server_that_is_stopped_while_it_starts_never_serves(
     assert await starting.service.drain() == 0
     await starting.open()
     assert starting.service.state is State.DRAINING
+
+
+async def test_a_drained_server_takes_requests_again(deployment: Deployment) -> None:
+    inference, control = deployment.client.inference, deployment.client.control
+    deployment.engine.gate.clear()
+    running = asyncio.ensure_future(inference.Generate(request()))
+    await deployment.engine.until_running(1)
+    drain = asyncio.ensure_future(control.Drain(control_pb2.DrainRequest(grace_seconds=600)))
+    assert await deployment.service.state_after(State.SERVING) is State.DRAINING
+    assert (await failure(inference.Generate(request()))).code() is grpc.StatusCode.UNAVAILABLE
+    resumed = await control.Resume(control_pb2.ResumeRequest())
+    assert resumed.state == control_pb2.GetStatusResponse.STATE_SERVING
+    # Who waits for the drain learns that it has been given up.
+    assert (await drain).num_unfinished == 1
+    deployment.engine.gate.set()
+    assert (await running).HasField("finish_info")
+    assert (await inference.Generate(request())).HasField("finish_info")
+    error = await failure(control.Resume(control_pb2.ResumeRequest()))
+    assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert message_of(error) == "the server is not draining; it is serving"
+
+
+async def test_an_engine_that_died_in_a_drain_is_started_by_resume(deployment: Deployment) -> None:
+    control = deployment.client.control
+    for number in (1, 2):
+        await control.Drain(control_pb2.DrainRequest())
+        deployment.engine.die()
+        resumed = await control.Resume(control_pb2.ResumeRequest())
+        assert resumed.state == control_pb2.GetStatusResponse.STATE_ENGINE_DOWN
+        assert await deployment.service.state_after(State.ENGINE_DOWN) is State.SERVING
+        generated = await deployment.client.inference.Generate(request())
+        assert generated.HasField("finish_info")
+        assert deployment.engine.num_starts == number + 1
+
+
+async def test_a_server_that_is_being_stopped_does_not_resume(deployment: Deployment) -> None:
+    assert await deployment.service.drain(for_good=True) == 0
+    error = await failure(deployment.client.control.Resume(control_pb2.ResumeRequest()))
+    assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert message_of(error) == "the server is being stopped"
+    assert deployment.service.state is State.DRAINING
+
+
+async def test_a_drain_of_a_server_that_starts_can_be_taken_back(starting: Deployment) -> None:
+    control = starting.client.control
+    await control.Drain(control_pb2.DrainRequest())
+    resumed = await control.Resume(control_pb2.ResumeRequest())
+    assert resumed.state == control_pb2.GetStatusResponse.STATE_STARTING
+    await control.Drain(control_pb2.DrainRequest())
+    await starting.open()
+    assert starting.service.state is State.DRAINING
+    await control.Resume(control_pb2.ResumeRequest())
+    assert (await starting.client.inference.Generate(request())).HasField("finish_info")
+
+
+async def test_what_follows_the_load_is_started_again(
+    starting: Deployment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    choose, calls = AutoDepth.choose, asyncio.Queue[bool]()
+
+    def failing_once(*arguments: Any, **options: Any) -> Level:
+        calls.put_nowait(True)
+        if not caplog.records:
+            raise ZeroDivisionError("a mistake")
+        return choose(*arguments, **options)
+
+    monkeypatch.setattr(AutoDepth, "choose", failing_once)
+    caplog.set_level(logging.CRITICAL)
+    await starting.open()
+    await calls.get()
+    await calls.get()
+    (record,) = caplog.records
+    assert record.getMessage() == "what follows the load has died; it is started again in 1 s"
+    assert "ZeroDivisionError: a mistake" in caplog.text

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,46 @@ async def test_authorities_of_clients_change(
         await until(lambda: "have been read again" in caplog.text)
         assert await server.use(generate, tls=deployed.identified())
         assert (await server.use(code_of(generate), tls=old))[0] == "UNAVAILABLE"
+
+
+async def test_a_certificate_that_is_not_valid_yet_comes_into_force_once_it_is(
+    deployed: Deployed, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "server")
+    async with secured(deployed.tls) as server:
+        successor = Authority("successor")
+        begins = datetime.timedelta(seconds=2)
+        successor.issue("server", begins=begins).write(deployed.directory, "server")
+        await until(lambda: "allowed: one valid now" in caplog.text)
+        assert await server.use(get_status, tls=deployed.trusting)
+        await until(lambda: "certificate and key have been read again" in caplog.text)
+        assert await server.use(get_status, tls=ClientTls(ca=successor.pem))
+        assert caplog.text.count("allowed: one valid now") == 1
+
+
+async def test_a_broken_file_does_not_hold_back_the_others(
+    deployed: Deployed, clients_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "server")
+    files = AccessFiles(deployed.mutual.certificates, clients_file)
+    async with secured(files) as server:
+        deployed.client_ca.write_bytes(b"-----BEGIN CERTIFI")
+        await until(lambda: "tls_client_ca: got" in caplog.text)
+        written(clients_file, f"bob inference {NOBODY}\n")
+        await until(lambda: "clients have been read again" in caplog.text)
+        successor = Authority("successor")
+        successor.issue("server").write(deployed.directory, "server")
+        await until(lambda: "certificate and key have been read again" in caplog.text)
+
+        def identity() -> ClientTls:
+            return replace(deployed.identified(), ca=successor.pem)
+
+        # The authorities of before are in force.
+        assert await server.use(generate, tls=identity(), token=NOBODY)
+        deployed.client_authority = Authority("next clients")
+        deployed.client_ca.write_bytes(deployed.client_authority.pem)
+        await until(lambda: "authorities have been read again" in caplog.text)
+        assert await server.use(generate, tls=identity(), token=NOBODY)
 
 
 async def test_protection_does_not_vanish_without_a_restart(

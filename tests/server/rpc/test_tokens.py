@@ -98,12 +98,13 @@ async def test_the_message_of_an_unknown_caller_is_not_even_decoded(with_tokens:
         assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_health_is_open_and_reflection_is_not(with_tokens: Secured) -> None:
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_health_is_open_and_reflection_is_not(with_tokens: Secured, version: str) -> None:
     assert await with_tokens.use(lambda client: client.health()) == "SERVING"
     question = reflection_pb2.ServerReflectionRequest(list_services="")
     async with grpc.aio.insecure_channel(with_tokens.address) as channel:
         reflect = channel.stream_stream(
-            "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+            f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
             request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
             response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
         )
@@ -113,7 +114,7 @@ async def test_health_is_open_and_reflection_is_not(with_tokens: Secured) -> Non
             (answer,) = [each async for each in reflect(iter([question]), metadata=metadata)]
             return len(answer.list_services_response.service)
 
-        assert await ask(OPS) == await ask(ALICE) == 4
+        assert await ask(OPS) == await ask(ALICE) == 5
         for token in (None, NOBODY):
             error = await failure(ask(token))
             assert error.code() is grpc.StatusCode.UNAUTHENTICATED
@@ -163,3 +164,27 @@ async def test_tokens_change_while_calls_run(
     with_tokens.engine.gate.set()
     messages = await running
     assert messages[-1].HasField("finish_info")
+
+
+async def test_callers_that_are_not_known_may_infer_alone() -> None:
+    async with secured(AccessFiles(), anonymous_control=False) as each:
+        assert await each.use(generate)
+        assert await each.use(lambda client: client.get_model().num_layers) == 8
+        for call in (
+            each.client.control.GetStatus(control_pb2.GetStatusRequest()),
+            each.client.control.Drain(control_pb2.DrainRequest()),
+            each.client.control.Resume(control_pb2.ResumeRequest()),
+            collect(each.client.control.Calibrate(control_pb2.CalibrateRequest())),
+        ):
+            error = await failure(call)
+            assert error.code() is grpc.StatusCode.PERMISSION_DENIED
+            assert error.details() == (
+                "callers that are not known lack the permission control; the server's settings "
+                "clients and anonymous_control say who has it"
+            )
+        assert await each.use(generate)
+
+
+async def test_known_clients_keep_their_permissions(clients_file: Path) -> None:
+    async with secured(AccessFiles(clients=clients_file), anonymous_control=False) as each:
+        assert await each.use(get_status, token=OPS)

@@ -132,9 +132,12 @@ class ToyEngine:
         async with self._changed:
             await self._changed.wait_for(lambda: len(self._running) == num_requests)
 
-    async def until_freed(self, request_id: str) -> None:
+    async def until_freed(self, request_id: str | None = None) -> None:
+        """Return when that request was freed before its end; None: when any was."""
         async with self._changed:
-            await self._changed.wait_for(lambda: request_id in self.freed)
+            await self._changed.wait_for(
+                lambda: bool(self.freed) if request_id is None else request_id in self.freed
+            )
 
     @property
     def model(self) -> ModelInfo:
@@ -163,7 +166,7 @@ class ToyEngine:
             raise FailedPrecondition("model toy has no chat template; send a prompt or token ids")
         return self.tokenize("".join(f"{m['role']}:{m['content']}\n" for m in messages))
 
-    def detokenize(self, token_ids: Sequence[int]) -> str:
+    def detokenize_prompt(self, token_ids: Sequence[int]) -> str:
         return "".join(self.token_texts(token_ids))
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:

@@ -17,7 +17,7 @@ MAX_COST = 10
 
 
 class Requests:
-    """Enters turns, and knows which of them run."""
+    """Enters slots, and knows which of them run."""
 
     def __init__(self, queue: FairQueue) -> None:
         self.queue = queue
@@ -141,7 +141,7 @@ async def test_pause_and_resume_and_failure() -> None:
     assert requests.queue.num_waiting == 0
 
 
-async def test_another_turn_comes_before_the_rest_of_the_client() -> None:
+async def test_another_slot_comes_before_the_rest_of_the_client() -> None:
     requests = Requests(FairQueue(1))
     for i in range(3):
         await requests.add(str(i), "a")
@@ -166,8 +166,13 @@ async def test_room_is_made_at_the_cost_of_the_client_that_has_most() -> None:
     newest = asyncio.create_task(requests.queue.enter(slot))
     await settle()
 
+    def retry_after(client: str) -> float:
+        return {"a": 2.0, "c": 7.0}[client]  # the refused one is told its own
+
     def make_room(client: str, size: int, *, in_tokens: bool = False) -> bool:
-        return requests.queue.make_room(client, size, in_tokens=in_tokens, retry_after=2.0)
+        return requests.queue.make_room(
+            client, size, in_tokens=in_tokens, retry_after={"a": 2.0}.__getitem__
+        )
 
     assert not make_room("a", 1)  # its own requests are no room
     assert not make_room("c", 6)

@@ -115,7 +115,7 @@ async def test_leaving_closes_the_source() -> None:
 
 async def test_a_client_that_leaves_too_much_unread_loses_its_stream() -> None:
     source = Source([delta(i, num_top=3) for i in range(10**6)])
-    async with OutputBuffer(lambda _: None, max_unread=100).running(source()) as buffer:
+    async with OutputBuffer(lambda _: None, max_buffered_tokens=100).running(source()) as buffer:
         await settle()
         assert (source.num_taken, source.closed) == (21, True)
         with pytest.raises(Overloaded, match="105 tokens and log-probabilities unread"):

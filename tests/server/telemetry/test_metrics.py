@@ -15,7 +15,7 @@ from pruning.quality import Quality
 from server.depth.levels import DepthPair
 from server.engine.base import LoadInfo
 from server.errors import InvalidArgument
-from server.telemetry.metrics import WINDOW, Metrics, MetricsServer
+from server.telemetry.metrics import WINDOW_SECONDS, Metrics, MetricsServer
 from tests.server.depth.test_policy import POLICY
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -92,7 +92,7 @@ def test_counters_and_histograms_by_depth(metrics: Metrics, server: MetricsServe
 def test_tokens_per_second_falls_to_zero_when_idle(
     metrics: Metrics, server: MetricsServer, clock: Clock
 ) -> None:
-    assert WINDOW == 10
+    assert WINDOW_SECONDS == 10
     assert sample(scrape(server), "fathom_tokens_per_second", depth="8") is None
     for _ in range(20):
         metrics.add_tokens(8, 6)

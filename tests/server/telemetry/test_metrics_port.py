@@ -14,7 +14,9 @@ from server.telemetry.metrics import Metrics
 from server.telemetry.metrics_port import MetricsPort
 
 
-async def test_it_listens_as_soon_as_it_can(caplog: pytest.LogCaptureFixture) -> None:
+async def test_it_listens_as_soon_as_it_can(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level(logging.INFO)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         number = taken.getsockname()[1]
@@ -26,8 +28,18 @@ async def test_it_listens_as_soon_as_it_can(caplog: pytest.LogCaptureFixture) ->
             f"metrics_port: got {number}, allowed: a port that is free on 127.0.0.1 "
             "(Address already in use); serving without metrics"
         )
+        num_attempts = 0
+        listen = port._listen
+
+        def counted() -> None:
+            nonlocal num_attempts
+            num_attempts += 1
+            listen()
+
+        monkeypatch.setattr(port, "_listen", counted)
         following = asyncio.create_task(port.follow(seconds=0.01))
-        await asyncio.sleep(0.1)
+        while num_attempts < 3:
+            await asyncio.sleep(0.01)
         assert not following.done()
         assert port.url is None
     await following

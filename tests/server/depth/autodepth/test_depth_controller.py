@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.depth.depth_controller import DepthController, Load, Targets
-from server.depth.latency_window import LatencyWindow
+from server.depth.sliding_window import SlidingWindow
 
 TARGETS = Targets(time_to_first_token=1.0, inter_token_latency=0.1)
 SPEEDUPS = (1.0, 1.25, 2.0, 4.0)
@@ -129,7 +129,7 @@ def test_the_rung_exists_and_rises_one_at_a_time(steps: list[tuple[Load, int]]) 
 
 @given(st.lists(st.tuples(st.floats(0, 5), st.floats(0, 100), st.integers(1, 9)), max_size=50))
 def test_a_window_is_the_mean_of_what_is_in_it(entries: list[tuple[float, float, int]]) -> None:
-    window = LatencyWindow(3.0)
+    window = SlidingWindow(3.0)
     now, seen = 0.0, []
     for gap, value, count in entries:
         now += gap

@@ -34,7 +34,7 @@ def selection(prefill_depth: int, decode_depth: int) -> LayerSelection:
 
 @pytest.fixture(scope="module")
 def engine(stories_model: Path) -> Iterator[RunningEngine]:
-    with running_engine(stories_model) as running:
+    with running_engine(stories_model, compile_layers=True) as running:
         yield running
 
 

@@ -109,7 +109,7 @@ def test_family_equals_transformers_in_a_mixed_batch(family: str, tmp_path: Path
         reference.generate_with_skips(model, prompt, 16, layers) for prompt, layers in cases
     ]
     assert len({tuple(tokens) for tokens in expected}) == len(cases)
-    with running_engine(checkpoint) as engine:
+    with running_engine(checkpoint, compile_layers=True) as engine:
         assert engine.generate([p for p, _ in cases], [s for _, s in cases], 16) == expected
 
 

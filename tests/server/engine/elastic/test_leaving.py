@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,29 @@ async def leave(engine: ElasticEngine) -> list[int]:
     (process_id,) = engine.process_ids
     process = psutil.Process(process_id)
     process.suspend()
+    while process.status() != psutil.STATUS_STOPPED:
+        await asyncio.sleep(0.01)
     await leaves.aclose()
-    await asyncio.sleep(0.5)  # what it had sent before arrives
+    stood_still = time.monotonic()  # the clock of the engine's process, too
 
-    load_logger: Any = engine._llm._load_logger
-    record, num_running = load_logger.record, []
+    llm: Any = engine._llm
+    processor, load_logger = llm._llm.output_processor, llm._load_logger
+    process_outputs, record = processor.process_outputs, load_logger.record
+    made_at = 0.0
+    num_running = []
 
-    def noting(scheduler_stats: Any, *others: Any, **more: Any) -> None:
+    def noting_time(outputs: Any, timestamp: float, *others: Any, **more: Any) -> Any:
+        nonlocal made_at
+        made_at = timestamp
+        return process_outputs(outputs, timestamp, *others, **more)
+
+    def noting_load(scheduler_stats: Any, *others: Any, **more: Any) -> None:
         record(scheduler_stats, *others, **more)
-        if scheduler_stats is not None:
+        # What the engine had sent before may still be on its way.
+        if scheduler_stats is not None and made_at > stood_still:
             num_running.append(scheduler_stats.num_running_reqs)
 
-    load_logger.record = noting
+    processor.process_outputs, load_logger.record = noting_time, noting_load
     process.resume()
     await engine.ping()
     async for _ in stays:

@@ -156,3 +156,13 @@ class DrainResponse(_message.Message):
     NUM_UNFINISHED_FIELD_NUMBER: _ClassVar[int]
     num_unfinished: int
     def __init__(self, num_unfinished: _Optional[int] = ...) -> None: ...
+
+class ResumeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ResumeResponse(_message.Message):
+    __slots__ = ("state",)
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    state: GetStatusResponse.State
+    def __init__(self, state: _Optional[_Union[GetStatusResponse.State, str]] = ...) -> None: ...

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ControlStub:
-    """For operators: exposed and authorized apart from Inference.
+    """Operation of the server. It needs a permission of its own.
     """
 
     def __init__(self, channel):
@@ -65,10 +65,15 @@ class ControlStub:
                 request_serializer=fathom_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
                 response_deserializer=fathom_dot_v1_dot_control__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Resume = channel.unary_unary(
+                '/fathom.v1.Control/Resume',
+                request_serializer=fathom_dot_v1_dot_control__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=fathom_dot_v1_dot_control__pb2.ResumeResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
-    """For operators: exposed and authorized apart from Inference.
+    """Operation of the server. It needs a permission of its own.
     """
 
     def GetPlan(self, request, context):
@@ -78,7 +83,7 @@ class ControlServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Calibrate(self, request, context):
-        """Measures the layers anew and installs the plan; running requests keep theirs.
+        """Measures the layers anew and puts the new plan into force; running requests keep the old one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -86,15 +91,16 @@ class ControlServicer:
 
     def SetLevels(self, request, context):
         """Measures the levels whose quality or speed is not known yet, then replaces all levels at once.
-        Until the server ends: the next start takes the levels of its settings, and what has been
-        measured.
+        The new levels hold until the server ends; the next start takes the levels of the settings. The
+        measurements are kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetPolicy(self, request, context):
-        """Chooses what requests with depth.auto get, with and without load. Until the server ends, too.
+        """Changes what requests with depth.auto get, with and without load. It holds until the server
+        ends.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -107,7 +113,14 @@ class ControlServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """New requests are refused; returns when the running ones have ended.
+        """Refuses new requests until Resume, and returns when the running ones have ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """Takes requests again after Drain. A server that is being stopped does not.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -146,6 +159,11 @@ def add_ControlServicer_to_server(servicer, server):
                     request_deserializer=fathom_dot_v1_dot_control__pb2.DrainRequest.FromString,
                     response_serializer=fathom_dot_v1_dot_control__pb2.DrainResponse.SerializeToString,
             ),
+            'Resume': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=fathom_dot_v1_dot_control__pb2.ResumeRequest.FromString,
+                    response_serializer=fathom_dot_v1_dot_control__pb2.ResumeResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'fathom.v1.Control', rpc_method_handlers)
@@ -155,7 +173,7 @@ def add_ControlServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Control:
-    """For operators: exposed and authorized apart from Inference.
+    """Operation of the server. It needs a permission of its own.
     """
 
     @staticmethod
@@ -310,6 +328,33 @@ class Control:
             '/fathom.v1.Control/Drain',
             fathom_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
             fathom_dot_v1_dot_control__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fathom.v1.Control/Resume',
+            fathom_dot_v1_dot_control__pb2.ResumeRequest.SerializeToString,
+            fathom_dot_v1_dot_control__pb2.ResumeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,39 @@
+"""The depth policy in force."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from server.depth.policy import DepthPolicy
+from server.telemetry.metrics import Metrics
+
+
+class PolicyInForce:
+    """Holds the policy that requests are served under, and shows it in the metrics.
+
+    There is none until the first is installed. Belongs to the thread of the event loop.
+    """
+
+    def __init__(
+        self, metrics: Metrics, on_install: Callable[[DepthPolicy], None] = lambda _: None
+    ) -> None:
+        """``on_install`` is called with each policy before it is in force."""
+        self._metrics = metrics
+        self._on_install = on_install
+        self._policy: DepthPolicy | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether a policy has been installed."""
+        return self._policy is not None
+
+    @property
+    def policy(self) -> DepthPolicy:
+        assert self._policy is not None, "no policy has been installed"
+        return self._policy
+
+    def install(self, policy: DepthPolicy) -> None:
+        """Serve the requests that start from now on under ``policy``."""
+        self._on_install(policy)
+        self._policy = policy
+        self._metrics.set_policy(policy)

@@ -1,0 +1,73 @@
+"""The store of a server's plan and measurements, under the keys of what they depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pruning.fingerprint import text_fingerprint
+from server.calibration.hardware import describe_hardware
+from server.calibration.policy_store import PlanFile, PolicyStore
+from server.calibration.versions import measuring_versions
+from server.config import Settings
+from server.engine.base import ModelInfo
+from server.state import StateDirectory
+from server.state_keys import (
+    Key,
+    Measuring,
+    plan_key,
+    quality_key,
+    speed_key,
+    transformers_plan_key,
+)
+
+
+def policy_store(
+    settings: Settings,
+    model: ModelInfo,
+    *,
+    fingerprint: str,
+    tokenizer: str,
+    num_layers: int,
+    texts: Sequence[str],
+    held_out_texts: Sequence[str],
+) -> PolicyStore:
+    """Return the store for ``model``, as the engine has loaded it.
+
+    ``fingerprint`` is that of the model, ``tokenizer`` that of its tokenizer.
+    """
+    measuring = Measuring(
+        model=fingerprint,
+        tokenizer=tokenizer,
+        engine=settings.engine,
+        dtype=model.dtype,
+        max_context=model.max_context,
+        engine_args=settings.engine_args,
+    )
+    held_out = text_fingerprint(held_out_texts)
+    return PolicyStore(
+        StateDirectory(settings.state_dir),
+        PlanFile(fingerprint, num_layers),
+        plan_key=_plan_key(settings, measuring, text_fingerprint(texts)),
+        quality_key=quality_key(measuring, text=held_out, num_tokens=settings.quality_tokens),
+        speed_key=speed_key(
+            measuring,
+            text=held_out,
+            num_tokens=settings.quality_tokens,
+            hardware=describe_hardware(),
+            versions=measuring_versions(),
+            max_num_seqs=settings.max_num_seqs,
+        ),
+    )
+
+
+def _plan_key(settings: Settings, measuring: Measuring, text: str) -> Key:
+    if settings.engine == "elastic":
+        return plan_key(measuring, text=text, num_tokens=settings.calibration_tokens)
+    return transformers_plan_key(
+        model=measuring.model,
+        tokenizer=measuring.tokenizer,
+        dtype=measuring.dtype,
+        max_context=measuring.max_context,
+        text=text,
+        num_tokens=settings.calibration_tokens,
+    )

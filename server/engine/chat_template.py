@@ -1,0 +1,106 @@
+"""A model's chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from typing import Any
+
+from jinja2 import TemplateError
+
+from server.errors import FailedPrecondition, FathomError, InvalidArgument
+
+Message = Mapping[str, Any]
+Form = Callable[[Message], dict[str, Any]]
+
+# In place of a message's text, to see whether the template renders it at all: nothing that a
+# template would trim, escape or take for a tag.
+_MARK = "fathommark"
+
+
+class ChatTemplate:
+    """Renders chats to prompts, whichever form of content the template reads.
+
+    Templates read the content of a message as a string, as a list of typed parts, or as either.
+    Given the other form, many render nothing and say nothing.
+    """
+
+    def __init__(self, tokenizer: Any, model_name: str) -> None:
+        self._tokenizer = tokenizer
+        self._model_name = model_name
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """Return the prompt for the reply to ``messages``, oldest first.
+
+        Raises:
+            FailedPrecondition: The template fails, whatever the messages are.
+            InvalidArgument: The template refuses these messages or leaves out the text of one.
+        """
+        problems: list[Exception] = []
+        for form in _FORMS:
+            try:
+                rendered = self._apply(messages, form)
+                self._check_complete(messages, form, rendered)
+                return rendered
+            except Exception as problem:  # a template is a program, which may fail in any way
+                problems.append(problem)
+        raise self._refusal(messages, problems)
+
+    def _check_complete(self, messages: Sequence[Message], form: Form, rendered: str) -> None:
+        """Raise :class:`InvalidArgument` for the first message whose text is not rendered."""
+        for i, message in enumerate(messages):
+            if message["content"].strip() in rendered:
+                continue
+            # The template may have changed the text: what counts is whether it renders any.
+            marked = [*messages[:i], {**message, "content": _MARK}, *messages[i + 1 :]]
+            if _MARK not in self._apply(marked, form).lower():
+                raise InvalidArgument(
+                    f"chat.messages[{i}].content",
+                    message["content"],
+                    f"none: the model's chat template leaves out this {message['role']} message",
+                )
+
+    def _refusal(self, messages: Sequence[Message], problems: Sequence[Exception]) -> FathomError:
+        """Return what to tell the client when no form of content could be rendered."""
+        for problem in problems:
+            if isinstance(problem, InvalidArgument):
+                return problem
+        # What a template raises on purpose says more than what it stumbles over.
+        problem = next((each for each in problems if type(each) is TemplateError), problems[0])
+        if self._renders_anything:
+            roles = [message["role"] for message in messages]
+            allowed = f"what the model's chat template takes ({problem})"
+            return InvalidArgument("chat.messages", roles, allowed)
+        return FailedPrecondition(
+            f"the chat template of model {self._model_name} fails "
+            f"({type(problem).__name__}: {problem}); send a prompt or token ids"
+        )
+
+    @cached_property
+    def _renders_anything(self) -> bool:
+        """Whether the template renders the simplest of chats."""
+        chat = [{"role": "user", "content": _MARK}]
+        for form in _FORMS:
+            with suppress(Exception):
+                if _MARK in self._apply(chat, form).lower():
+                    return True
+        return False
+
+    def _apply(self, messages: Sequence[Message], form: Form) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                [form(message) for message in messages], add_generation_prompt=True, tokenize=False
+            )
+        )
+
+
+def _as_text(message: Message) -> dict[str, Any]:
+    return dict(message)
+
+
+def _as_parts(message: Message) -> dict[str, Any]:
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
+_FORMS = (_as_text, _as_parts)

@@ -1,0 +1,121 @@
+"""What a request may hold, checked in its bytes before anything of it is decoded or copied.
+
+A message of protobuf is a row of fields, each with a number and, for what is long, a length: see
+https://protobuf.dev/programming-guides/encoding. To decode ids that no context holds would stop
+the event loop for as long as it takes, and their copies would take a hundred times their memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+
+from server.engine.base import ModelInfo
+from server.errors import InvalidArgument
+
+# Smaller messages are decoded at once: that takes less than a millisecond.
+_SMALL_MESSAGE = 2**14
+# Bytes of a field that holds no prompt.
+_MAX_OTHER_BYTES = 2**16
+# Fields that are looked at: more than 1024 messages of a chat take.
+_MAX_FIELDS = 2**13
+# gRPC's own default. Calibration texts have room in it, whatever the model is.
+_LEAST_LIMIT = 2**22
+# Bytes of a token's text: more than the longest tokens of common vocabularies have.
+_BYTES_PER_TOKEN = 128
+
+# Of an id and its tag, as clients write them that pack nothing.
+_ID_BYTES = 6
+# Of a character in UTF-8.
+_CHARACTER_BYTES = 4
+_TEXTS = frozenset({"prompt", "text", "context_text", "chat.messages.content"})
+_IDS = frozenset({"token_ids", "context_ids"})
+_PARTS = frozenset({"chat", "chat.messages"})
+
+
+class _Malformed(Exception):
+    """These bytes are no message; the decoder says why."""
+
+
+def default_message_bytes(max_context: int) -> int:
+    """Return the size of the largest message that a context of so many tokens asks for."""
+    return min(max(_LEAST_LIMIT, _BYTES_PER_TOKEN * max_context), 2**31 - 1)
+
+
+def check_size(data: bytes, message: Descriptor, model: ModelInfo) -> None:
+    """Raise :class:`InvalidArgument` for a message with a field that is too long for the model.
+
+    What is left is small enough to be decoded at once; whether it fits to the token is for the
+    service to say. Malformed messages are left to the decoder.
+    """
+    if len(data) <= _SMALL_MESSAGE:
+        return
+    sizes: dict[str, int] = {}
+    try:
+        for number, (path, size) in enumerate(_fields(memoryview(data), message, "")):
+            if number >= _MAX_FIELDS:
+                raise InvalidArgument(
+                    "request", f"more than {_MAX_FIELDS} fields", f"at most {_MAX_FIELDS}"
+                )
+            sizes[path] = size = sizes.get(path, 0) + size
+            _check(path, size, model)
+    except _Malformed:
+        return
+
+
+def _check(path: str, size: int, model: ModelInfo) -> None:
+    if path in _TEXTS:
+        longest = model.max_context * model.max_characters_per_token
+        if size > longest * _CHARACTER_BYTES:
+            field = path.removesuffix(".content")
+            allowed = f"at most {longest} characters: the context holds {model.max_context} tokens"
+            raise InvalidArgument(field, f"{size} bytes", allowed)
+    elif path in _IDS:
+        longest = model.max_context - 1
+        if size > model.max_context * _ID_BYTES:
+            allowed = f"at most {longest} tokens: the context holds {longest + 1}"
+            raise InvalidArgument(f"{path}.ids", f"{size} bytes", allowed)
+    elif path not in _PARTS and size > _MAX_OTHER_BYTES:
+        raise InvalidArgument(path, f"{size} bytes", f"at most {_MAX_OTHER_BYTES} bytes")
+
+
+def _fields(data: memoryview, message: Descriptor, prefix: str) -> Iterator[tuple[str, int]]:
+    """Yield path and size of each field, those of parts after the part itself."""
+    position = 0
+    while position < len(data):
+        tag, position = _varint(data, position)
+        field: FieldDescriptor | None = message.fields_by_number.get(tag >> 3)
+        path = prefix + ("(unknown)" if field is None else field.name)
+        match tag & 7:
+            case 0:
+                _, end = _varint(data, position)
+            case 1:
+                end = position + 8
+            case 2:
+                size, position = _varint(data, position)
+                end = position + size
+            case 5:
+                end = position + 4
+            case _:  # groups, which proto3 does not have, and what is no type
+                raise InvalidArgument("request", f"type {tag & 7} in {path}", "a message of proto3")
+        if end > len(data):
+            raise _Malformed
+        yield path, end - position
+        if field is not None and path in _PARTS and tag & 7 == 2:
+            assert field.message_type is not None
+            yield from _fields(data[position:end], field.message_type, f"{path}.")
+        position = end
+
+
+def _varint(data: memoryview, position: int) -> tuple[int, int]:
+    """Return the number that begins at ``position``, and where it ends."""
+    value = 0
+    for i in range(10):
+        if position + i >= len(data):
+            raise _Malformed
+        byte = data[position + i]
+        value |= (byte & 0x7F) << 7 * i
+        if byte < 0x80:
+            return value, position + i + 1
+    raise _Malformed

@@ -1,0 +1,145 @@
+"""What every kind of entry in the state directory depends on, and the keys that say so.
+
+An entry is found again only under an equal key, so whatever it depends on is part of its key, or
+is compared when it is read:
+
+| entry | what it is | what it depends on |
+|---|---|---|
+| ``hash-*`` | SHA-256 of one file | path, size, times and inode of the file |
+| ``plan-*`` | ranking of the layers | model, tokenizer, calibration text and number of tokens, data type, context, vLLM's arguments; one that transformers has measured does not depend on vLLM's arguments |
+| ``quality-*`` | perplexity and the like, by the layers that are left out | as a plan, with the held-out text |
+| ``speed-*`` | tokens per second, by the layers that are left out | as quality, and hardware, versions of packages, requests at a time |
+| ``quantized-*`` | quantized checkpoint, and a record of its files | model, how it is quantized, token ids that it is calibrated on, version of GPTQModel, companion files, whether code is copied; each file is compared with its record |
+| ``checkpoint-*`` | checkpoint of one depth | model, removed layers, companion files, whether code is copied; it is compared with its fingerprint |
+| ``compiled/`` | code of compiled layers | torch keeps it under keys of its own: source, versions, options, processor |
+
+*Model* is the fingerprint of all weights and the configuration (:mod:`pruning.fingerprint`),
+*tokenizer* that of whatever decides which tokens a text has, *companion files* those beside the
+weights and the configuration: tokenizer, templates, generation settings, model card, code.
+
+A key also has the number of the method that made the entry. It goes up when Fathom makes entries
+of that kind in another way. Versions of packages are part of the key only where they change the
+result by more than rounding does.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+Key = dict[str, object]
+
+_HASH, _PLAN, _QUALITY, _SPEED, _QUANTIZED, _CHECKPOINT = (
+    {"method": method} for method in (1, 1, 1, 1, 3, 1)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Measuring:
+    """What every measurement of a model that an engine has loaded depends on.
+
+    ``model`` and ``tokenizer`` are fingerprints. ``engine`` is elastic or dedicated: compiled,
+    the model has another speed, and its quality is measured in another way.
+    """
+
+    model: str
+    tokenizer: str
+    engine: str
+    dtype: str
+    max_context: int
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+
+
+def plan_key(measuring: Measuring, *, text: str, num_tokens: int) -> Key:
+    """Return the key of a plan that an engine has measured; ``text`` is a fingerprint."""
+    return {**_PLAN, **asdict(measuring), "text": text, "num_tokens": num_tokens}
+
+
+def transformers_plan_key(
+    *, model: str, tokenizer: str, dtype: str, max_context: int, text: str, num_tokens: int
+) -> Key:
+    """Return the key of a plan that transformers has measured."""
+    return {
+        **_PLAN,
+        "library": "transformers",
+        "model": model,
+        "tokenizer": tokenizer,
+        "dtype": dtype,
+        "max_context": max_context,
+        "text": text,
+        "num_tokens": num_tokens,
+    }
+
+
+def quality_key(measuring: Measuring, *, text: str, num_tokens: int) -> Key:
+    """Return the key of qualities; ``text`` is the fingerprint of the held-out text."""
+    return {**_QUALITY, **asdict(measuring), "text": text, "num_tokens": num_tokens}
+
+
+def speed_key(
+    measuring: Measuring,
+    *,
+    text: str,
+    num_tokens: int,
+    hardware: Mapping[str, object],
+    versions: Mapping[str, str],
+    max_num_seqs: int,
+) -> Key:
+    """Return the key of speeds; prompts come from the held-out text."""
+    return {
+        **_SPEED,
+        **asdict(measuring),
+        "text": text,
+        "num_tokens": num_tokens,
+        "hardware": hardware,
+        "versions": versions,
+        "max_num_seqs": max_num_seqs,
+    }
+
+
+def quantized_key(
+    *,
+    model: str,
+    bits: int,
+    group_size: int | None,
+    act_order: bool,
+    tokens: str,
+    gptqmodel: str,
+    with_code: bool,
+) -> Key:
+    """Return the key of what quantization makes of the weights.
+
+    ``model`` is the fingerprint before quantization, ``tokens`` that of the token ids to
+    calibrate on: they are all that it sees of text and tokenizer.
+    """
+    return {
+        **_QUANTIZED,
+        "model": model,
+        "bits": bits,
+        "group_size": group_size,
+        "act_order": act_order,
+        "tokens": tokens,
+        "gptqmodel": gptqmodel,
+        # Code that comes with the model may run, and its configuration names it.
+        "with_code": with_code,
+    }
+
+
+def with_companions(key: Key, companions: str) -> Key:
+    """Return the key of a checkpoint: of its weights, and the files beside them."""
+    return {**key, "companions": companions}
+
+
+def checkpoint_key(*, model: str, removed: Sequence[int], companions: str, with_code: bool) -> Key:
+    """Return the key of a checkpoint of one depth."""
+    return with_companions(
+        {**_CHECKPOINT, "model": model, "removed": list(removed), "with_code": with_code},
+        companions,
+    )
+
+
+def hash_key(path: Path) -> Key:
+    """Return the key of the hash of a file; what it was computed from is kept beside the hash."""
+    return {**_HASH, "path": str(path.resolve())}

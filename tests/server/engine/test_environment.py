@@ -1,0 +1,80 @@
+"""Variables that name directories: those of no use are named before an engine is started."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from server.config import load_settings
+from server.engine.environment import check_directories, shorten_socket_directory
+from server.errors import InvalidArgument
+from server.model.inputs import StartError, read_inputs
+
+NAMES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "VLLM_CACHE_ROOT", "VLLM_RPC_BASE_PATH")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("where", ["file", "file/below", "/proc/nowhere", "x" * 300])
+def test_a_directory_of_no_use_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, where: str
+) -> None:
+    (tmp_path / "file").touch()
+    value = str(tmp_path / where)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InvalidArgument) as caught:
+        check_directories()
+    assert (caught.value.field, caught.value.value) == (name, value)
+    with pytest.raises(StartError, match=f"^{name}: got "):
+        read_inputs(load_settings({"state_dir": str(tmp_path / "state")}))
+
+
+@pytest.mark.parametrize("name", NAMES[:3])
+def test_a_directory_that_can_be_made_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, str(tmp_path / "a" / "b ü"))
+    check_directories()
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv(name, "")
+    check_directories()
+
+
+def test_directories_of_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", str(tmp_path / "absent"))
+    with pytest.raises(InvalidArgument, match="allowed: an existing directory"):
+        check_directories()
+    long = tmp_path / ("x" * 90)
+    long.mkdir()
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", str(long))
+    with pytest.raises(InvalidArgument, match="allowed: 70 bytes or fewer: sockets are made in"):
+        check_directories()
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", tempfile.mkdtemp(dir="/tmp"))
+    check_directories()
+
+
+def test_a_long_temporary_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
+    shorten_socket_directory()
+    assert "VLLM_RPC_BASE_PATH" not in os.environ
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 90)))
+    shorten_socket_directory()
+    assert os.environ["VLLM_RPC_BASE_PATH"] == "/tmp"
+
+
+def test_no_temporary_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setenv("TMPDIR", "/proc/nowhere")
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    with pytest.raises(InvalidArgument, match="TMPDIR: got '/proc/nowhere', allowed: a directory"):
+        shorten_socket_directory()
