@@ -7,11 +7,12 @@ on the dense model's activations, so that one map for each layer serves every de
 from __future__ import annotations
 
 from pruning.repair.errors import RepairError
-from pruning.repair.fit import FittedMap, fit_map, min_fit_tokens
-from pruning.repair.gram import GramEstimator
+from pruning.repair.fit import FittedMap, check_fit_tokens, fit_map, min_fit_tokens
+from pruning.repair.gram import GramEstimator, layers_at_a_time
 from pruning.repair.maps import LayerMap, RepairMaps
 from pruning.repair.storage import load_maps, maps_fingerprint, save_maps
-from pruning.repair.transformers_fit import fit_repair, split_windows
+from pruning.repair.transformers_fit import fit_repair
+from pruning.repair.windows import split_windows
 
 __all__ = [
     "FittedMap",
@@ -19,8 +20,10 @@ __all__ = [
     "LayerMap",
     "RepairError",
     "RepairMaps",
+    "check_fit_tokens",
     "fit_map",
     "fit_repair",
+    "layers_at_a_time",
     "load_maps",
     "maps_fingerprint",
     "min_fit_tokens",

@@ -45,6 +45,16 @@ def min_fit_tokens(hidden_size: int) -> int:
     return _TOKENS_PER_UNKNOWN * hidden_size
 
 
+def check_fit_tokens(num_tokens: int, hidden_size: int) -> None:
+    """Raise :class:`RepairError` for fewer tokens than :func:`min_fit_tokens` says."""
+    if num_tokens < min_fit_tokens(hidden_size):
+        raise RepairError(
+            f"text: got {num_tokens} tokens to fit repair on, allowed: "
+            f"{min_fit_tokens(hidden_size)} or more, {_TOKENS_PER_UNKNOWN} for each of the "
+            f"{hidden_size} elements of the residual stream"
+        )
+
+
 def fit_map(layer: int, fit: LayerGram | None, held_out: LayerGram | None) -> FittedMap:
     """Return the map of ``layer`` with the ridge that leaves least unexplained of ``held_out``.
 
@@ -56,12 +66,7 @@ def fit_map(layer: int, fit: LayerGram | None, held_out: LayerGram | None) -> Fi
     if fit is None or held_out is None:
         raise RepairError(f"layer {layer}: no tokens were measured")
     hidden_size = len(fit.gram)
-    if fit.num_tokens < min_fit_tokens(hidden_size):
-        raise RepairError(
-            f"text: got {fit.num_tokens} tokens to fit repair on, allowed: "
-            f"{min_fit_tokens(hidden_size)} or more, {_TOKENS_PER_UNKNOWN} for each of the "
-            f"{hidden_size} elements of the residual stream"
-        )
+    check_fit_tokens(fit.num_tokens, hidden_size)
     for sums in (fit, held_out):
         if not all(bool(part.isfinite().all()) for part in (sums.gram, sums.cross, sums.energy)):
             raise RepairError(

@@ -10,6 +10,19 @@ if TYPE_CHECKING:
     import torch
 
 
+# Memory that the sums of a group of layers may take, those of the held-out tokens included.
+_GROUP_BYTES = 1 << 30
+_BYTES_PER_ELEMENT = 2 * 2 * 8
+
+
+def layers_at_a_time(hidden_size: int) -> int:
+    """Return how many layers are measured in one pass over the text, so that 1 GiB is enough.
+
+    At least one, which takes 2 GiB where ``hidden_size`` is 8192.
+    """
+    return max(1, _GROUP_BYTES // (_BYTES_PER_ELEMENT * hidden_size**2))
+
+
 @dataclass(slots=True)
 class LayerGram:
     """The sums of one layer: X the stream before it, D what it adds, [num_tokens, hidden] each.

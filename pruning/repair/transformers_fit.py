@@ -6,34 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from pruning.decoder import ForwardPasses, find_decoder, observed
-from pruning.repair.errors import RepairError
 from pruning.repair.fit import fit_map
 from pruning.repair.gram import GramEstimator
 from pruning.repair.maps import LayerMap, RepairMaps
+from pruning.repair.windows import split_windows
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-# One text window in so many is held out, to choose the ridge on.
-_HELD_OUT_EVERY = 8
-
-
-def split_windows(
-    windows: Sequence[torch.Tensor],
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Return the windows to fit on and those that are held out: one in eight, at least one.
-
-    Raises :class:`RepairError` for fewer than two windows.
-    """
-    if len(windows) < 2:
-        raise RepairError(
-            f"text: got {len(windows)} text windows, allowed: 2 or more, one of them held out"
-        )
-    every = min(_HELD_OUT_EVERY, len(windows))
-    held_out = [window for number, window in enumerate(windows, 1) if number % every == 0]
-    fit = [window for number, window in enumerate(windows, 1) if number % every != 0]
-    return fit, held_out
 
 
 def fit_repair(

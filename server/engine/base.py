@@ -5,7 +5,8 @@ from __future__ import annotations
 import enum
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
 
 from pruning.importance import BlockInfluence
 from pruning.plan import Plan
@@ -143,6 +144,34 @@ class LoadInfo:
 
     num_running: int
     num_waiting: int
+
+
+@runtime_checkable
+class RepairsLayers(Protocol):
+    """An engine that can let repair maps stand in for the layers that a request skips."""
+
+    async def fit_repair(
+        self,
+        windows: Sequence[Sequence[int]],
+        path: Path,
+        *,
+        model_fingerprint: str,
+        text_fingerprint: str,
+        progress: ProgressCallback,
+    ) -> None:
+        """Fit a map for every layer on ``windows``, and write them to ``path``.
+
+        Raises :class:`pruning.repair.RepairError` for too little text, for states that are not
+        finite, and for a file that cannot be written.
+        """
+
+    async def install_repair(self, path: Path) -> str:
+        """Load the maps in ``path``; return the fingerprint by which requests ask for them.
+
+        Raises :class:`pruning.repair.RepairError` for maps that are damaged or do not fit the
+        model, and :class:`OSError` for a file that cannot be read.
+        """
+        ...
 
 
 class Engine(Protocol):

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING
 from pruning.importance import BlockInfluence, block_influence, merge_sums
 from pruning.plan import Plan
 from pruning.quality import Quality
-from pruning.repair import RepairError, maps_fingerprint
+from pruning.repair import (
+    RepairError,
+    check_fit_tokens,
+    layers_at_a_time,
+    maps_fingerprint,
+    split_windows,
+)
 from server.engine.arguments import check_kv_cache, refusal, wants_huge_pages
 from server.engine.base import (
     CacheNamespace,
@@ -35,6 +41,7 @@ from server.engine.elastic.engine_arguments import (
     vllm_arguments,
 )
 from server.engine.elastic.payload import (
+    GramProbe,
     ImportanceProbe,
     Payload,
     Probe,
@@ -51,6 +58,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 _COMPILE_TIMEOUT_SECONDS = 600.0
+# One layer takes a second where it is 1,000 wide, and eight times as long for twice the width.
+_FIT_TIMEOUT_SECONDS = 1800.0
 # Tokens whose reference states are held in the worker at one time.
 _QUALITY_GROUP_TOKENS = 8192
 # Measurements leave the rest of the batch to clients.
@@ -143,9 +152,7 @@ class ElasticEngine:
         return installed.fingerprint
 
     async def _load_stand_ins(self, path: Path) -> None:
-        for problem in await self._llm.call_workers("fathom_load_stand_ins", args=(str(path),)):
-            if problem:
-                raise RepairError(problem)
+        await self._call_for_repair("fathom_load_stand_ins", str(path))
 
     def _check_repair(self, layers: LayerSelection) -> None:
         installed = None if self._repair is None else self._repair.fingerprint
@@ -249,6 +256,56 @@ class ElasticEngine:
                     sums = answer if sums is None else merge_sums(sums, answer)
         assert sums is not None
         return block_influence(sums)
+
+    async def fit_repair(
+        self,
+        windows: Sequence[Sequence[int]],
+        path: Path,
+        *,
+        model_fingerprint: str,
+        text_fingerprint: str,
+        progress: ProgressCallback,
+    ) -> None:
+        """Fit a repair map for every layer, and write them to ``path``.
+
+        Raises:
+            RepairError: There is too little text, the states are not finite, or the file cannot
+                be written.
+        """
+        check_windows(windows, self.model)
+        fit, held_out = split_windows(windows)
+        hidden_size = self._llm.model_config.get_hidden_size()
+        num_layers, num_tokens = self.model.num_layers, sum(map(len, fit))
+        check_fit_tokens(num_tokens, hidden_size)
+        group_size = layers_at_a_time(hidden_size)
+        starts = range(0, num_layers, group_size)
+        reporter = TokenProgress(progress, windows, num_passes=len(starts))
+        requests = [
+            (window, Payload(LayerSelection(), probe=GramProbe(held_out=part is held_out)))
+            for part in (fit, held_out)
+            for window in part
+        ]
+        async with self._measuring:
+            for start in starts:
+                group = list(range(start, min(start + group_size, num_layers)))
+                await self._llm.call_workers("fathom_reset_repair", args=(group, start > 0))
+                await self._prefill_all(requests, reporter)
+                for layer in group:
+                    # One at a time: between two of them the engine serves.
+                    await self._call_for_repair("fathom_fit_repair", layer)
+            provenance = {
+                "num_layers": num_layers,
+                "model_fingerprint": model_fingerprint,
+                "text_fingerprint": text_fingerprint,
+                "num_tokens": num_tokens,
+            }
+            await self._call_for_repair("fathom_save_repair", str(path), provenance)
+
+    async def _call_for_repair(self, method: str, *args: object) -> None:
+        answers = await self._llm.call_workers(method, _FIT_TIMEOUT_SECONDS, args)
+        for problem in answers:
+            if problem:
+                raise RepairError(problem)
 
     async def measure_quality(
         self,

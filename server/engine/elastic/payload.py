@@ -17,6 +17,16 @@ class ImportanceProbe:
 
 
 @dataclass(frozen=True, slots=True)
+class GramProbe:
+    """Adds the tokens of this request to the sums that repair maps are fitted from.
+
+    ``held_out``: to those that the ridge is chosen on instead.
+    """
+
+    held_out: bool
+
+
+@dataclass(frozen=True, slots=True)
 class QualityProbe:
     """Compares the request's next-token distributions with those of its reference.
 
@@ -29,7 +39,7 @@ class QualityProbe:
     first_scored: int
 
 
-Probe = ImportanceProbe | QualityProbe
+Probe = ImportanceProbe | GramProbe | QualityProbe
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +66,8 @@ class Payload:
         match self.probe:
             case ImportanceProbe():
                 data["importance"] = True
+            case GramProbe(held_out):
+                data["gram"] = held_out
             case QualityProbe(window, selection, first_scored):
                 data["quality"] = [window, selection, first_scored]
         return {KEY: data}
@@ -69,6 +81,8 @@ class Payload:
         probe: Probe | None = None
         if data.get("importance"):
             probe = ImportanceProbe()
+        elif "gram" in data:
+            probe = GramProbe(data["gram"])
         elif "quality" in data:
             probe = QualityProbe(*data["quality"])
         return cls(

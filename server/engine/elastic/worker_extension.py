@@ -48,6 +48,31 @@ class ElasticWorkerExtension(WorkerExtension):
             return str(error)
         return ""
 
+    def fathom_reset_repair(self, layers: list[int], keep_maps: bool) -> None:
+        """Begin a pass over the text from which the maps of ``layers`` are fitted."""
+        self._elastic_model().repair.reset(layers, keep_maps=keep_maps)
+
+    def fathom_fit_repair(self, layer: int) -> str:
+        """Fit the map of one layer; return what prevents it, empty where nothing does."""
+        if get_tensor_model_parallel_rank() != 0:  # all ranks have the same stream
+            return ""
+        model = self._elastic_model()
+        try:
+            model.repair.fit_layer(layer, model.stream_dtype)
+        except RepairError as error:
+            return str(error)
+        return ""
+
+    def fathom_save_repair(self, path: str, provenance: dict[str, Any]) -> str:
+        """Write the maps that were fitted; return what prevents it, empty where nothing does."""
+        if get_tensor_model_parallel_rank() != 0:
+            return ""
+        try:
+            self._elastic_model().repair.save(Path(path), **provenance)
+        except (RepairError, OSError) as error:
+            return str(error)
+        return ""
+
     def fathom_reset_importance(self) -> None:
         self._elastic_model().importance.reset()
 

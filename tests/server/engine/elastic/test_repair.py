@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pruning.quality import quality_of_windows, token_statistics
-from pruning.repair import LayerMap, RepairError, RepairMaps, fit_repair, save_maps
+from pruning.repair import LayerMap, RepairError, RepairMaps, fit_repair, load_maps, save_maps
 from server.engine.base import LayerSelection
 from server.errors import FailedPrecondition
 from tests.conftest import data_path
@@ -168,6 +168,65 @@ def test_quality_is_measured_with_repair(
         assert quality.perplexity == pytest.approx(expected.perplexity, rel=1e-4), layers
         assert quality.kl_nats == pytest.approx(expected.kl_nats, rel=1e-3), layers
     assert measured[0].perplexity < measured[1].perplexity
+
+
+def test_the_engine_fits_what_transformers_fits(
+    engine: RunningEngine, dense: Any, texts: list[str], tmp_path: Path
+) -> None:
+    windows = [engine.engine.tokenize(text)[:128] for text in texts]
+    done: list[tuple[int, int]] = []
+    engine.run(
+        engine.engine.fit_repair(
+            windows,
+            tmp_path / "fitted",
+            model_fingerprint="sha256:aa",
+            text_fingerprint="sha256:bb",
+            progress=lambda *counts: done.append(counts),
+        )
+    )
+    fitted = load_maps(tmp_path / "fitted")
+    expected = fit_repair(
+        dense,
+        [torch.tensor(window) for window in windows],
+        model_fingerprint="sha256:aa",
+        text_fingerprint="sha256:bb",
+    )
+    total = sum(map(len, windows))
+    assert done[-1] == (total, total)
+    assert replace(fitted, layers=expected.layers) == expected
+    for layer, layer_map in expected.layers.items():
+        assert fitted.layers[layer].ridge == layer_map.ridge
+        assert fitted.layers[layer].unexplained == pytest.approx(layer_map.unexplained, rel=1e-3)
+        difference = (fitted.layers[layer].weight - layer_map.weight).norm()
+        assert difference < 0.01 * layer_map.weight.norm(), layer
+
+
+def test_too_little_text_to_fit_is_refused(engine: RunningEngine, tmp_path: Path) -> None:
+    def fit(windows: list[list[int]]) -> None:
+        engine.run(
+            engine.engine.fit_repair(
+                windows,
+                tmp_path / "fitted",
+                model_fingerprint="sha256:aa",
+                text_fingerprint="sha256:bb",
+                progress=lambda *_: None,
+            )
+        )
+
+    with pytest.raises(RepairError, match="text: got 1 text windows, allowed: 2 or more"):
+        fit([[1, 2, 3]])
+    with pytest.raises(RepairError, match="text: got 100 tokens to fit repair on, allowed: 128"):
+        fit([list(range(1, 101)), [1, 2, 3]])
+    with pytest.raises(RepairError, match=r"fitted|No such file"):
+        engine.run(
+            engine.engine.fit_repair(
+                [list(range(1, 129)), [5, 6, 7]] * 2,
+                tmp_path / "absent" / "fitted",
+                model_fingerprint="sha256:aa",
+                text_fingerprint="sha256:bb",
+                progress=lambda *_: None,
+            )
+        )
 
 
 def test_maps_that_are_not_loaded_are_refused(engine: RunningEngine, repair: str) -> None:
