@@ -40,6 +40,7 @@ KINDS: dict[str, tuple[Make, dict[str, Any]]] = {
         {"model": "m", "tokenizer": "t", "dtype": "float32", "max_context": 64, **TEXT},
     ),
     "quality": (measured(state_keys.quality_key), {**MEASURING, **TEXT}),
+    "repair": (measured(state_keys.repair_key), {**MEASURING, **TEXT}),
     "speed": (
         measured(state_keys.speed_key),
         {
