@@ -18,6 +18,8 @@ from server.state import JsonEntry, StateDirectory
 
 logger = logging.getLogger(__name__)
 
+_REPAIR_KIND = "repair"
+
 M = TypeVar("M")
 
 Key = Mapping[str, object]
@@ -80,9 +82,9 @@ class PolicyStore:
 
         Raises what ``make`` raises.
         """
-        path = self._state.path_of("repair", self._repair_key).with_suffix(".safetensors")
+        path = self._state.path_of(_REPAIR_KIND, self._repair_key).with_suffix(".safetensors")
         if not self._is_kept(path):
-            async with self._state.locked("repair", self._repair_key):
+            async with self._state.locked(_REPAIR_KIND, self._repair_key):
                 # Another server may have made it while this one waited.
                 if not self._is_kept(path):
                     await make(path)

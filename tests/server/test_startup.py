@@ -217,7 +217,7 @@ async def test_repair_that_does_not_help_is_not_used(
 async def test_too_little_text_to_fit_repair_is_refused(tmp_path: Path) -> None:
     engine = RepairingEngine()
     start = Start(tmp_path, "short", engine=engine, repair="closed-form")
-    with pytest.raises(StartError, match=r"^repair: text: got 5 tokens to fit repair on, allowed"):
+    with pytest.raises(StartError, match=r"^repair: text: got 6 tokens to fit repair on, allowed"):
         await start.startup.run()
     await start.service.close()
 

@@ -116,4 +116,5 @@ def test_every_kind_of_entry_is_described() -> None:
             )
     assert state_keys.__doc__ is not None
     described = set(re.findall(r"^\| ``(\w+)-\*`` \|", state_keys.__doc__, re.MULTILINE))
-    assert kinds == described == {"hash", "plan", "quality", "speed", "quantized", "checkpoint"}
+    expected = {"hash", "plan", "repair", "quality", "speed", "quantized", "checkpoint"}
+    assert kinds == described == expected
