@@ -236,7 +236,7 @@ def _latency_panels() -> list[Any]:
         .title(title)
         .unit("s")
         .hide_legend()
-        .rows_frame(heatmap.RowsHeatmapOptions().layout(None).value("calls"))
+        .rows_frame(heatmap.RowsHeatmapOptions().value("calls"))
         .y_axis(heatmap.YAxisConfig().unit("s"))
         .with_target(
             _query(

@@ -50,8 +50,8 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def tensor_names(path: Path) -> set[str]:
     """Return the names of the tensors in a safetensors file, after checking it."""
-    names = set(json.loads(read_header(path)))
-    return names - {"__metadata__"}
+    names: set[str] = json.loads(read_header(path)).keys() - {"__metadata__"}
+    return names
 
 
 def read_header(path: Path) -> bytes:

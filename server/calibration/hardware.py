@@ -1,4 +1,4 @@
-"""What a measured speed depends on besides the model."""
+"""The hardware that a measured speed depends on."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ Key = Mapping[str, object]
 
 @dataclass(frozen=True, slots=True)
 class Measured(Generic[M]):
-    """What was measured with these layers left out, whatever plan and depth led to them."""
+    """A measurement with these layers left out, at whatever plan and depth."""
 
     layers: LayerSelection
     measurement: M
@@ -29,7 +29,7 @@ class Measured(Generic[M]):
 
 @dataclass(frozen=True, slots=True)
 class PlanFile:
-    """A plan in its own format: what is kept can also be given to ``--plan``."""
+    """A plan in its own format, so that a kept file can be given to ``--plan``."""
 
     model_fingerprint: str
     num_layers: int
@@ -44,7 +44,7 @@ class PlanFile:
 
 
 class PolicyStore:
-    """Keeps plan, qualities and speeds, each under the key of what it depends on."""
+    """Keeps plan, qualities and speeds, each under a key of all that it depends on."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class PolicyStore:
 
 
 class _Table(Generic[M]):
-    """Measurements of one kind by the layers that are left out."""
+    """Measurements of one kind, by the layers that were left out."""
 
     def __init__(
         self, state: StateDirectory, kind: str, key: Key, entry: JsonEntry[list[Measured[M]]]

@@ -27,7 +27,7 @@ app = typer.Typer(
 )
 for command in (serve, generate, model, calibrate, export, quantize, health):
     app.command()(command)
-# What it measures has commands and options of its own.
+# Its benchmarks have commands and options of their own.
 app.command(
     add_help_option=False,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
@@ -55,7 +55,7 @@ def _options(
 
 
 def main() -> None:
-    """Run the command; exit code 1 for a call that failed, 2 for what was asked wrongly."""
+    """Run the command; exit code 1 if a call failed, 2 if the arguments or settings are wrong."""
     try:
         app()
     except ConfigError as error:
@@ -65,6 +65,6 @@ def main() -> None:
     except CallError as error:
         report_problem(str(error))
         sys.exit(1)
-    except BrokenPipeError:  # the reader of our output has seen enough
+    except BrokenPipeError:  # whoever reads the output has stopped
         sys.stderr.close()
         sys.exit(1)

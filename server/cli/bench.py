@@ -6,7 +6,7 @@ import typer
 
 
 def bench(context: typer.Context) -> None:
-    """Measure speed: 'fathom bench --help' says what there is."""
+    """Measure speed; 'fathom bench --help' lists the benchmarks."""
     # Imported here to keep the other commands quick.
     from bench.cli import run
 

@@ -23,8 +23,8 @@ def calibrate(
     text: Annotated[
         str | None,
         typer.Option(
-            help="Text to rank the layers on, read here: a file, a directory or a Hugging Face "
-            "dataset. None: the text that the server was started with."
+            help="Text to rank the layers on, read by this command: a file, a directory or a "
+            "Hugging Face dataset; none: the text that the server was started with."
         ),
     ] = None,
     max_tokens: Annotated[
@@ -35,7 +35,7 @@ def calibrate(
         int, typer.Option(help="Characters of --text to send at most.", min=1)
     ] = 2_000_000,
 ) -> None:
-    """Rank the layers anew, on a server that goes on serving, and print the plan."""
+    """Rank the layers anew while the server goes on serving, and print the plan."""
     try:
         texts = [] if text is None else load_texts(text, max_characters=max_characters)
     except TextError as error:

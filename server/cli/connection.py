@@ -1,4 +1,4 @@
-"""What the commands that talk to a server share."""
+"""The connection of the commands that talk to a server."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from server.rpc.client import CallError, Client
 from server.rpc.client_tls import ClientTls
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
-# Not a flag: whoever sees the processes of a machine sees their flags.
+# The token is no flag, because every user of a machine can see the flags of its processes.
 TOKEN_VARIABLE = "FATHOM_TOKEN"
 
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """How to reach a server, as the flags and variables say."""
+    """The address of a server, and what to prove to it."""
 
     address: str
     tls: ClientTls | None = None
@@ -87,9 +87,9 @@ def _connection(
 
 
 def with_connection(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the flags of a connection in place of its parameter ``connection``.
+    """Replace the parameter ``connection`` of a command by the flags of a connection.
 
-    A flag that the command has itself is the connection's, too.
+    A flag that both have is given to both.
     """
     own = inspect.signature(command, eval_str=True).parameters
     shared = inspect.signature(_connection, eval_str=True).parameters.values()
@@ -112,12 +112,12 @@ def with_connection(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def connected(connection: Connection) -> Iterator[Client]:
-    """Yield a client; a server that is not there is reported with how to start one."""
+    """Yield a client; if no server answers, the error says how to start one."""
     try:
         with Client(connection.address, tls=connection.tls, token=connection.token) as client:
             yield client
     except CallError as error:
-        # What the library says itself where no server has answered.
+        # gRPC begins its own messages like this if no server has answered.
         if error.code == "UNAVAILABLE" and error.message.startswith(
             ("failed to connect", "DNS resolution failed", "errors resolving")
         ):

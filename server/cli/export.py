@@ -74,9 +74,8 @@ def export(
 
     With --quantize it is loaded, layer by layer, to be quantized.
 
-    --plan says which layers are removed, or what a server has kept for this model.
-
-    Where there is neither, the model is loaded to rank its layers.
+    The plan of --plan says which layers are removed; without it, the plan that a server has
+    kept for this model. If there is none, the model is loaded to rank its layers.
 
     The settings of 'fathom serve' apply, from variables and --config, too.
     """

@@ -16,7 +16,7 @@ _UINT32 = {"min": 0, "max": 2**32 - 1}
 @with_connection
 def generate(
     connection: Connection,
-    prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads it from stdin.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from stdin.")],
     depth: Annotated[int | None, typer.Option(help="Layers that run.", **_UINT32)] = None,
     prune_ratio: Annotated[
         float | None, typer.Option(help="Share of the layers that is left out.")
@@ -45,7 +45,7 @@ def generate(
         bool, typer.Option("--chat", help="Send the prompt as a user's message of a chat.")
     ] = False,
 ) -> None:
-    """Generate text at a depth and print it as it comes; the depth that ran goes to stderr."""
+    """Generate text at a depth and print it as it comes; a summary goes to stderr."""
     given = {"--depth": depth, "--prune-ratio": prune_ratio, "--level": level}
     chosen = [name for name, value in given.items() if value is not None]
     if len(chosen) > 1:

@@ -32,19 +32,23 @@ def _table(served: inference_pb2.Model) -> Table:
         name = f"{level.name} *" if level.is_default else level.name
         names.setdefault(_depths(level), []).append(name)
     table = Table(caption_justify="left")
-    table.add_column("Depth", justify="right")
-    table.add_column("Level")
-    for heading in ("Perplexity", "Agreement", "KL nats", "Tokens/s", "Speedup"):
+    table.add_column("Depth", justify="right", no_wrap=True)
+    # The others have 52 characters at most, so that 80 columns leave room for it, if in lines.
+    table.add_column("Level", overflow="fold")
+    for heading in ("Perplexity", "Agree", "KL", "Tok/s", "Speedup"):
         table.add_column(heading, justify="right", no_wrap=True)
     rows = {_depths(row): row for row in [*served.depths, *served.levels]}
     for depths in sorted(rows, key=lambda pair: (pair[1], pair[0]), reverse=True):
         prefill, decode = depths
         table.add_row(
             str(decode) if prefill == decode else f"{prefill}/{decode}",
-            ", ".join(names.get(depths, [])),
+            escape(", ".join(names.get(depths, []))),
             *_measurements(rows[depths]),
         )
-    table.caption = "* for requests that name no depth"
+    table.caption = (
+        "* for requests that name no depth; Agree: next tokens that are the dense model's; KL: "
+        "divergence from it, in nats"
+    )
     if any(prefill != decode for prefill, decode in rows):
         table.caption += "; 8/16: 8 layers for the prompt, 16 for what is generated"
     return table
@@ -61,15 +65,21 @@ def _measurements(level: common_pb2.Level) -> list[str]:
         cells[:3] = [
             f"{_short(quality.perplexity)} ± {_short(quality.perplexity_stderr)}",
             f"{quality.agreement:.1%}" if quality.HasField("agreement") else "-",
-            f"{quality.kl_nats:.3f}" if quality.HasField("kl_nats") else "-",
+            _short(quality.kl_nats, 3) if quality.HasField("kl_nats") else "-",
         ]
     if level.HasField("speed"):
         cells[3:] = [
-            f"{speed.tokens_per_second:.0f}",
-            f"{speed.speedup:.2f}x" if speed.HasField("speedup") else "-",
+            _short(speed.tokens_per_second, 0),
+            f"{_short(speed.speedup)}x" if speed.HasField("speedup") else "-",
         ]
     return cells
 
 
-def _short(value: float) -> str:
-    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
+def _short(value: float, num_decimals: int = 2) -> str:
+    """Return a number that is not negative in at most 7 characters."""
+    if value < 999.9995:
+        return f"{value:.{num_decimals}f}"
+    if value < 99_999.5:
+        return f"{value:.0f}"
+    mantissa, _, exponent = f"{value:.1e}".partition("e+")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa  # inf and nan have none

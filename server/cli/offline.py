@@ -1,4 +1,4 @@
-"""What the commands that write a checkpoint without a server have in common."""
+"""Frame of the commands that write a checkpoint without a server."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from server.config import Settings, warn_of_old_names
 
 
 def run_offline(settings: Settings, work: Callable[[], None]) -> None:
-    """Do the work; exit with 2 for what it was asked, and with 1 where it failed, saying why."""
+    """Do the work; if that fails, print why and exit: 2 for wrong settings, 1 for other errors."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for package in ("server", "pruning"):
         logging.getLogger(package).setLevel(settings.log_level.upper())
     warn_of_old_names(settings.old_names)
-    signal.signal(signal.SIGTERM, _exit)  # what is half written is removed on the way out
+    signal.signal(signal.SIGTERM, _exit)  # exceptions remove what is half written
 
     # Imported here to keep the other commands quick.
     from pruning.quantization import QuantizationFailed

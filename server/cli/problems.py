@@ -1,4 +1,4 @@
-"""Tells people what went wrong, in one line and without a traceback."""
+"""Error messages of one line, without a traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What values a setting takes, in words."""
+"""Allowed values of a setting, in words."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pydantic.types import PathType
 
 
 def allowed_values(field: FieldInfo) -> str:
-    """Say in words what values the field takes."""
+    """Return the allowed values of a setting, in words."""
     return _allowed(field.annotation, field.metadata)
 
 

@@ -1,4 +1,4 @@
-"""Settings of what is left out at which depth, and of who gets which."""
+"""Settings of plans, levels and automatic depth."""
 
 from __future__ import annotations
 
@@ -83,12 +83,11 @@ class DepthSettings(BaseModel):
         "Face dataset; none: the documentation of Python's standard library.",
     )
     calibration_tokens: Annotated[int, Ge(64)] = Field(
-        32768, description="Tokens of it to rank the layers on."
+        32768, description="Tokens of that text to rank the layers on."
     )
     plan: FilePath | None = Field(
         None,
-        description="Plan file to use in place of a calibration; one that was made for another "
-        "model is refused.",
+        description="Plan file to use instead of a calibration; that of another model is refused.",
     )
     quality_text: str | None = Field(
         None,
@@ -96,7 +95,7 @@ class DepthSettings(BaseModel):
         "standard library's documentation that neither calibration nor the demo model has seen.",
     )
     quality_tokens: Annotated[int, Ge(64)] = Field(
-        8192, description="Tokens of it to measure quality on."
+        8192, description="Tokens of that text to measure quality on."
     )
     quality_depths: Literal["all", "levels"] | None = Field(
         None,
@@ -115,27 +114,32 @@ class DepthSettings(BaseModel):
     )
     auto_levels: Annotated[tuple[str, ...], NoDecode, BeforeValidator(names_from)] = Field(
         (),
-        description="Levels of requests that leave the depth to the server: the first without "
-        "load, each further one under more. None: the default level and all shallower ones.",
+        description="Levels of automatic depth: the first is used without load, each further one "
+        "under more load. None: the default level and all shallower ones.",
     )
     auto_by_default: bool = Field(
-        False, description="Whether requests that name no depth leave it to the server."
+        False, description="Whether requests that name no depth get automatic depth."
     )
     auto_first_token_seconds: Annotated[float, Gt(0)] = Field(
-        1.0, description="Time to the first token above which such requests get a shallower level."
+        1.0,
+        description="Seconds to the first token above which automatic depth goes to a shallower "
+        "level.",
     )
     auto_inter_token_seconds: Annotated[float, Gt(0)] = Field(
-        0.1, description="Time between two tokens above which they do."
+        0.1, description="Seconds between two tokens above which it does, too."
     )
     auto_hold_seconds: Annotated[float, Ge(0)] = Field(
-        30.0, description="Seconds of low load after which they get the next deeper level again."
+        30.0, description="Seconds of low load after which it goes back to the next deeper level."
     )
     auto_max_quality_loss: Annotated[float, Ge(0)] = Field(
         0.25,
-        description="Largest perplexity ratio to dense, less 1, of a level that load may lead to.",
+        description="Largest loss of quality of a level that automatic depth may use: its "
+        "perplexity divided by that of the dense model, less 1.",
     )
     auto_min_agreement: Annotated[float, Ge(0), Le(1)] = Field(
-        0.0, description="Smallest share of next tokens it has in common with dense."
+        0.0,
+        description="Smallest agreement of such a level: the share of positions where its most "
+        "likely next token is that of the dense model.",
     )
 
     @field_validator("levels")

@@ -1,4 +1,4 @@
-"""Settings of what runs the model."""
+"""Settings of the engine."""
 
 from __future__ import annotations
 

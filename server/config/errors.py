@@ -1,4 +1,4 @@
-"""Settings that are refused."""
+"""Errors of settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ CONFLICT = "conflict"
 
 
 class ConfigError(Exception):
-    """Settings that cannot be served; one line for each problem."""
+    """Settings are wrong; there is one line for each problem."""
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
@@ -17,11 +17,11 @@ class ConfigError(Exception):
 
 
 def not_allowed(allowed: str) -> PydanticCustomError:
-    """Return what a validator of one setting raises; ``allowed`` says what it takes."""
+    """Return the error of a value that a setting does not take; ``allowed`` says what it takes."""
     return PydanticCustomError(NOT_ALLOWED, "{allowed}", {"allowed": allowed})
 
 
 def conflict(setting: str, given: str, allowed: str) -> PydanticCustomError:
-    """Return what a validator of several settings raises, about one of them."""
+    """Return the error of a value that does not fit those of other settings."""
     problem = f"{setting}: got {given}, allowed: {allowed}"
     return PydanticCustomError(CONFLICT, "{problem}", {"problem": problem})

@@ -1,4 +1,4 @@
-"""Where settings and what is kept between starts come from."""
+"""Settings of files: the settings file and the state directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of where the server listens, and to whom."""
+"""Settings of addresses, TLS, clients and connections."""
 
 from __future__ import annotations
 

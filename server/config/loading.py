@@ -53,7 +53,7 @@ def load_settings(flags: Mapping[str, object]) -> Settings:
         problems += [_problem(details) for details in error.errors()]
     except yaml.YAMLError as error:
         problems.append(f"config: no valid YAML: {' '.join(str(error).split())}")
-    except (TypeError, ValueError) as error:  # a file whose top is no mapping
+    except (TypeError, ValueError) as error:  # the file is a list or a single value
         problems.append(f"config: got a file that is no mapping of settings to values: {error}")
     if settings is None or problems:
         raise ConfigError(problems)
@@ -61,8 +61,9 @@ def load_settings(flags: Mapping[str, object]) -> Settings:
 
 
 def _old_variables(given: dict[str, object]) -> set[str]:
-    """Add what variables with old names say to the flags, unless a flag or a variable with the
-    present name says something else; return the old names.
+    """Add the values of variables with old names to the flags; return these names.
+
+    Flags and variables with the present names come first.
     """
     used = {old for old in OLD_NAMES if os.environ.get(_variable(old))}
     for old in used:
@@ -92,7 +93,7 @@ def _nearest(name: str, known: set[str]) -> str:
 
 
 def _problem(details: ErrorDetails) -> str:
-    """Return one line that names setting, value and what is allowed."""
+    """Return one line that names the setting, its value and what is allowed."""
     if details["type"] == CONFLICT:
         return details["msg"]
     location = [str(part) for part in details["loc"] if part != "function-before"]

@@ -1,4 +1,4 @@
-"""Settings of what the server tells of itself."""
+"""Settings of logs and traces."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from server.config.requests import RequestSettings
 
 ENV_PREFIX = "FATHOM_"
 
-# By the titles that the documentation gives them, in its order.
+# The areas of settings by the headings of docs/settings.md, in its order.
 AREAS: dict[str, type[BaseModel]] = {
     "Files": FileSettings,
     "Model": ModelSettings,
@@ -36,7 +36,7 @@ AREAS: dict[str, type[BaseModel]] = {
 }
 
 
-# Fields of the last base come first.
+# The fields of the last base class come first.
 class Settings(
     LogSettings,
     RequestSettings,
@@ -47,7 +47,7 @@ class Settings(
     FileSettings,
     BaseSettings,
 ):
-    """What ``fathom serve`` runs with; :func:`load_settings` reads it."""
+    """All settings of a server; :func:`load_settings` reads them."""
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX,

@@ -1,4 +1,7 @@
-"""Values that flags and variables, which are text, give to settings that are not."""
+"""Values of flags and variables, which are text, for settings of other types.
+
+Each function returns a value that is no text as it is: the field checks it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from server.config.errors import not_allowed
 
 
 def object_from(value: object) -> object:
-    """Read a JSON object; what is no text is left for the field to check, as in all of these."""
+    """Read a JSON object."""
     if not isinstance(value, str):
         return value
     try:
@@ -38,7 +41,7 @@ def names_from(value: object) -> object:
 
 
 def number_from(value: object) -> object:
-    """Read a whole number, which Literal would not take from a text."""
+    """Read a whole number; Literal takes none from a text."""
     try:
         return int(value) if isinstance(value, str) else value
     except ValueError:

@@ -15,7 +15,7 @@ import psutil
 from pydantic import ValidationError
 
 from pruning.weights import weight_files
-from server.engine.environment import check_directories, shorten_socket_directory
+from server.engine.environment import check_directories
 from server.engine.start_failure import reason_of
 from server.errors import InvalidArgument
 
@@ -192,7 +192,6 @@ def prepare_environment() -> None:
     Raises :class:`InvalidArgument` for a variable that names a directory of no use.
     """
     check_directories()
-    shorten_socket_directory()
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
         # Tells of each request whether the model computed what is not a number.

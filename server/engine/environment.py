@@ -11,9 +11,9 @@ from server.errors import InvalidArgument
 # Written to while an engine starts; a library would fail in the middle of it.
 _WRITTEN = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "VLLM_CACHE_ROOT", "VLLM_RPC_BASE_PATH")
 _SOCKETS = "VLLM_RPC_BASE_PATH"
-# The path of a Unix socket has 107 bytes at most; vLLM appends a name of 37 to its directory.
+# The path of a Unix socket has 107 bytes at most. vLLM appends a name of 37 to its directory,
+# multiprocessing one of 32 to that of temporary files.
 _MAX_SOCKET_DIRECTORY_BYTES = 107 - 37
-_SHORT_DIRECTORY = "/tmp"
 
 
 def check_directories() -> None:
@@ -25,25 +25,15 @@ def check_directories() -> None:
     sockets = os.environ.get(_SOCKETS)
     if sockets and not Path(sockets).is_dir():
         raise InvalidArgument(_SOCKETS, sockets, "an existing directory")
-    if sockets and len(os.fsencode(sockets)) > _MAX_SOCKET_DIRECTORY_BYTES:
-        allowed = f"{_MAX_SOCKET_DIRECTORY_BYTES} bytes or fewer: sockets are made in it"
-        raise InvalidArgument(_SOCKETS, sockets, allowed)
-
-
-def shorten_socket_directory() -> None:
-    """Have vLLM make its sockets elsewhere where the name of the temporary directory is too long.
-
-    Raises :class:`InvalidArgument` where there is no temporary directory.
-    """
     try:
-        directory = tempfile.gettempdir()
+        temporary = tempfile.gettempdir()
     except OSError as error:
-        value = os.environ.get("TMPDIR")
-        raise InvalidArgument(
-            "TMPDIR", value, f"a directory that can be written ({error})"
-        ) from None
-    if len(os.fsencode(directory)) > _MAX_SOCKET_DIRECTORY_BYTES:
-        os.environ.setdefault(_SOCKETS, _SHORT_DIRECTORY)
+        allowed = f"a directory that can be written ({error})"
+        raise InvalidArgument("TMPDIR", os.environ.get("TMPDIR"), allowed) from None
+    for name, value in (("TMPDIR", temporary), (_SOCKETS, sockets)):
+        if value and len(os.fsencode(value)) > _MAX_SOCKET_DIRECTORY_BYTES:
+            allowed = f"{_MAX_SOCKET_DIRECTORY_BYTES} bytes or fewer: sockets are made in it"
+            raise InvalidArgument(name, value, allowed)
 
 
 def _can_be_written(directory: Path) -> bool:

@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 class Startable(Protocol):
-    """What can die and be started again."""
+    """An engine that can die and be started again."""
 
     @property
     def is_alive(self) -> bool: ...
@@ -75,7 +75,7 @@ class Supervisor:
 
     async def _restart(self) -> None:
         while True:
-            # Doubled even where the start succeeds: an engine may die again as soon as it is up.
+            # Doubled even if the start succeeds, because the engine may die again at once.
             delay, self._delay = self._delay, min(2 * self._delay, self._max_delay)
             logger.error("%s has died; it is started again in %g s", self._name, delay)
             await asyncio.sleep(delay)

@@ -1,4 +1,4 @@
-"""Ends an engine that has stopped answering, so that it is started again."""
+"""Kills an engine that has stopped answering, so that it is started again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STOPPED_SECONDS = 3.0
 
 
 class Pingable(Protocol):
-    """What the watchdog watches."""
+    """An engine that can stop answering."""
 
     @property
     def is_alive(self) -> bool: ...

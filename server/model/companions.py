@@ -75,8 +75,9 @@ def _check_tokenizer(directory: Path) -> None:
     if whole.exists() or whole.is_symlink():
         _check_tokenizer_file(whole)
         return
-    found = [name for name in _TOKENIZERS if (directory / name).is_file()]
-    if "auto_map" in config or found or any(directory.glob(_TIKTOKEN)):
+    if "auto_map" in config or any(directory.glob(_TIKTOKEN)):
+        return
+    if any((directory / name).is_file() for name in _TOKENIZERS):
         return
     raise CheckpointError(
         f"{directory}: holds no tokenizer, allowed: one of {', '.join(_TOKENIZERS)}"

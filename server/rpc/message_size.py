@@ -25,10 +25,14 @@ _LEAST_LIMIT = 2**22
 # Bytes of a token's text: more than the longest tokens of common vocabularies have.
 _BYTES_PER_TOKEN = 128
 
-# Of an id and its tag, as clients write them that pack nothing.
+# Bytes of an id with its tag, as clients write them that pack nothing.
 _ID_BYTES = 6
-# Of a character in UTF-8.
-_CHARACTER_BYTES = 4
+# Numbers of an id, which are its tag and itself, and of what is around all of them.
+_ID_NUMBERS, _OTHER_NUMBERS = 2, 16
+# Every character of UTF-8 begins with a byte that is none of these.
+_CONTINUATION_BYTES = bytes(range(0x80, 0xC0))
+# Every number of protobuf ends with a byte that is none of these.
+_INNER_BYTES = bytes(range(0x80, 0x100))
 _TEXTS = frozenset({"prompt", "text", "context_text", "chat.messages.content"})
 _IDS = frozenset({"token_ids", "context_ids"})
 _PARTS = frozenset({"chat", "chat.messages"})
@@ -51,37 +55,51 @@ def check_size(data: bytes, message: Descriptor, model: ModelInfo) -> None:
     """
     if len(data) <= _SMALL_MESSAGE:
         return
-    sizes: dict[str, int] = {}
+    amounts: dict[str, int] = {}
     try:
-        for number, (path, size) in enumerate(_fields(memoryview(data), message, "")):
+        for number, (path, part) in enumerate(_fields(memoryview(data), message, "")):
             if number >= _MAX_FIELDS:
                 raise InvalidArgument(
                     "request", f"more than {_MAX_FIELDS} fields", f"at most {_MAX_FIELDS}"
                 )
-            sizes[path] = size = sizes.get(path, 0) + size
-            _check(path, size, model)
+            if path in _TEXTS:
+                amounts[path] = amounts.get(path, 0) + _count_without(part, _CONTINUATION_BYTES)
+                _check_text(path, amounts[path], model)
+            elif path in _IDS:
+                _check_ids(path, len(part), model.max_context * _ID_BYTES, "bytes", model)
+                amounts[path] = amounts.get(path, 0) + _count_without(part, _INNER_BYTES)
+                longest = model.max_context * _ID_NUMBERS + _OTHER_NUMBERS
+                _check_ids(path, amounts[path], longest, "numbers", model)
+            elif path not in _PARTS:
+                amounts[path] = amounts.get(path, 0) + len(part)
+                if amounts[path] > _MAX_OTHER_BYTES:
+                    allowed = f"at most {_MAX_OTHER_BYTES} bytes"
+                    raise InvalidArgument(path, f"{amounts[path]} bytes", allowed)
     except _Malformed:
         return
 
 
-def _check(path: str, size: int, model: ModelInfo) -> None:
-    if path in _TEXTS:
-        longest = model.max_context * model.max_characters_per_token
-        if size > longest * _CHARACTER_BYTES:
-            field = path.removesuffix(".content")
-            allowed = f"at most {longest} characters: the context holds {model.max_context} tokens"
-            raise InvalidArgument(field, f"{size} bytes", allowed)
-    elif path in _IDS:
+def _check_text(path: str, num_characters: int, model: ModelInfo) -> None:
+    longest = model.max_context * model.max_characters_per_token
+    if num_characters > longest:
+        allowed = f"at most {longest} characters: the context holds {model.max_context} tokens"
+        field = path.removesuffix(".content")
+        raise InvalidArgument(field, f"{num_characters} characters", allowed)
+
+
+def _check_ids(path: str, amount: int, most: int, unit: str, model: ModelInfo) -> None:
+    if amount > most:
         longest = model.max_context - 1
-        if size > model.max_context * _ID_BYTES:
-            allowed = f"at most {longest} tokens: the context holds {longest + 1}"
-            raise InvalidArgument(f"{path}.ids", f"{size} bytes", allowed)
-    elif path not in _PARTS and size > _MAX_OTHER_BYTES:
-        raise InvalidArgument(path, f"{size} bytes", f"at most {_MAX_OTHER_BYTES} bytes")
+        allowed = f"at most {longest} tokens: the context holds {longest + 1}"
+        raise InvalidArgument(f"{path}.ids", f"{amount} {unit}", allowed)
 
 
-def _fields(data: memoryview, message: Descriptor, prefix: str) -> Iterator[tuple[str, int]]:
-    """Yield path and size of each field, those of parts after the part itself."""
+def _count_without(data: memoryview, left_out: bytes) -> int:
+    return len(bytes(data).translate(None, left_out))
+
+
+def _fields(data: memoryview, message: Descriptor, prefix: str) -> Iterator[tuple[str, memoryview]]:
+    """Yield path and content of each field, those of parts after the part itself."""
     position = 0
     while position < len(data):
         tag, position = _varint(data, position)
@@ -101,7 +119,7 @@ def _fields(data: memoryview, message: Descriptor, prefix: str) -> Iterator[tupl
                 raise InvalidArgument("request", f"type {tag & 7} in {path}", "a message of proto3")
         if end > len(data):
             raise _Malformed
-        yield path, end - position
+        yield path, data[position:end]
         if field is not None and path in _PARTS and tag & 7 == 2:
             assert field.message_type is not None
             yield from _fields(data[position:end], field.message_type, f"{path}.")

@@ -106,9 +106,6 @@ class PromptReader:
         field = field_of(prompt, text_field, ids_field)
         if isinstance(prompt, TokenPrompt):
             self.check_length(len(prompt.ids), field)
-        elif isinstance(prompt, TextPrompt):
-            self._check_characters(prompt, field)
-            await self._check_pieces(prompt.text, field, claim)
         ids = await self._tokenize(prompt, field, claim, special_tokens=special_tokens)
         self.check_length(len(ids), field)
         check_ids(ids, field, self._engine.model.vocab_size)
@@ -119,7 +116,8 @@ class PromptReader:
     ) -> tuple[list[int], list[str]]:
         """Return the ids of a prompt, and the text of each token by itself.
 
-        Raises :class:`InvalidArgument` for a prompt of more characters than the context holds.
+        Raises :class:`InvalidArgument` for a prompt of more characters than the context holds,
+        and for a long one of far more tokens.
         """
         field = field_of(prompt, "text", "token_ids.ids")
         ids = await self._tokenize(prompt, field, claim, special_tokens=special_tokens)
@@ -180,6 +178,7 @@ class PromptReader:
         self._check_characters(prompt, field)
         match prompt:
             case TextPrompt(text):
+                await self._check_pieces(text, field, claim)
                 ids = self._ids(text, special_tokens=special_tokens)
                 return await self._run(claim, ids, len(text))
             case TokenPrompt(ids=token_ids):

@@ -13,7 +13,7 @@ def test_it_is_current() -> None:
 
 def test_panels_lie_beside_each_other() -> None:
     """None overlaps another, and rows are full."""
-    taken = set()
+    taken: set[tuple[int, int]] = set()
     for panel in json.loads(as_json())["panels"]:
         place = panel["gridPos"]
         cells = {

@@ -148,7 +148,7 @@ def test_a_prompt_of_100_megabytes(demo_client: Client) -> None:
     request = greedy_request("x" * 100_000_000, 3)
     error = failure(lambda: demo_client.generate(request))
     assert error.code == "RESOURCE_EXHAUSTED"
-    assert str(16 * 2**20) in error.message, "the limit is told"
+    assert str(4 * 2**20) in error.message, "the limit is told"
     assert_generates(demo_client)
 
 

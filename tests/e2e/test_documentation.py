@@ -150,8 +150,8 @@ def check_command(words: list[str], server: RunningServer, directory: Path) -> N
             if name == "serve":
                 # Whether the files are there depends on the reader.
                 load_settings({**context.params, "config": None, "plan": None})
-        case ["kubectl", "apply", "-k", directory]:
-            assert (ROOT / directory / "kustomization.yaml").is_file()
+        case ["kubectl", "apply", "-k", overlay]:
+            assert (ROOT / overlay / "kustomization.yaml").is_file()
         case ["docker", "compose", "-f", file, *_]:
             assert (ROOT / file).is_file()
         case ["kubectl", "-n", "fathom", *_]:

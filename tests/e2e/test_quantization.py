@@ -11,6 +11,9 @@ import pytest
 from server.rpc.client import CallError
 from tests.e2e.calls import greedy_request
 from tests.e2e.running_server import PATIENCE, RunningServer, running_server, until
+from tests.e2e.test_bad_starts import serve
+from tests.fathom_command import fathom_in_process
+from tests.pruning.quantization.small_model import runs_quantized
 
 
 def workers_of(server: RunningServer) -> list[psutil.Process]:
@@ -33,6 +36,7 @@ def health(server: RunningServer) -> str | None:
         return None
 
 
+@runs_quantized
 def test_quantized_at_start_after_a_start_that_was_killed(small: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
     settings: dict[str, object] = {
@@ -80,9 +84,6 @@ def test_settings_that_do_not_go_together(
     tmp_path: Path, settings: dict[str, object], message: str
 ) -> None:
     given = {"dtype": "auto", "quantize": "gptq-4bit", **settings}
-    server = RunningServer(tmp_path, **given)
-    try:
-        assert server.process.wait(PATIENCE) == 2
-        assert message in server.log
-    finally:
-        server.close()
+    result = serve(tmp_path, fathom_in_process, **given)
+    assert result.returncode == 2
+    assert message in result.stderr

@@ -31,6 +31,7 @@ class Start:
         inputs = Inputs(
             source=ModelSource(directory, "toy"),
             fingerprint="sha256:model",
+            tokenizer="sha256:tokenizer",
             num_layers=NUM_LAYERS,
             levels=LEVELS,
             default_level="fast",

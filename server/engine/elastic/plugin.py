@@ -12,10 +12,12 @@ def register() -> None:
     from server.engine.elastic.model import ELASTIC_CLASSES
     from server.engine.elastic.orphan import end_with_parent
     from server.engine.start_failure import report_start_failures
+    from server.engine.token_ranks import count_uncompiled
 
     end_with_parent()
     report_start_failures()
     _zero_new_cache_blocks()
+    count_uncompiled()
     if torch.cpu._is_amx_tile_supported():
         # A process has to ask the kernel for AMX. Matrix products that are not quantized do, but
         # where vLLM's attention comes first, it would end with an illegal instruction.

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+import torch
+
 from pruning.quantization import QuantizationSettings, Quantized, quantize_checkpoint
 from pruning.surgery import export_checkpoint
 from server.model.source import DEMO_MODEL
@@ -12,6 +15,11 @@ from tests.pruning.surgery.exporting import plan_of
 
 NUM_LAYERS = 3
 TEXT_FINGERPRINT = "sha256:text"
+
+runs_quantized = pytest.mark.skipif(
+    not (torch.cuda.is_available() or torch.cpu._is_avx512_supported()),
+    reason="vLLM has its kernel for GPTQ on a CPU with AVX-512 alone",
+)
 
 
 def small_model(directory: Path) -> Path:

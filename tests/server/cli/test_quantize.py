@@ -16,7 +16,7 @@ from pruning.surgery import PLAN_FILE, count_layers, export_checkpoint
 from server.engine.base import LayerSelection
 from server.model.source import DEMO_MODEL
 from tests.fathom_command import FATHOM, PATIENCE, environment, fathom, fathom_in_process
-from tests.pruning.quantization.small_model import quantize
+from tests.pruning.quantization.small_model import quantize, runs_quantized
 from tests.pruning.quantization.test_checkpoint import worker_of
 from tests.pruning.surgery.exporting import plan_of, siblings
 from tests.server.engine.elastic.plain_vllm import generate_with_vllm
@@ -138,6 +138,7 @@ def test_export_in_both_orders(small: Path, tmp_path: Path) -> None:
     )
 
 
+@runs_quantized
 def test_exported_demo_model_equals_the_elastic_engine(tmp_path: Path) -> None:
     quantized = quantize(DEMO_MODEL, tmp_path / "quantized").directory
     plan = plan_of(quantized, (5, 9, 3, 12))

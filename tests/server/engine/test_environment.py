@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 
 import pytest
 
 from server.config import load_settings
-from server.engine.environment import check_directories, shorten_socket_directory
+from server.engine.environment import check_directories
 from server.errors import InvalidArgument
 from server.model.inputs import StartError, read_inputs
+from tests.fathom_command import fathom
 
 NAMES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "VLLM_CACHE_ROOT", "VLLM_RPC_BASE_PATH")
 
@@ -63,11 +63,19 @@ def test_directories_of_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_long_temporary_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/tmp")
-    shorten_socket_directory()
-    assert "VLLM_RPC_BASE_PATH" not in os.environ
+    check_directories()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 90)))
-    shorten_socket_directory()
-    assert os.environ["VLLM_RPC_BASE_PATH"] == "/tmp"
+    with pytest.raises(InvalidArgument, match=r"TMPDIR: got .* allowed: 70 bytes or fewer"):
+        check_directories()
+
+
+def test_a_server_says_so(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 90)
+    long.mkdir()
+    result = fathom("serve", "--port", "0", "--metrics-port", "0", TMPDIR=str(long))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("fathom: TMPDIR: got ")
+    assert "70 bytes or fewer: sockets are made in it" in result.stderr
 
 
 def test_no_temporary_directory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,4 +85,4 @@ def test_no_temporary_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", "/proc/nowhere")
     monkeypatch.setattr(tempfile, "gettempdir", none)
     with pytest.raises(InvalidArgument, match="TMPDIR: got '/proc/nowhere', allowed: a directory"):
-        shorten_socket_directory()
+        check_directories()

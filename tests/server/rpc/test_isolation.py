@@ -220,11 +220,12 @@ async def test_a_request_that_fails_in_two_engines_is_named(
 async def test_the_engine_is_given_more_when_levels_get_engines(deployment: Deployment) -> None:
     service, engine = deployment.service, deployment.engine
     # As a dedicated engine is served: an engine of its own for each depth of a level.
-    service._install(replace(service.policy, any_depth=False, levels=LEVELS[:1]))
+    service._in_force.install(replace(service.policy, any_depth=False, levels=LEVELS[:1]))
 
     async def running(num_levels: int) -> int:
         specs = [LevelSpec(f"level{i}", 8 - i) for i in range(num_levels)]
-        await service.set_levels(specs)
+        with service.updating() as updates:
+            await updates.set_levels(specs)
         engine.gate.clear()
         calls: list[Any] = [
             asyncio.ensure_future(collect(deployment.client.inference.GenerateStream(generation())))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -57,7 +58,7 @@ async def test_prompt_tokens_that_wait_are_limited() -> None:
 class Crowd:
     """Requests of several clients in front of an engine that starts none."""
 
-    def __init__(self, **limits: int) -> None:
+    def __init__(self, **limits: Any) -> None:
         self.queue = FairQueue(1)
         self.queue.pause()
         self.admission = Admission(self.queue, **limits)

@@ -23,6 +23,10 @@ from server.errors import InvalidArgument
             r"kv_cache_gib: got 0\.001, allowed: at least 0\.\d+ for a context of 512 tokens; "
             "or set a smaller max_context",
         ),
+        (
+            {"kv_cache_gib": 1e300},
+            r"kv_cache_gib: got 1e\+300, allowed: at most .* of this machine",
+        ),
         ({"max_context": 4096}, "max_context: got 4096, allowed: what vLLM takes: .*512"),
         (
             {"engine_args": {"max_num_batched_token": 8}},

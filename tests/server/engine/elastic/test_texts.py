@@ -22,6 +22,7 @@ from server.engine.base import (
 )
 from server.errors import InvalidArgument
 from server.model.source import DEMO_MODEL
+from server.serving.fair_queue import Claim
 from server.serving.prompts import PromptReader
 from tests.server.engine.elastic.running_engine import RunningEngine, running_engine
 
@@ -124,7 +125,7 @@ def test_context_and_text_are_scored_as_the_text_that_they_make(engine: RunningE
             ("Return ", "the list"),
         ):
             scoring = Scoring(TextPrompt(text), TextPrompt(context))
-            context_ids, ids = engine.run(reader.read_to_score(scoring))
+            context_ids, ids = engine.run(reader.read_to_score(scoring, Claim()))
             assert context_ids + ids == engine.engine.tokenize(context + text)
             own = engine.engine.tokenize(context)
             assert context_ids == own[: len(context_ids)]
