@@ -121,6 +121,7 @@ def scaler_queries(directory: Path) -> list[str]:
     return found
 
 
+@pytest.mark.timeout(900)
 def test_every_expression_finds_data(
     server: TlsServer, prometheus: Prometheus, tmp_path: Path
 ) -> None:

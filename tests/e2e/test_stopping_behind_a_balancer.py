@@ -27,6 +27,7 @@ def probe(server: RunningServer, path: str) -> tuple[int, str]:
             return error.code, error.read().decode()
 
 
+@pytest.mark.timeout(900)
 def test_settings_change_and_calls_are_taken_while_health_says_no(
     demo_server: RunningServer, tmp_path: Path
 ) -> None:
