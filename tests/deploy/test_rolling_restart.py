@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -78,14 +77,15 @@ class Callers:
 @pytest.fixture
 def replicas(tmp_path: Path) -> Iterator[list[RunningServer]]:
     servers: list[RunningServer] = []
-    with ExitStack() as stack:
+    try:
         for number in range(2):
-            server = started(tmp_path / str(number), tmp_path / "state")
-            stack.callback(lambda number=number: servers[number].close())
-            servers.append(server)
+            servers.append(started(tmp_path / str(number), tmp_path / "state"))
             # One after the other, so that the second finds what the first has measured.
-            server.wait_until_serving()
+            servers[-1].wait_until_serving()
         yield servers
+    finally:
+        for server in servers:
+            server.close()
 
 
 def started(directory: Path, state: Path, port: int | None = None) -> RunningServer:
@@ -98,6 +98,10 @@ def started(directory: Path, state: Path, port: int | None = None) -> RunningSer
         quality_depths="levels",
         **settings,
     )
+
+
+def gets_calls(server: RunningServer) -> Callable[[], bool]:
+    return lambda: server.scrape().sum("fathom_requests_total", code="OK", depth="8") > 0
 
 
 @pytest.mark.timeout(1200)
@@ -121,13 +125,7 @@ def test_nothing_fails(replicas: list[RunningServer], tmp_path: Path) -> None:
                 callers.wait_for_more(20)
                 replicas[number].wait_until_serving()
                 # Envoy has to notice before the other one goes.
-                served = replicas[number]
-                until(
-                    lambda served=served: served.scrape().sum(
-                        "fathom_requests_total", code="OK", depth="8"
-                    ),
-                    lambda: "the new server gets no calls",
-                )
+                until(gets_calls(replicas[number]), lambda: "the new server gets no calls")
             callers.wait_for_more(20)
     assert callers.failures == []
     print(f"{callers.num_calls} calls and {callers.num_streams} streams, none failed")
