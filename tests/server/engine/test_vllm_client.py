@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from server.engine.base import EngineDead, FinishReason, GenerationDelta, TokenScore
+from server.engine.base import (
+    EngineDead,
+    FinishReason,
+    GenerationDelta,
+    SamplingOptions,
+    TokenScore,
+)
 from server.engine.vllm_client import VllmClient
 from server.errors import FathomError, InvalidArgument, NonFiniteResult, RequestFailed
 
@@ -53,12 +59,14 @@ def step(
 def client_of(*steps: object, errored: bool = False) -> VllmClient:
     client = VllmClient()
     client._llm = FailingLlm(*steps, errored=errored)  # type: ignore[assignment]
+    tokenizer: Any = SimpleNamespace(special_tokens={}, token_text=lambda token_id: "a")
+    client._tokenizer = tokenizer
     return client
 
 
 async def generate(client: VllmClient) -> list[GenerationDelta]:
-    params: Any = SimpleNamespace(logprobs=0)
-    deltas = client.generate("r", [1, 2], params, cache_salt="s", depth="depth 3")
+    options = SamplingOptions(logprobs=0)
+    deltas = client.generate("r", [1, 2], options, cache_salt="s", depth="depth 3")
     return [delta async for delta in deltas]
 
 
