@@ -30,8 +30,9 @@ from bench.report import Target
 from bench.session import Session
 from bench.statistics import Spread
 from bench.subjects.base import free_port
+from bench.subjects.fathom_server import is_serving
 from bench.subjects.server_process import ServerProcess
-from server.rpc.client import AsyncClient, CallError, Client
+from server.rpc.client import AsyncClient
 from server.rpc.generated.fathom.v1 import inference_pb2 as pb
 
 MAX_GAP_STEPS = 5.0
@@ -108,7 +109,7 @@ async def measure(options: BystanderOptions) -> Session:
 
 
 def large_requests(size: int, max_context: int) -> list[LargeRequest]:
-    """Return what to send: ``size`` in bytes, and what a context holds of so many tokens."""
+    """Return requests of ``size`` bytes, and requests as long as a context of ``max_context``."""
 
     def ids(length: int) -> pb.TokenIds:
         return pb.TokenIds(ids=[1] * length)
@@ -271,15 +272,8 @@ async def _server(
             command += ["--model", directory, "--dtype", options.dtype]
         server = ServerProcess(command, options.work_directory / "logs" / f"bystander-{port}.log")
 
-        async def serves() -> bool:
-            try:
-                with Client(address, timeout=5.0) as client:
-                    return client.health() == "SERVING"
-            except CallError:
-                return False
-
         try:
-            await server.wait_until(serves)
+            await server.wait_until(lambda: is_serving(address))
             yield address, server
         finally:
             server.close()

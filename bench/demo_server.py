@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.subjects.base import free_port
+from bench.subjects.fathom_server import is_serving
 from bench.subjects.server_process import ServerProcess
-from server.rpc.client import CallError, Client
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +34,8 @@ async def demo_server(**settings: object) -> AsyncIterator[DemoServer]:
         command = [Path(sys.executable).parent / "fathom", "serve", *flags]
         process = ServerProcess(command, Path(directory) / "log")
 
-        async def serves() -> bool:
-            try:
-                with Client(address, timeout=5.0) as client:
-                    return client.health() == "SERVING"
-            except CallError:
-                return False
-
         try:
-            await process.wait_until(serves)
+            await process.wait_until(lambda: is_serving(address))
             yield DemoServer(address, f"http://127.0.0.1:{metrics_port}/metrics", process)
         finally:
             process.close()

@@ -1,9 +1,9 @@
-"""The rules as a Prometheus without an operator reads them.
+"""Prometheus' rules in the form for servers without the Prometheus operator.
 
     python -m deploy.plain_rules
 
-writes compose/rules.yaml from the PrometheusRule, whose specification they are; it is checked in,
-and a test fails when it is not current.
+writes the specification of the PrometheusRule to compose/rules.yaml. That file is checked in, and
+a test fails when it is not current.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _HEAD = "# Written by `python -m deploy.plain_rules`.\n"
 
 
 def as_yaml() -> str:
-    """Return the file."""
+    """Return the content of the file."""
     rules = yaml.safe_load(_SOURCE.read_text("utf-8"))["spec"]
     return _HEAD + yaml.safe_dump(rules, sort_keys=False, width=1000)
 

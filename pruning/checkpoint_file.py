@@ -1,7 +1,7 @@
-"""The small files of a checkpoint, read so that whatever is wrong with one is said of it.
+"""Reading of a checkpoint's small files, with errors that name the file and the fault.
 
-Configuration, tokenizer, generation settings, indices and templates are written by many tools
-and edited by hand. Every reader of one goes through here, so that none ends in a traceback.
+Configuration, tokenizer, generation settings, indices and templates are written by many tools and
+edited by hand. All of them are read here, so that no fault ends in a traceback.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ _VOLATILE_KEYS = frozenset({"_commit_hash", "_name_or_path", "transformers_versi
 _NUM_THREADS = 4
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-# What tokenizers are loaded from, besides tokenizer_config.json.
+# Files that tokenizers are loaded from, besides tokenizer_config.json.
 _TOKENIZER_FILES = (
     "added_tokens.json",
     "merges.txt",

@@ -24,7 +24,7 @@ class QualityError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """How well a pruned model predicts ``num_tokens`` tokens of held-out text.
+    """Quality of a pruned model, measured on ``num_tokens`` tokens of held-out text.
 
     ``perplexity`` is per token. ``agreement`` is the share of tokens at which the most likely
     next token is that of the dense model. ``kl_nats`` is the mean divergence KL(dense || pruned)

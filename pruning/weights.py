@@ -1,10 +1,10 @@
-"""Which files a model's weights are loaded from: those that vLLM loads, whoever asks.
+"""The files that a model's weights are loaded from: the same ones that vLLM loads.
 
-vLLM reads every ``*.safetensors`` of the directory, or, where there is a
-``model.safetensors.index.json``, those of them that the index names. No other index counts, and
-of a file that is read, every tensor does, whatever the index says of it. Files are read in the
-natural order of their names, so of a tensor that is in several of them, the last one stays.
-transformers has other rules; :func:`loadable_view` shows it the same weights.
+vLLM reads every ``*.safetensors`` of the directory, or only those that a
+``model.safetensors.index.json`` names, if there is one. It reads no other index, and it reads
+every tensor of a file, whatever the index says. Files are read in the natural order of their
+names; if several files have a tensor, that of the last one is used. transformers has other rules,
+so :func:`loadable_view` shows it the same weights.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pruning.checkpoint_file import CheckpointError, read_object, refuse
+from pruning.tensor_header import tensor_names
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -24,10 +25,9 @@ _SUFFIX = ".safetensors"
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """Return the files that are loaded, at least one, in the order in which they are.
+    """Return the files that are loaded, at least one, in the order of loading.
 
-    Raises :class:`CheckpointError` where there are none and where the index names others than
-    there are.
+    Raises :class:`CheckpointError` if there are none, or if the index names files that are missing.
     """
     present = _present(directory)
     if not present:
@@ -48,6 +48,11 @@ def weight_files(directory: Path) -> list[Path]:
     return [path for path in present if path.name in named]
 
 
+def weight_bytes(directory: Path) -> int:
+    """Return the size of the files that are loaded."""
+    return sum(path.stat().st_size for path in weight_files(directory))
+
+
 def stray_weight_files(directory: Path) -> list[Path]:
     """Return the safetensors files of the directory that are not loaded."""
     loaded = set(weight_files(directory))
@@ -63,10 +68,10 @@ def indexed_tensors(directory: Path) -> frozenset[str]:
 
 @contextmanager
 def loadable_view(directory: Path) -> Iterator[Path]:
-    """Yield a directory from which transformers loads the weights that vLLM does.
+    """Yield a directory from which transformers loads the same weights as vLLM.
 
-    That is ``directory`` itself, unless it holds other weights besides or has no index of its
-    shards: then it is a temporary one of links.
+    It is ``directory`` itself if there are no other weights in it, and an index if there are
+    several files. Otherwise it is a temporary directory of links.
     """
     loaded = weight_files(directory)
     names = {path.name for path in loaded}
@@ -84,14 +89,12 @@ def loadable_view(directory: Path) -> Iterator[Path]:
 
 
 def _link_weights(view: Path, loaded: list[Path]) -> None:
-    from pruning.checkpoint import tensor_names
-
     if len(loaded) == 1:
         (view / WEIGHTS).symlink_to(loaded[0].resolve())
         return
     weight_map: dict[str, str] = {}
     for number, path in enumerate(loaded, start=1):
-        # Names whose order is that of the files: the last of equal tensors stays here, too.
+        # The names keep the order of the files, so the last of equal tensors is used here, too.
         shard = f"model-{number:05d}-of-{len(loaded):05d}{_SUFFIX}"
         (view / shard).symlink_to(path.resolve())
         weight_map |= dict.fromkeys(tensor_names(path), shard)
@@ -110,7 +113,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _named(directory: Path) -> set[str] | None:
-    # A directory of that name, or a link to nothing, is no index to vLLM.
+    # vLLM takes neither a directory of that name nor a broken link for an index.
     return set(_weight_map(directory).values()) if (directory / INDEX).is_file() else None
 
 

@@ -125,8 +125,8 @@ class Application:
             stack.push_async_callback(service.close)
             stack.push_async_callback(rpc_server.stop)
             for name, work in (
-                ("what reads certificates and clients again", access.follow),
-                ("what waits for the metrics' port", metrics_port.follow),
+                ("the watch on certificates and clients", access.follow),
+                ("the wait for the metrics port", metrics_port.follow),
             ):
                 task = BackgroundTask(name, work)
                 task.start()
@@ -153,7 +153,7 @@ class Application:
                 set_log_level=self._logs.set_level,
             )
             reloading = BackgroundTask(
-                "what reads the settings again", lambda: reload.follow(self._hangup)
+                "the reload of settings", lambda: reload.follow(self._hangup)
             )
             reloading.start()
             stack.push_async_callback(reloading.stop)

@@ -1,4 +1,4 @@
-"""Work that goes on beside requests, and is started again where it dies."""
+"""Background tasks, which are started again when they fail."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ logger = logging.getLogger(__name__)
 class BackgroundTask:
     """Runs ``work`` until it returns or :meth:`stop` is called.
 
-    An exception that it raises is logged as critical, with its traceback, and it is started
-    again: after ``first_delay`` seconds, then after twice as many each time, ``max_delay`` at
-    most, and after ``first_delay`` again once it has run for longer than ``max_delay``.
+    An exception that ``work`` raises is logged as critical, with its traceback, and ``work`` is
+    started again after ``first_delay`` seconds. The delay doubles each time, up to ``max_delay``,
+    and is ``first_delay`` again once ``work`` has run for longer than ``max_delay``.
     """
 
     def __init__(
@@ -34,17 +34,17 @@ class BackgroundTask:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin; needs a running event loop."""
+        """Start the task; needs a running event loop."""
         assert self._task is None, f"{self._name} has been started before"
         self._task = asyncio.create_task(self._run(), name=self._name)
 
     def cancel(self) -> None:
-        """Ask it to end, without waiting for that."""
+        """Ask the task to end, without waiting for it."""
         if self._task is not None:
             self._task.cancel()
 
     async def stop(self) -> None:
-        """End it, and return when it has ended."""
+        """End the task; return when it has ended."""
         self.cancel()
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
@@ -60,7 +60,7 @@ class BackgroundTask:
             except asyncio.CancelledError as error:
                 if self._is_stopping():
                     raise
-                problem: BaseException = error  # of something that it waited for
+                problem: BaseException = error  # something that the task waited for was cancelled
             except Exception as error:
                 if self._is_stopping():
                     logger.warning("%s has failed as it was stopped", self._name, exc_info=error)

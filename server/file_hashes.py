@@ -10,20 +10,20 @@ from pruning.fingerprint import file_sha256
 from server.state import JsonEntry, StateDirectory
 from server.state_keys import hash_key
 
-# File systems give equal times to changes that are closer together, some of them by this much.
-# What was changed so lately could be changed once more without a trace.
+# Two changes of a file within this time may get equal times from the file system. The hash of a
+# file that was changed more recently is not kept, because another change might go unnoticed.
 _SETTLED_SECONDS = 2.0
-# Smaller files are read in no time.
+# Hashes of smaller files are not kept: reading these takes no time.
 _MIN_BYTES = 64 << 20
 _KIND = "hash"
 
 
 @dataclass(frozen=True, slots=True)
 class FileStatus:
-    """What differs once a file has been changed or replaced; times are in nanoseconds.
+    """The status of a file, which changes when the file does; times are in nanoseconds.
 
-    The time of the last change of an inode cannot be set, so it tells a file from one that has
-    replaced it with an equal size and an equal time of modification.
+    ``changed``, the time of the inode's last change, cannot be set by a program. It reveals a file
+    that was replaced by one of the same size and modification time.
     """
 
     num_bytes: int
@@ -41,17 +41,17 @@ class FileStatus:
 
 @dataclass(frozen=True, slots=True)
 class KeptHash:
-    """The SHA-256 of a file, in hexadecimal, and what the file was when it was computed."""
+    """The SHA-256 of a file, in hexadecimal, and the file's status when it was computed."""
 
     status: FileStatus
     sha256: str
 
 
 class FileHashes:
-    """Returns SHA-256 hashes of files; fit for any thread.
+    """SHA-256 hashes of files, usable from any thread.
 
-    A file is read again once its size, its times or its inode differ. So a start need not read
-    all of the weights, and sees every change of them all the same.
+    A file is read again only when its size, times or inode have changed. So a start need not read
+    all of the weights, and still notices every change.
     """
 
     def __init__(self, state_dir: Path) -> None:

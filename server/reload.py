@@ -92,7 +92,7 @@ class Reload:
             try:
                 problem = await self.run(known_problem=problem)
             except BaseException:
-                asked.set()  # whoever starts this again finds what has not been done
+                asked.set()  # the next run of this task finds that there is something to do
                 raise
             if problem:
                 with suppress(TimeoutError):

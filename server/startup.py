@@ -92,7 +92,7 @@ class Startup:
             logger.info("start: %s took %.1f s", phase, seconds)
 
     async def _quantize(self, model: QuantizedModel) -> Inputs:
-        """Have the model quantized, unless it is kept; return the inputs of what is served."""
+        """Quantize the model, unless it is kept; return the inputs with the quantized model."""
         errors = (QuantizationError, SurgeryError, CheckpointError, TextError, OSError)
         with self._service.phase("quantize"), refused_as("quantize", *errors):
             fingerprint = await model.prepare(

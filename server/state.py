@@ -21,7 +21,7 @@ from pruning.durable import replace_file
 FORMAT_VERSION = 1
 LOCK_POLL_SECONDS = 0.2
 LOCK_REPORT_SECONDS = 30.0
-# For its owner alone: what is kept there decides what a server runs.
+# Only the owner has access, because the entries decide what a server runs.
 DIRECTORY_MODE = 0o700
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
-"""What every kind of entry in the state directory depends on, and the keys that say so.
+"""Keys of the entries in the state directory.
 
-An entry is found again only under an equal key, so whatever it depends on is part of its key, or
-is compared when it is read:
+An entry is found again only under an equal key. So everything that an entry depends on is part of
+its key, or is compared when the entry is read:
 
 | entry | what it is | what it depends on |
 |---|---|---|
@@ -15,11 +15,12 @@ is compared when it is read:
 | ``compiled/`` | code of compiled layers | torch keeps it under keys of its own: source, versions, options, processor |
 
 *Model* is the fingerprint of all weights and the configuration (:mod:`pruning.fingerprint`),
-*tokenizer* that of whatever decides which tokens a text has, *companion files* those beside the
-weights and the configuration: tokenizer, templates, generation settings, model card, code.
+*tokenizer* the fingerprint of all files that decide which tokens a text has. *Companion files* are
+those beside the weights and the configuration: tokenizer, templates, generation settings, model
+card, code.
 
-A key also has the number of the method that made the entry. It goes up when Fathom makes entries
-of that kind in another way. Versions of packages are part of the key only where they change the
+A key also holds a method number, which goes up when Fathom changes the way in which it makes
+entries of that kind. Versions of packages are part of the key only where they change the
 result by more than rounding does.
 """  # noqa: E501
 
@@ -39,10 +40,10 @@ _HASH, _PLAN, _QUALITY, _REPAIR, _SPEED, _QUANTIZED, _CHECKPOINT = (
 
 @dataclass(frozen=True, slots=True)
 class Measuring:
-    """What every measurement of a model that an engine has loaded depends on.
+    """The part of a key that all measurements with an engine have in common.
 
-    ``model`` and ``tokenizer`` are fingerprints. ``engine`` is elastic or dedicated: compiled,
-    the model has another speed, and its quality is measured in another way.
+    ``model`` and ``tokenizer`` are fingerprints. ``engine`` is elastic or dedicated: the two run
+    the model at different speeds, and measure its quality in different ways.
     """
 
     model: str
@@ -115,10 +116,10 @@ def quantized_key(
     gptqmodel: str,
     with_code: bool,
 ) -> Key:
-    """Return the key of what quantization makes of the weights.
+    """Return the key of quantized weights.
 
-    ``model`` is the fingerprint before quantization, ``tokens`` that of the token ids to
-    calibrate on: they are all that it sees of text and tokenizer.
+    ``model`` is the fingerprint before quantization. ``tokens`` is the fingerprint of the token
+    ids to calibrate on; text and tokenizer have no other influence on the weights.
     """
     return {
         **_QUANTIZED,
@@ -128,7 +129,7 @@ def quantized_key(
         "act_order": act_order,
         "tokens": tokens,
         "gptqmodel": gptqmodel,
-        # Code that comes with the model may run, and its configuration names it.
+        # The configuration names the model's own code only where that may run.
         "with_code": with_code,
     }
 
@@ -147,5 +148,5 @@ def checkpoint_key(*, model: str, removed: Sequence[int], companions: str, with_
 
 
 def hash_key(path: Path) -> Key:
-    """Return the key of the hash of a file; what it was computed from is kept beside the hash."""
+    """Return the key of the hash of a file; the file's status is kept beside the hash."""
     return {**_HASH, "path": str(path.resolve())}

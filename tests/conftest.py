@@ -1,4 +1,4 @@
-"""Where real data for tests lies, what tests share, and how they are divided among workers."""
+"""Real data for tests, shared fixtures, and the division of tests among workers."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports that nothing listens on, no other worker is given and no connection takes."""
+    """Return ports on which nothing listens, and which other workers and connections do not get."""
     return list(islice(filter(_is_free, _ports), count))
 
 

@@ -47,15 +47,8 @@ class FathomServer:
             self._process = ServerProcess(
                 serve_command(self._settings, port, self._settings.model.work_dir / "state"), log
             )
-            await self._process.wait_until(self._serves)
+            await self._process.wait_until(lambda: is_serving(self.address))
         self._client = AsyncClient(self.address, tls=self._connection.tls)
-
-    async def _serves(self) -> bool:
-        try:
-            with Client(self.address, timeout=5.0) as client:
-                return client.health() == "SERVING"
-        except CallError:
-            return False
 
     def model(self) -> inference_pb2.Model:
         """Raises :class:`CallError`."""
@@ -99,3 +92,12 @@ def serve_command(settings: EngineSettings, port: int, state_dir: Path) -> list[
         *("--quality-depths", "levels", "--engine-args", json.dumps(settings.fathom_engine_args())),
         *([] if compiling is None else ["--compile-layers", str(compiling).lower()]),
     ]
+
+
+async def is_serving(address: str) -> bool:
+    """Return whether a server answers at ``address`` that it serves."""
+    try:
+        with Client(address, timeout=5.0) as client:
+            return client.health() == "SERVING"
+    except CallError:
+        return False

@@ -1,8 +1,8 @@
-"""GPTQ: weights of 4 or 8 bits, and how that goes together with pruning.
+"""GPTQ: weights of 4 or 8 bits, alone and together with pruning.
 
 Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
 Transformers", arXiv 2210.17323, as GPTQModel implements it, in a process of its own. Pruning and
-quantization do not get in each other's way: Men et al., arXiv 2403.03853, section 4.5.
+quantization work together: Men et al., arXiv 2403.03853, section 4.5.
 """
 
 from pruning.quantization.checkpoint import Quantized, quantize_checkpoint, with_companions_of

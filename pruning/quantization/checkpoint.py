@@ -22,15 +22,15 @@ from pruning.quantization.settings import QuantizationSettings, check_not_quanti
 from pruning.quantization.worker_process import Request, Stop, gptqmodel_version, run_worker
 from pruning.surgery.companions import copy_companions
 from pruning.surgery.output_directory import check_replaceable, check_space, output_directory
-from pruning.weights import INDEX, loadable_view, weight_files
+from pruning.weights import INDEX, loadable_view, weight_bytes, weight_files
 
-# Tells (layers done, layers in all).
+# Called with (layers done, all layers).
 OnLayers = Callable[[int, int], None]
 
 _CONFIG = "config.json"
 _WRITTEN = frozenset({_CONFIG, QUANTIZATION_FILE, model_card.FILE_NAME})
 _PACKAGES = ("gptqmodel", "torch", "transformers")
-# What GPTQModel says of how it worked; the rest speaks of the machine.
+# Fields of GPTQModel's metadata that describe its method; the others describe the machine.
 _META = frozenset(
     {"act_group_aware", "damp_auto_increment", "damp_percent", "mse", "quantizer"}
     | {"static_groups", "true_sequential"}
@@ -39,7 +39,7 @@ _META = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """What was written; sizes are of the weights, in bytes."""
+    """The quantized checkpoint that was written; sizes are of the weights, in bytes."""
 
     directory: Path
     settings: QuantizationSettings
@@ -64,7 +64,7 @@ def quantize_checkpoint(
 ) -> Quantized:
     """Write the model in ``source``, quantized with GPTQ, to the new directory ``out``.
 
-    ``windows`` are the token ids to calibrate on, those of the texts of ``text_fingerprint``.
+    ``windows`` are the token ids to calibrate on; ``text_fingerprint`` is that of their texts.
     Quantization runs in a process of its own, on a GPU where there is one, layer by layer.
     Configuration, tokenizer and generation settings are those of the source. Python files are
     copied only ``with_code``, and code that comes with the model runs only then. ``base_model``
@@ -105,20 +105,24 @@ def quantize_checkpoint(
         directory=out,
         settings=settings,
         fingerprint=model_fingerprint(out),
-        num_source_bytes=num_weight_bytes(source),
-        num_bytes=num_weight_bytes(out),
+        num_source_bytes=weight_bytes(source),
+        num_bytes=weight_bytes(out),
     )
 
 
 def check_quantizable(source: Path, settings: QuantizationSettings) -> QuantizationSettings:
-    """Return the settings with a group size; raise where ``source`` cannot be quantized."""
+    """Return the settings with a group size.
+
+    Raises the errors of :func:`fitting_settings`, and :class:`QuantizationError` for a quantized
+    model and where GPTQModel is not installed.
+    """
     check_not_quantized(source)
     gptqmodel_version()
     return fitting_settings(source, settings)
 
 
 def num_bytes_needed(source: Path, settings: QuantizationSettings) -> int:
-    """Estimate what quantization takes of the disk; for settings that fit."""
+    """Estimate the disk space that quantization needs; the settings must fit the model."""
     # GPTQModel keeps the layers that are done on the disk, and writes them once more.
     return 2 * num_bytes_quantized(source, settings)
 
@@ -239,7 +243,7 @@ def _assemble(source: Path, raw: Path, directory: Path, *, with_code: bool) -> N
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Say that what is not quantized is of that type now."""
+    """Set the data type of the weights that are not quantized."""
     found = False
     for section in (config, *(value for value in config.values() if isinstance(value, dict))):
         for name in ("dtype", "torch_dtype"):
@@ -273,8 +277,3 @@ def _check_groups_are_in_order(raw: Path, group_size: int) -> None:
 
 def _holds_groups(name: str) -> bool:
     return name.endswith(".g_idx")
-
-
-def num_weight_bytes(directory: Path) -> int:
-    """Return the size of the safetensors files."""
-    return sum(path.stat().st_size for path in weight_files(directory))

@@ -1,4 +1,4 @@
-"""What quantization refuses, and how it fails."""
+"""Errors of quantization."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from pruning.surgery.model_config import num_layers_of
 from pruning.surgery.shard import Shard
 from pruning.surgery.tensor_names import TensorNames
 
-# vLLM's kernels take features in multiples of it.
+# vLLM's kernels take numbers of features that are multiples of this.
 FEATURES = 32
 # Models whose linear layers store [in_features, out_features].
 _TRANSPOSED = frozenset({"gpt2", "openai-gpt"})
@@ -35,10 +35,10 @@ class LinearLayer(NamedTuple):
 def fitting_settings(directory: str | Path, settings: QuantizationSettings) -> QuantizationSettings:
     """Return the settings with a group size, after checking it against the model.
 
-    Reads headers alone. Raises :class:`QuantizationError` for a group size that does not fit
-    and for features that no kernel takes, :class:`pruning.checkpoint.CheckpointError` for an
-    incomplete checkpoint and :class:`pruning.surgery.SurgeryError` for one whose layers cannot
-    be found.
+    Reads no weights, only their headers. Raises :class:`QuantizationError` for a group size that
+    does not fit and for features that no kernel takes,
+    :class:`pruning.checkpoint.CheckpointError` for an incomplete checkpoint and
+    :class:`pruning.surgery.SurgeryError` for one whose layers cannot be found.
     """
     layers = linear_layers(Path(directory))
     for layer in layers:

@@ -1,4 +1,4 @@
-"""Pruning and quantization one after the other."""
+"""The order of pruning and quantization."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from pruning.quantization.checkpoint import (
     absolute,
     check_quantizable,
     num_bytes_needed,
-    num_weight_bytes,
     quantize_into,
 )
 from pruning.quantization.settings import QuantizationSettings
@@ -24,10 +23,11 @@ from pruning.quantization.worker_process import Stop
 from pruning.surgery import PLAN_FILE, Export, check_output, export_checkpoint
 from pruning.surgery.model_config import num_layers_of
 from pruning.surgery.output_directory import check_space, output_directory
+from pruning.weights import weight_bytes
 
 
 class Order(enum.StrEnum):
-    """What comes first; the results differ (Men et al., arXiv 2403.03853, table 5)."""
+    """Which comes first; the results differ (Men et al., arXiv 2403.03853, table 5)."""
 
     QUANTIZE_THEN_PRUNE = "quantize-then-prune"
     PRUNE_THEN_QUANTIZE = "prune-then-quantize"
@@ -51,8 +51,8 @@ def prune_then_quantize(
 ) -> Export:
     """Write ``depth`` layers of the model in ``source``, quantized without the others, to ``out``.
 
-    GPTQ compensates, layer by layer, for what quantization does to the inputs of a layer; here
-    these are the inputs in the pruned model. So each depth is quantized anew. The other order
+    GPTQ compensates, layer by layer, for the change of a layer's inputs by quantization. Here
+    these are the inputs in the pruned model, so each depth is quantized anew. The other order
     is an export (:mod:`pruning.surgery`) of a model that has been quantized once.
 
     Arguments and errors are those of :func:`pruning.surgery.export_checkpoint` and
@@ -63,7 +63,7 @@ def prune_then_quantize(
     num_layers = num_layers_of(read_config(source))
     base_model = base_model or source.resolve().name
     check_output(out, overwrite=overwrite)
-    check_space(out, num_weight_bytes(source) + num_bytes_needed(source, settings))
+    check_space(out, weight_bytes(source) + num_bytes_needed(source, settings))
     with output_directory(out, replaceable_with=PLAN_FILE if overwrite else None) as directory:
         pruned = directory / "pruned"
         written = export_checkpoint(
@@ -89,4 +89,4 @@ def prune_then_quantize(
             pruned_from=num_layers,
         )
         shutil.rmtree(pruned)
-    return replace(written, directory=out, num_bytes=num_weight_bytes(out))
+    return replace(written, directory=out, num_bytes=weight_bytes(out))

@@ -1,4 +1,4 @@
-"""Where a quantized checkpoint comes from, kept in a file of it."""
+"""Provenance of a quantized checkpoint, kept in one of its files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What a checkpoint was quantized from, how and on what.
+    """The model, the settings and the texts that a checkpoint was quantized with.
 
     ``base_fingerprint`` is that of the model that was quantized. ``versions`` maps names of
     packages to versions.
@@ -63,10 +63,10 @@ class Provenance:
 
 
 def plan_of_base(plan: Plan, directory: str | Path, fingerprint: str) -> Plan:
-    """Return ``plan``, made out to ``directory`` if it is of the model this was quantized from.
+    """Return ``plan`` for the quantized model in ``directory``, if it ranks the layers of its base.
 
-    Quantization leaves every layer where it is, so the base's ranking is one of the quantized
-    model, too. ``fingerprint`` is that of ``directory``. Any other plan is returned as it is.
+    Quantization does not move layers, so the ranking of the base holds for the quantized model,
+    too. ``fingerprint`` is that of ``directory``. Any other plan is returned unchanged.
     """
     provenance = Provenance.load(directory)
     if provenance is None or plan.model_fingerprint != provenance.base_fingerprint:

@@ -1,4 +1,4 @@
-"""How weights are quantized."""
+"""Settings of quantization."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pruning.checkpoint import read_config
 from pruning.quantization.errors import QuantizationError
 
 BITS = (4, 8)
-# What vLLM's kernels know; -1: one group for each row.
+# Supported by vLLM's kernels; -1: one group for each row.
 GROUP_SIZES = (128, 64, 32, -1)
 _OLD_CONFIGS = ("quantize_config.json", "quant_config.json")
 
@@ -20,9 +20,9 @@ class QuantizationSettings:
     """GPTQ's settings.
 
     ``group_size`` weights of a row share a scale; -1: all of a row, None: the largest number
-    that fits the model. ``act_order`` quantizes the columns of the largest activations first,
-    within groups that stay as they are, so that it costs nothing when the model runs; without
-    it the columns of a group are ordered like that, and the groups.
+    that fits the model. ``act_order`` quantizes the columns with the largest activations first; the
+    groups stay as they are, so it costs nothing when the model runs. Without it, the groups are
+    ordered by activations, and the columns within each group.
 
     Raises :class:`QuantizationError`, naming the field, for values that are not allowed.
     """

@@ -1,10 +1,10 @@
-"""Quantizes one checkpoint with GPTQModel, and ends.
+"""A process that quantizes one checkpoint with GPTQModel.
 
     python -m pruning.quantization.worker DESCRIPTOR
 
 Reads a :class:`pruning.quantization.worker_process.Request` as a line of JSON from its standard
 input, and ends when that is closed. Writes to DESCRIPTOR lines of JSON: ``{"done": n, "total": m}``
-after each layer, or ``{"error": "..."}``. What GPTQModel prints is no part of that.
+after each layer, or ``{"error": "..."}``. GPTQModel's own output goes elsewhere.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 _SEED = 0
-# To be chosen before any other process when memory runs out.
+# The kernel kills this process first when memory runs out.
 _OOM_SCORE = "800"
 
 
@@ -41,12 +41,12 @@ def main() -> None:
             _tell(messages, error=f"{type(error).__name__}: {error}")
             sys.exit(1)
         sys.stdout.flush()
-        # Its pools of threads take seconds to end, and have nothing left to do.
+        # GPTQModel's thread pools take seconds to end, and have no work left.
         os._exit(0)
 
 
 def _quantize(request: dict[str, Any], messages: IO[str]) -> None:
-    # Optional to all that imports it; it takes time, and complains of what a CPU does not have.
+    # Optional for the packages that import it; its import is slow, and warns where there is no GPU.
     sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]
 
     import numpy as np
@@ -61,7 +61,7 @@ def _quantize(request: dict[str, Any], messages: IO[str]) -> None:
         group_size=request["group_size"],
         sym=True,
         desc_act=request["act_order"],
-        # Else a group's columns would be scattered, and no kernel of vLLM takes that any more.
+        # Without this, a group's columns would be scattered, which vLLM's kernels cannot read.
         static_groups=request["act_order"],
         act_group_aware=not request["act_order"] and request["group_size"] != -1,
         offload_to_disk_path=request["scratch"],
@@ -96,7 +96,7 @@ def _num_layers(config: Any) -> int:
 
 
 def _tell(messages: IO[str], **message: object) -> None:
-    with suppress(BrokenPipeError):  # nobody listens any more: the end is near
+    with suppress(BrokenPipeError):  # nobody reads any more, so this process will end
         messages.write(f"{json.dumps(message)}\n")
 
 

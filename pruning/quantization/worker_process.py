@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import IO
 
 from pruning.quantization.errors import QuantizationError, QuantizationFailed
-from pruning.weights import weight_files
+from pruning.weights import weight_bytes
 
 OnLayers = Callable[[int, int], None]
 
 _WORKER = "pruning.quantization.worker"
-# What is looked at of what the process has printed.
+# Only the end of the process's output is read.
 _TAIL_BYTES = 64 << 10
 _MAX_MESSAGE = 300
-# With fewer, GPTQModel does not start.
+# GPTQModel does not start with fewer.
 _MIN_CPU_WORKERS = 2
 _SMALL_MODEL_BYTES = 64 << 20
 _INSTALL = "pip install 'fathom-server[quantize]'"
@@ -37,10 +37,10 @@ _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the process is to do: quantize ``source`` into the empty directory ``out``.
+    """A request to the process: quantize ``source`` into the empty directory ``out``.
 
-    ``windows`` are token ids to calibrate on. ``scratch`` is a directory for what does not fit
-    into memory.
+    ``windows`` are token ids to calibrate on. ``scratch`` is a directory for data that does
+    not fit into memory.
     """
 
     source: str
@@ -103,16 +103,16 @@ def run_worker(
                 pass_fds=[writing],
                 cwd=request.scratch,  # GPTQModel leaves its logs there
                 env=_environment(Path(request.source)),
-                # Ctrl-C reaches all of a terminal's processes: this one ends the other.
+                # so that Ctrl-C, which reaches all of a terminal's processes, does not reach it
                 start_new_session=True,
             )
         finally:
             os.close(writing)
         if stop is not None:
             stop.watch(process)
-        # Its standard input stays open as long as this process lives: at its end the other ends.
+        # The process ends when its standard input is closed, at the latest with this process.
         with _ended_at_last(process) as requests:
-            with suppress(BrokenPipeError):  # it has ended, and has told why
+            with suppress(BrokenPipeError):  # the process has ended, and has told why
                 requests.write(json.dumps(asdict(request)).encode() + b"\n")
                 requests.flush()
             problem = _follow(messages, on_layers)
@@ -134,7 +134,7 @@ def _ended_at_last(process: subprocess.Popen[bytes]) -> Iterator[IO[bytes]]:
 
 
 def _follow(messages: IO[str], on_layers: OnLayers | None) -> str | None:
-    """Read what the process tells until it ends; return its error, if it has told one."""
+    """Read the messages of the process until it ends; return its error, if it has sent one."""
     problem = None
     for line in messages:
         if not line.endswith("\n"):  # killed while it wrote
@@ -172,16 +172,16 @@ def _tail(output: IO[bytes]) -> str:
 
 
 def _environment(source: Path) -> dict[str, str]:
-    size = sum(path.stat().st_size for path in weight_files(source))
+    size = weight_bytes(source)
     num_cpus = len(os.sched_getaffinity(0))
-    # Threads wait for each other after every operation, which matrices that small do not repay.
+    # Threads wait for each other after every operation, which is slow with small matrices.
     num_threads = 1 if size < _SMALL_MODEL_BYTES else num_cpus
     path = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
     return {
         "OMP_NUM_THREADS": str(num_threads),
         "GPTQMODEL_CPU_WORKERS": str(max(_MIN_CPU_WORKERS, min(num_cpus, 12))),
         "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",  # all that is needed is in the directory
+        "HF_HUB_OFFLINE": "1",  # the directory holds all that is needed
         **os.environ,
         "PYTHONPATH": path,
         "PYTHONWARNINGS": "ignore",

@@ -14,17 +14,17 @@ _WEIGHT_SUFFIXES = frozenset(
     {".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth", ".safetensors"}
 )
 _TEMPLATES = "additional_chat_templates"
-# Tokenizers take some tens of megabytes; what is larger is no part of the model.
+# Tokenizers take some tens of megabytes; larger files are not copied.
 _MAX_COPIED_BYTES = 256 << 20
 
 logger = logging.getLogger(__name__)
 
 
 def companion_files(source: Path, *, written: Collection[str], with_code: bool) -> Iterator[Path]:
-    """Yield what a checkpoint made from ``source`` is to have of its files.
+    """Yield the files of ``source`` that a checkpoint made from it gets, too.
 
-    That is tokenizer, templates, generation settings and the like; not the weights, not what is
-    ``written`` anew, and Python files only ``with_code``.
+    They are tokenizer, templates, generation settings and the like, but neither the weights nor
+    files that are ``written`` anew. Python files are among them only ``with_code``.
     """
     for path, problem in _candidates(source, written, with_code=with_code):
         if problem is None:
@@ -44,7 +44,7 @@ def copy_companions(
 
 
 def companions_fingerprint(source: Path, *, with_code: bool) -> str:
-    """Return ``"sha256:..."`` of all files that a checkpoint made from ``source`` has of it.
+    """Return ``"sha256:..."`` of all files that a checkpoint made from ``source`` gets from it.
 
     The model card is one of them: licence and languages are taken from it. Raises
     :class:`pruning.checkpoint.CheckpointError` for a file that cannot be read.

@@ -1,7 +1,7 @@
-"""What surgery refuses."""
+"""Errors of surgery."""
 
 from __future__ import annotations
 
 
 class SurgeryError(ValueError):
-    """A checkpoint cannot be cut, or not be written where it was asked for."""
+    """A checkpoint cannot be cut, or cannot be written to the given place."""

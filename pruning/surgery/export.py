@@ -29,7 +29,7 @@ from pruning.weights import INDEX, WEIGHTS, indexed_tensors, stray_weight_files,
 PLAN_FILE = "fathom_plan.json"
 
 _CONFIG = "config.json"
-# What quantizers write beside the configuration.
+# Files that quantizers write beside the configuration.
 _QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json")
 _WRITTEN = frozenset({_CONFIG, *_QUANTIZATION_FILES, model_card.FILE_NAME, PLAN_FILE})
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """What was written; sizes are of the weights, in bytes."""
+    """The checkpoint that was written; sizes are of the weights, in bytes."""
 
     directory: Path
     num_layers: int
@@ -51,7 +51,7 @@ class Export:
 def count_layers(directory: str | Path) -> int:
     """Return the number of layers of the model in ``directory``.
 
-    Raises :class:`pruning.checkpoint.CheckpointError` where its configuration does not say.
+    Raises :class:`pruning.checkpoint.CheckpointError` if its configuration does not say.
     """
     return num_layers_of(read_config(Path(directory)))
 
@@ -153,7 +153,7 @@ def _absolute(out: str | Path) -> Path:
 
 
 def _shards(source: Path) -> list[Shard]:
-    """Read the headers of the files that vLLM loads, each without what a later one replaces."""
+    """Read the headers of the files that vLLM loads, without tensors that a later file replaces."""
     if strays := [path.name for path in stray_weight_files(source)]:
         logger.warning("%s: left out, %s does not name it", ", ".join(strays), INDEX)
     shards: list[Shard] = []
@@ -199,7 +199,7 @@ def _index(weights: dict[str, NewShard]) -> bytes:
 def _documents(
     source: Path, config: dict[str, Any], names: TensorNames, layers: LayerMap, *, with_code: bool
 ) -> dict[str, bytes]:
-    """Return the files that say what the layers are, by name."""
+    """Return the files that describe the layers, by name."""
     new_config = cut_config(config, layers)
     for section in (new_config, *(v for v in new_config.values() if isinstance(v, dict))):
         if (rules := section.get("quantization_config")) is not None:

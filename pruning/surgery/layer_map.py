@@ -1,4 +1,4 @@
-"""Which layers stay, and what number they get."""
+"""The layers that stay, and their new numbers."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class LayerMap:
         return layer - bisect_left(self.removed, layer)
 
     def cut(self, values: Sequence[T]) -> list[T]:
-        """Return those of ``values``, one for each layer, that belong to layers that stay."""
+        """Return the ``values`` of the layers that stay, out of one value for each layer."""
         return [values[layer] for layer in self.kept]
 
     def renumber(self, layers: Iterable[int]) -> list[int]:
-        """Return the new numbers of those of ``layers`` that stay."""
+        """Return the new numbers of ``layers``, without those that are removed."""
         return [new for layer in layers if (new := self.new_index(layer)) is not None]

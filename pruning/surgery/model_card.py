@@ -11,7 +11,7 @@ from pruning.surgery.layer_map import LayerMap
 
 FILE_NAME = "README.md"
 _PAPER = "https://arxiv.org/abs/2403.03853"
-# What a derived model must not lose of the card of its base.
+# Metadata that a derived model's card must keep from that of its base.
 _INHERITED = ("license", "license_name", "license_link", "language")
 
 logger = logging.getLogger(__name__)
@@ -66,9 +66,9 @@ def _rows(plan: Plan, layers: LayerMap) -> str:
 
 
 def inherited_metadata(card: Path) -> dict[str, str | list[str]]:
-    """Return licence and languages of a card, where there is one and it says.
+    """Return licence and languages of a card, as far as there are any.
 
-    What is wrong with a card is reported: it must not keep a model from being written.
+    Faults of a card are only logged: they must not keep a model from being written.
     """
     from huggingface_hub import ModelCard
 
@@ -90,14 +90,14 @@ def inherited_metadata(card: Path) -> dict[str, str | list[str]]:
 
 
 def front_matter(**metadata: Any) -> str:
-    """Return metadata of a model as the YAML that a card begins with."""
+    """Return metadata of a model as YAML, with which a card begins."""
     from huggingface_hub import ModelCardData
 
     return f"---\n{ModelCardData(**metadata).to_yaml()}\n---"
 
 
 def printable(name: str) -> str:
-    """Return a name in one line of valid text, which the name of a file need not be."""
+    """Return a name as one line of valid text; a file's name may be anything."""
     return " ".join(name.encode("utf-8", "replace").decode().split()) or "?"
 
 

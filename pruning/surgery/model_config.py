@@ -1,4 +1,4 @@
-"""The model's configuration, and what of it depends on which layers there are."""
+"""The model's configuration, adapted to the layers that stay."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pruning.surgery.layer_map import LayerMap
 Config = dict[str, Any]
 
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-# Of models that read more than text.
+# Parts of the configuration that describe the text model, if the model reads more than text.
 _TEXT_SECTIONS = ("text_config", "llm_config", "language_config")
 # A list as long as the model has layers is taken for one value per layer where its name has one
 # of these words.
@@ -33,14 +33,14 @@ _INDEX_LISTS = frozenset(
         "moe_layers",
     }
 )
-# The first so many layers are of one kind, all others of another.
+# Fields with a number n: the first n layers are of one kind, all others of another.
 _FIRST_LAYERS = frozenset(
     {"first_k_dense_replace", "max_window_layers", "moe_layer_start_index", "num_dense_layers"}
 )
 _LAST_INDEX = frozenset({"moe_layer_end_index"})
-# Every so many layers there is one of another kind, and no list can say so instead.
+# Fields with a number n: every n-th layer is of another kind, and no list can replace the field.
 _PERIODS = ("attn_layer_period", "expert_layer_period", "moe_layer_freq", "moe_layer_interval")
-# Derived from what the configuration says, without being part of it.
+# transformers derives these fields from others, so they are not part of the file.
 _DERIVED = ("layer_types", "layers_block_type", "layers_num_experts")
 _INSEPARABLE = {
     "is_encoder_decoder": "an encoder's layers would have to be told from a decoder's",
@@ -54,7 +54,7 @@ _INSEPARABLE = {
 
 
 def num_layers_of(config: Config) -> int:
-    """Return the number of layers; raises :class:`CheckpointError` where it is not said."""
+    """Return the number of layers; raises :class:`CheckpointError` if the file has none."""
     for section in _sections(config):
         for name in _COUNTS:
             if name in section:
@@ -79,10 +79,10 @@ def embeddings_are_tied(config: Config) -> bool:
 def cut_config(config: Config, layers: LayerMap) -> Config:
     """Return ``config`` for the layers that stay.
 
-    What a layer is like may follow from its number by a rule of the architecture. Where the new
-    numbers would change that, the rule is replaced by what transformers derives from it for
-    ``config``, layer by layer. Raises :class:`SurgeryError` for a model whose layers cannot be
-    described like that.
+    By a rule of the architecture, the kind of a layer may depend on its number. If the new
+    numbers would change a layer's kind, the rule is replaced by a list of the kinds that
+    transformers derives from it for ``config``. Raises :class:`SurgeryError` for a model whose
+    layers cannot be described like that.
     """
     if not layers.removed:
         return copy.deepcopy(config)
@@ -180,9 +180,9 @@ def _check_inseparable(section: Config, layers: LayerMap) -> None:
 
 
 def _keep_kinds(result: Config, before: list[Config], layers: LayerMap) -> None:
-    """Make every per-layer list of ``result`` what it is ``before``, cut.
+    """Make every per-layer list of ``result`` equal to that of ``before``, cut.
 
-    Changes ``result`` where the library derives another one from it.
+    Changes ``result`` where transformers would derive another list from it.
     """
     for attempt in (1, 2):
         wrong = list(_wrong_lists(before, _views(result), layers))
@@ -212,9 +212,9 @@ def _wrong_lists(
 
 
 def _with_special_floats(value: Any) -> Any:
-    """Return a copy with infinity itself for ``{"__float__": "Infinity"}``.
+    """Return a copy in which ``{"__float__": "Infinity"}`` is replaced by infinity.
 
-    That is how transformers writes it, because JSON has no such number.
+    transformers writes it like that, because JSON has no such number.
     """
     match value:
         case {"__float__": "Infinity" | "-Infinity" | "NaN" as name} if len(value) == 1:
@@ -227,9 +227,9 @@ def _with_special_floats(value: Any) -> Any:
 
 
 def _views(config: Config) -> list[Config]:
-    """Return what transformers makes of each section, defaults and derived lists included.
+    """Return each section as transformers reads it, with defaults and derived lists.
 
-    Empty for a type of model that transformers has no class for. Runs no code of the model's.
+    Empty for a type of model that transformers has no class for. Runs no code of the model.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
@@ -240,7 +240,7 @@ def _views(config: Config) -> list[Config]:
         return []
     try:
         whole = CONFIG_MAPPING[model_type].from_dict(_with_special_floats(config))
-    except Exception as error:  # its checks raise what they like
+    except Exception as error:  # its checks raise exceptions of any class
         raise SurgeryError(f"config.json: transformers refuses it: {error}") from error
     views = []
     for section in _sections(config):

@@ -14,8 +14,8 @@ from pruning.surgery.layer_map import LayerMap
 
 _CLASS = r"[0-9]|\\d|\[[\^\\d0-9-]+\]"
 _REPEATED = r"[*+?]|\{[0-9,]+\}"
-# The number of a layer as it is written in names and in regular expressions, with a wildcard
-# that may take in more digits.
+# The number of a layer in names and regular expressions, with a wildcard behind it that may match
+# more digits.
 _NUMBER = re.compile(
     rf"(?:(?:{_CLASS}|\((?:\?:)?(?:{_CLASS}|{_REPEATED}|\|)+\))(?:{_REPEATED})?)+"
     rf"(?P<wildcard>\.(?:{_REPEATED}))?"
@@ -26,15 +26,15 @@ def renumber_rules(value: Any, list_name: str, layers: LayerMap) -> Any:
     """Return ``value``, any JSON, with the layers renumbered in its keys and list items.
 
     ``list_name`` is what the list of layers is called in module names, such as ``layers``.
-    Rules about removed layers alone are dropped. Raises :class:`SurgeryError` for a rule whose
-    layers cannot be told.
+    Rules that concern only removed layers are dropped. Raises :class:`SurgeryError` for a rule
+    whose layers are not clear.
     """
     match value:
         case dict():
             renumbered: dict[str, Any] = {}
             for key, item in value.items():
                 if (new := _renumber(key, list_name, layers)) is not None:
-                    # Of rules that have become equal, the first one counts, as before.
+                    # If rules have become equal, the first one applies, as before.
                     renumbered.setdefault(new, renumber_rules(item, list_name, layers))
             return renumbered
         case list():
@@ -49,7 +49,7 @@ def renumber_rules(value: Any, list_name: str, layers: LayerMap) -> Any:
 
 
 def _renumber(rule: str, list_name: str, layers: LayerMap) -> str | None:
-    """Return the rule for the new numbers, None where it speaks of removed layers alone."""
+    """Return the rule for the new numbers, None if it concerns only removed layers."""
     head = re.search(rf"(?<!\w){re.escape(list_name)}(?:\\\.|\.|\[\.\])", rule)
     if head is None:
         return rule

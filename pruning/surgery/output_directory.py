@@ -1,4 +1,4 @@
-"""The directory that is written: there as a whole, or not at all."""
+"""An output directory that appears only when it is complete."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _GIB = 1 << 30
 def output_directory(path: Path, *, replaceable_with: str | None = None) -> Iterator[Path]:
     """Yield an empty directory beside ``path`` that is renamed to it at the end.
 
-    It is locked while it is written and removed on any error, so one that is there unlocked was
-    left by a process that was killed: the next call for the same ``path`` removes it.
-    ``replaceable_with``: the name of a file; a directory that holds it is replaced. It is moved
-    aside between two renames; where a process is killed between them, the next call puts it
+    The directory is locked while it is written, and removed on any error. An unlocked one was left
+    by a process that was killed: the next call for the same ``path`` removes it.
+    ``replaceable_with`` is the name of a file; an existing directory that holds it is replaced,
+    with two renames. If the process is killed between them, the next call moves the old directory
     back.
 
     Raises :class:`SurgeryError` where ``path`` may not be written, and while another process
@@ -40,7 +40,7 @@ def output_directory(path: Path, *, replaceable_with: str | None = None) -> Iter
                 raise SurgeryError(f"{path}: another process writes it, too")
             yield partial
             sync_directory(partial)
-            # Again: writing took its time.
+            # Checked again, because writing takes long.
             check_replaceable(path, replaceable_with)
             if path.exists():
                 path.rename(aside)
@@ -102,7 +102,7 @@ def _clear_leftovers(path: Path) -> None:
 def _locked(directory: Path) -> Iterator[bool | None]:
     """Lock a directory; the lock ends with the process.
 
-    Yields False where another process has the lock, None where the file system has no locks.
+    Yields False if another process has the lock, None if the file system has no locks.
     """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pruning.checkpoint import CheckpointError, read_header
+from pruning.checkpoint import CheckpointError
+from pruning.tensor_header import LENGTH_BYTES, read_header
 
-_LENGTH_BYTES = 8
 _ALIGNMENT = 8
-# What is held of a tensor at a time, however large it is.
+# Tensors are copied in chunks of this size.
 _CHUNK_BYTES = 8 << 20
 
 
@@ -43,7 +43,7 @@ class Shard:
     def read(cls, path: Path) -> Shard:
         """Read the header; raises :class:`CheckpointError` for a file that is not whole."""
         header = read_header(path)
-        data_start = _LENGTH_BYTES + len(header)
+        data_start = LENGTH_BYTES + len(header)
         document = json.loads(header)
         metadata = document.pop("__metadata__", {})
         tensors = [
@@ -58,7 +58,7 @@ class Shard:
         return cls(path, tuple(sorted(tensors, key=lambda t: (t.start, t.end))), metadata)
 
     def without(self, names: Collection[str]) -> Shard:
-        """Return the shard as if it had no tensors of these ``names``."""
+        """Return the shard without the tensors of these ``names``."""
         return replace(self, tensors=tuple(t for t in self.tensors if t.name not in names))
 
 
@@ -76,8 +76,8 @@ class NewShard:
     def write(self, path: Path, on_bytes: Callable[[int], None]) -> None:
         """Write the file and wait until it is on the disk.
 
-        ``on_bytes`` is told of every chunk. Raises :class:`CheckpointError` where the source
-        has become shorter than it was.
+        ``on_bytes`` is called with the size of every chunk. Raises :class:`CheckpointError` if the
+        source has become shorter meanwhile.
         """
         buffer = memoryview(bytearray(_CHUNK_BYTES))
         with path.open("xb") as target, self._source.path.open("rb", buffering=0) as source:
@@ -122,4 +122,4 @@ def _head(tensors: Sequence[tuple[str, Tensor]], metadata: dict[str, str]) -> by
         offset += size
     header = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % _ALIGNMENT)
-    return len(header).to_bytes(_LENGTH_BYTES, "little") + header
+    return len(header).to_bytes(LENGTH_BYTES, "little") + header

@@ -1,4 +1,4 @@
-"""Tensor names: where the layers are in them, and what a tensor is called afterwards."""
+"""Tensor names: the layers in them, and new names for the layers that stay."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pruning.checkpoint import CheckpointError
 from pruning.surgery.errors import SurgeryError
 from pruning.surgery.layer_map import LayerMap
 
-# What lists of layers are called: model.layers, transformer.h, gpt_neox.layers, rwkv.blocks.
+# Names of lists of layers: model.layers, transformer.h, gpt_neox.layers, rwkv.blocks.
 _LIST_NAMES = frozenset({"layers", "layer", "h", "blocks", "block"})
 _OTHER_TOWERS = re.compile(r"vision|visual|audio|speech|image|video", re.IGNORECASE)
-# Norm of the embeddings that RWKV keeps in its first layer, whichever that is.
+# RWKV keeps the norm of the embeddings in the first layer, whichever layer that is after a cut.
 _OF_THE_FIRST_LAYER = ("pre_ln.",)
 _INPUT_EMBEDDINGS = (
     "embed_tokens",
@@ -26,8 +26,7 @@ _INPUT_EMBEDDINGS = (
     "tok_embeddings",
 )
 _OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight", "head.weight", "output.weight")
-# Of models that store tied embeddings as those of the output alone: the container's name to
-# that of the input embeddings beside it.
+# Input embeddings by container, for models that store tied embeddings as output embeddings only.
 _INPUT_BESIDE = {
     "model.layers": "embed_tokens",
     "decoder.layers": "embed_tokens",
@@ -45,7 +44,7 @@ class TensorNames:
     """The names of a checkpoint's tensors. ``container`` is the list of layers in them."""
 
     container: str
-    # Output embeddings that are to be stored as those of the input, by name.
+    # New names of output embeddings that are to be stored as input embeddings.
     embeddings: Mapping[str, str]
 
     @classmethod
@@ -64,7 +63,7 @@ class TensorNames:
         return self.container.rpartition(".")[2]
 
     def renamed(self, name: str, layers: LayerMap) -> str | None:
-        """Return what a tensor is called afterwards, None for one of a layer that is removed."""
+        """Return the new name of a tensor, None if its layer is removed."""
         prefix = f"{self.container}."
         index, dot, rest = name.removeprefix(prefix).partition(".")
         if not (name.startswith(prefix) and dot and index.isdecimal()):
@@ -109,9 +108,9 @@ def _find_container(names: Collection[str], num_layers: int) -> str:
 
 
 def _misnamed_embeddings(names: Collection[str], container: str) -> dict[str, str]:
-    """Return the new name of tied embeddings that are stored as those of the output alone.
+    """Return the new name of tied embeddings that are stored as output embeddings only.
 
-    Loaders look for them under the name of the input's; vLLM ignores the output's.
+    Loaders look for input embeddings; vLLM ignores those of the output.
     """
     if any(_is_input_embedding(name) for name in names):
         return {}

@@ -1,4 +1,4 @@
-"""Files that are read again when they change, until what is in them is right."""
+"""File watches: files are read again when they change, and while their content is invalid."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class FileWatch:
     def __init__(
         self, files: Callable[[], Iterable[Path]], read: Callable[[], None], name: str = "files"
     ) -> None:
-        """``read`` puts what is in ``files`` in force, or raises :class:`FathomError`.
+        """``read`` applies the content of ``files``, or raises :class:`FathomError`.
 
-        ``name`` is what the log calls the files.
+        ``name`` names the files in the log.
         """
         self._files = files
         self._read = read
@@ -39,7 +39,7 @@ class FileWatch:
         self._known = self._latest = self._versions()
 
     def look(self) -> None:
-        """Look once; read files that were new last time and still are the same."""
+        """Look once; read files that had changed at the last look and have not changed since."""
         before, self._latest = self._latest, self._versions()
         is_due = self._latest == before and (self._latest != self._known or self._problem)
         if is_due and self.read_now():

@@ -1,7 +1,7 @@
 """Protection of the state directory against other users of the machine.
 
 The server runs code that it keeps there: the compiled layers of the elastic engine, in
-``compiled``. Whoever can write there can run code as the server's user.
+``compiled``. A user who can write there can run code as the server's user.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def protect_state(directory: Path) -> None:
 def _problem(path: Path, *, sticky_is_safe: bool = False) -> str | None:
     """Return who other than this user and root may change ``path`` or what it links to.
 
-    In a directory with the sticky bit, such as /tmp, others cannot replace what is not theirs.
+    In a directory with the sticky bit, such as /tmp, users cannot replace files of others.
     """
     for follow_symlinks in (False, True):
         try:

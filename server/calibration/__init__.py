@@ -1,1 +1,1 @@
-"""Measures layers and depths, and keeps and replaces what was measured."""
+"""Calibration: layers and depths are measured, and plans are kept and replaced."""

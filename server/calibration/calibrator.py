@@ -43,7 +43,7 @@ _ROUNDS = 2
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a measurement is.
+    """Progress of a measurement.
 
     ``phase`` is importance, repair, levels, quality or speed; in the phase levels, engines are
     started for them.
@@ -144,7 +144,7 @@ class Calibrator:
     def depths_to_measure(self, policy: DepthPolicy) -> list[DepthPair]:
         """Return dense, the levels and, if so configured, all depths; the deepest first.
 
-        Of these, only such that a request may have.
+        Depths that no request may have are left out.
         """
         depths = set(self.depths_to_time(policy))
         if self._every_depth and policy.any_depth:

@@ -1,1 +1,1 @@
-"""What a call asks for, who makes it, what it is answered, and what is recorded of it."""
+"""Calls as plain data: requests, answers, callers and records, apart from the transport."""

@@ -20,21 +20,21 @@ from server.calls.generation import (
 from server.depth.policy import ServedDepth
 from server.engine.base import FinishReason, GenerationDelta, SamplingOptions
 
-# Longer ones are refused.
+# Requests with longer ids are refused.
 _LONGEST_ID = 128
 
 
 @dataclass(slots=True)
 class CallRecord:
-    """One call; times in seconds from its arrival, None for what it did not get to."""
+    """One call; times are in seconds since its arrival, None for steps that it did not reach."""
 
     # Without a leading slash: fathom.v1.Inference/Generate.
     method: str
-    # In nanoseconds since the epoch.
+    # Time of arrival in nanoseconds since the epoch.
     arrived_at: int = field(default_factory=time.time_ns)
     arrived: float = field(default_factory=time.monotonic)
     caller: Caller = field(default_factory=Caller)
-    # What the client sent of the context of its trace.
+    # Headers of the client's trace context.
     trace_headers: dict[str, str] = field(default_factory=dict)
     request_id: str = ""
     sampling: SamplingOptions | None = None
@@ -58,7 +58,7 @@ class CallRecord:
         return "" if self.served is None else str(self.served.decode_layers)
 
     def begin(self, request: Generation) -> None:
-        """Note what is asked for."""
+        """Record what the client asks for."""
         self.request_id = request.request_id[:_LONGEST_ID]
         self.sampling = request.sampling
         self.is_chat = isinstance(request.prompt, ChatPrompt)

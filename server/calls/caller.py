@@ -1,4 +1,4 @@
-"""Who makes the present call."""
+"""The caller of the present call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What clients ask for and what they are told, apart from the transport."""
+"""Requests of clients and the answers, apart from the transport."""
 
 from __future__ import annotations
 

@@ -65,6 +65,6 @@ def main() -> None:
     except CallError as error:
         report_problem(str(error))
         sys.exit(1)
-    except BrokenPipeError:  # whoever reads the output has stopped
+    except BrokenPipeError:  # the program that reads the output has stopped
         sys.stderr.close()
         sys.exit(1)

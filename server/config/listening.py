@@ -31,7 +31,7 @@ class ListeningSettings(BaseModel):
         "certificate; none: clients need none.",
     )
     clients: FilePath | None = Field(
-        None, description="File of the clients that may call; none: whoever can connect."
+        None, description="File of the clients that may call; none: anybody."
     )
     allow_plaintext: bool = Field(
         False, description="Whether to listen beyond this machine without TLS."

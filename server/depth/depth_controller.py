@@ -20,7 +20,7 @@ from dataclasses import dataclass
 _MIN_DESCENT_SECONDS = 2.0
 # Depth goes up if the rung above is expected to use at most this share of the targets.
 _MAX_USE_AFTER_RISE = 0.8
-# At or below this share of the targets, what was learned of the load is forgotten.
+# At or below this share of the targets, the controller forgets what it has learned of the load.
 _MAX_IDLE_USE = 0.5
 _MAX_HOLD_SECONDS = 3600.0
 

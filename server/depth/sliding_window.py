@@ -1,4 +1,4 @@
-"""What was measured lately, of a clock whose times are given in seconds."""
+"""Sliding windows over the latest measurements; times are in seconds of a clock."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class SlidingWindow:
     ) -> None:
         """Forget what is older than ``seconds``, and the oldest of more than ``max_grains``.
 
-        ``grain`` is in seconds; 0: each measurement is one by itself.
+        ``grain`` is in seconds; 0: each measurement is a grain.
         """
         self._seconds = seconds
         self._grain = grain
@@ -76,4 +76,4 @@ class SlidingWindow:
             self._sum -= value
             self._count -= count
         if not self._grains:
-            self._sum = self._count = 0.0  # what rounding has left
+            self._sum = self._count = 0.0  # else errors of rounding would stay

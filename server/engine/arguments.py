@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import psutil
 from pydantic import ValidationError
 
-from pruning.weights import weight_files
+from pruning.weights import weight_bytes
 from server.engine.environment import check_directories
 from server.engine.start_failure import reason_of
 from server.errors import InvalidArgument
@@ -45,18 +45,18 @@ IN_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """What an engine is started with. ``model`` is a local checkpoint directory."""
+    """Configuration of an engine. ``model`` is a local checkpoint directory."""
 
     model: Path
-    # What clients are told the model is called.
+    # The model's name, as clients see it.
     name: str
     dtype: DtypeName = "auto"
     max_context: int | None = None
     max_num_seqs: int = 256
-    # CPU only; None takes a quarter of the free memory, 4 GiB at most.
+    # CPU only; None: a quarter of the free memory, at most 4 GiB.
     kv_cache_gib: float | None = None
     trust_remote_code: bool = False
-    # CPU only, and not for small models.
+    # Has an effect on CPUs alone, and not for small models.
     huge_pages: bool = True
     engine_args: Mapping[str, Any] = field(default_factory=dict)
 
@@ -80,7 +80,7 @@ def base_arguments(config: EngineConfig) -> dict[str, Any]:
 def cpu_arguments(
     config: EngineConfig, *, quantized: bool, kv_cache_bytes: int | None = None
 ) -> dict[str, Any]:
-    """Return the arguments that a CPU needs besides."""
+    """Return the additional arguments for a CPU."""
     if kv_cache_bytes is None:
         kv_cache_bytes = cpu_kv_cache_bytes(config.kv_cache_gib)
     arguments: dict[str, Any] = {
@@ -115,8 +115,8 @@ def check_engine_args(
 def check_kv_cache(config: VllmConfig, given_gib: float | None) -> None:
     """Raise :class:`InvalidArgument` if the cache cannot hold one request of the whole context.
 
-    vLLM would find so too, but in another process, whose error the server does not see. Where
-    the size is vLLM's to choose, or layers look back on a window alone, that is left to vLLM.
+    vLLM checks this, too, but in another process, and its error does not name the setting. The
+    check is left to vLLM where vLLM chooses the size, and for models with sliding windows.
     """
     cache, model = config.cache_config, config.model_config
     if cache.kv_cache_memory_bytes is None or model.get_sliding_window() is not None:
@@ -140,9 +140,9 @@ def check_kv_cache(config: VllmConfig, given_gib: float | None) -> None:
 
 
 def refusal(error: Exception, config: EngineConfig) -> InvalidArgument:
-    """Return what vLLM refused under the name of the setting that it comes from.
+    """Return vLLM's error as one that names the setting that it comes from.
 
-    That is the model itself where no setting is named in vLLM's reason.
+    If vLLM's reason names no setting, that is the model itself.
     """
     reason = reason_of(error)
     if isinstance(error, ValidationError):
@@ -161,8 +161,8 @@ def refusal(error: Exception, config: EngineConfig) -> InvalidArgument:
 def cpu_dtype(dtype: DtypeName, *, quantized: bool) -> DtypeName:
     """Return the data type for a CPU.
 
-    Without instructions for it, bfloat16 runs at a third of float32's speed there, and float16
-    slower still; vLLM's quantized kernels know no float32.
+    On processors without instructions for bfloat16, it runs at a third of float32's speed, and
+    float16 is slower still. vLLM's quantized kernels do not support float32.
     """
     import torch
 
@@ -187,19 +187,19 @@ def cpu_kv_cache_bytes(gib: float | None) -> int:
 
 
 def prepare_environment() -> None:
-    """Set what vLLM and its processes read from the environment, where the operator has not.
+    """Set variables for vLLM and its processes, except those that the operator has set.
 
-    Raises :class:`InvalidArgument` for a variable that names a directory of no use.
+    Raises :class:`InvalidArgument` for a variable that names an unusable directory.
     """
     check_directories()
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
-        # Tells of each request whether the model computed what is not a number.
+        # vLLM then reports for each request whether the model's output had NaNs.
         "VLLM_COMPUTE_NANS_IN_LOGITS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
-        # What vLLM imports warns of its own future.
+        # Packages that vLLM imports warn of changes in their next versions.
         "PYTHONWARNINGS": "ignore::FutureWarning",
     }
     for name, value in defaults.items():
@@ -207,14 +207,14 @@ def prepare_environment() -> None:
 
 
 def prepare_cpu_environment(model: Path) -> None:
-    """Let the engine's process have every core; left alone, vLLM takes one."""
+    """Set the number of threads of the engine's process; vLLM's own default is one."""
     os.environ.setdefault("OMP_NUM_THREADS", str(num_cpu_threads(model)))
 
 
 def wants_huge_pages(config: EngineConfig) -> bool:
     """Return whether the engine's memory is to be moved into huge pages.
 
-    A small model's weights stay in the processor's caches, where that gains nothing.
+    A small model gains nothing: its weights stay in the processor's caches.
     """
     from vllm.platforms import current_platform
 
@@ -223,16 +223,11 @@ def wants_huge_pages(config: EngineConfig) -> bool:
 
 
 def num_cpu_threads(model: Path, num_cores: int | None = None) -> int:
-    """Return how many of the cores, by default all of this process's, an engine is to use.
+    """Return how many of ``num_cores``, by default all of this process's, an engine is to use.
 
-    One is right for a small model: threads wait for each other after every operation, which
-    gains nothing on matrices that size and costs much where other processes want the cores.
+    A small model gets one. Threads wait for each other after every operation; with small matrices
+    that gains nothing, and costs much where other processes need the cores.
     """
     if weight_bytes(model) < _SMALL_MODEL_BYTES:
         return 1
     return num_cores or len(os.sched_getaffinity(0))
-
-
-def weight_bytes(model: Path) -> int:
-    """Return the size of a checkpoint's weights."""
-    return sum(path.stat().st_size for path in weight_files(model))

@@ -57,7 +57,7 @@ class CacheNamespace:
     name: str = ""
 
 
-# Of requests whose clients trust each other.
+# The namespace of clients that trust each other.
 EVERYONE = CacheNamespace("everyone")
 
 
@@ -186,8 +186,8 @@ class Engine(Protocol):
     # Whether requests may have any depth. If not, they have those of ``prepare``, the same for
     # prompt and generated tokens.
     serves_any_depth: bool
-    # Whether it starts again by itself what has ended, and calls ``on_restart`` each time;
-    # ``start`` then only waits for it.
+    # Whether the engine restarts ended processes itself and calls ``on_restart`` each time; then
+    # ``start`` only waits for it.
     restarts_itself: bool
     on_restart: Callable[[], None]
 
@@ -201,16 +201,16 @@ class Engine(Protocol):
     ) -> None:
         """Get ready to run the layers of each of ``levels``, and go on running the present ones.
 
-        Raises :class:`FailedPrecondition` where that cannot be; nothing is changed then.
+        Raises :class:`FailedPrecondition` if that is impossible; nothing is changed then.
         """
         ...
 
     def release_others(self, selections: Iterable[LayerSelection]) -> None:
-        """Give up what was prepared and is not among ``selections``, once its requests end."""
+        """Release prepared selections other than these, each when its last request has ended."""
         ...
 
     def can_run(self, layers: LayerSelection) -> bool:
-        """Return whether a request for these layers would run now; fit for any thread."""
+        """Return whether a request for these layers would run now; callable from any thread."""
         ...
 
     @property

@@ -14,8 +14,8 @@ from server.errors import FailedPrecondition, FathomError, InvalidArgument
 Message = Mapping[str, Any]
 Form = Callable[[Message], dict[str, Any]]
 
-# In place of a message's text, to see whether the template renders it at all: nothing that a
-# template would trim, escape or take for a tag.
+# A text that tests whether the template renders messages at all. No template would trim or escape
+# it, or take it for a tag.
 _MARK = "fathommark"
 
 
@@ -66,7 +66,7 @@ class ChatTemplate:
         for problem in problems:
             if isinstance(problem, InvalidArgument):
                 return problem
-        # What a template raises on purpose says more than what it stumbles over.
+        # An error that a template raises on purpose says more than one that it runs into.
         problem = next((each for each in problems if type(each) is TemplateError), problems[0])
         if self._renders_anything:
             roles = [message["role"] for message in messages]
@@ -79,7 +79,7 @@ class ChatTemplate:
 
     @cached_property
     def _renders_anything(self) -> bool:
-        """Whether the template renders the simplest of chats."""
+        """Whether the template renders a chat of one short message."""
         chat = [{"role": "user", "content": _MARK}]
         for form in _FORMS:
             with suppress(Exception):

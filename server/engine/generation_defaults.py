@@ -1,4 +1,4 @@
-"""What a model's ``generation_config.json`` says of requests that leave it open."""
+"""Defaults for requests, from a model's ``generation_config.json``."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class GenerationDefaults:
-    """The fields that are honoured beside those that vLLM reads."""
+    """The fields that have an effect, apart from those that vLLM reads itself."""
 
     sampling: dict[str, Any] = field(default_factory=dict)
     stop: tuple[str, ...] = ()

@@ -1,9 +1,9 @@
 """Huge pages for this process's memory, on Linux.
 
-Every step reads the weights from end to end. In pages of 4 KiB the processor spends a good part
-of that time on finding out where they are. Asking for huge pages beforehand would also put into
-them what is imported, and what is shared by forked processes; that makes a start take seconds
-longer.
+Every step reads all weights. With pages of 4 KiB the processor spends a good part of that time
+looking up addresses. Memory is moved into huge pages once the model is loaded. Asking for them
+from the beginning would also affect imported modules and memory that forked processes share, and
+a start would take seconds longer.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _HUGE = 2 << 20
 _ENTRIES = _HUGE // mmap.PAGESIZE
 # linux/mman.h
 _MADV_COLLAPSE = 25
-# Documentation/admin-guide/mm/pagemap.rst of the kernel: the page is present, and in no other
-# process. Moving those takes no more memory than they have.
+# Bits of /proc/self/pagemap: the page is present, and no other process maps it. Moving such pages
+# takes no additional memory. See Documentation/admin-guide/mm/pagemap.rst of the kernel.
 _OWN = np.uint64(1 << 63 | 1 << 56)
 
 
 def use_huge_pages() -> int:
-    """Move memory that is in use and not shared, and return how many bytes were moved.
+    """Move memory that is in use and not shared into huge pages; return the number of bytes.
 
-    Those are none where the kernel does not offer it (before Linux 6.1).
+    0 where the kernel cannot do it (before Linux 6.1).
     """
     if sys.platform != "linux":
         return 0
@@ -37,14 +37,14 @@ def use_huge_pages() -> int:
     moved = 0
     for start, stop in _own_memory():
         for address in range(start, stop, _HUGE):
-            # One at a time: where there is no room for one, the others are still to be had.
+            # One at a time: if the kernel finds no room for one, it may for the next.
             if madvise(address, _HUGE, _MADV_COLLAPSE) == 0:
                 moved += _HUGE
     return moved
 
 
 def _own_memory() -> Iterator[tuple[int, int]]:
-    """Yield runs of aligned blocks the size of huge pages, all of whose pages are ours."""
+    """Yield (start, stop) of aligned memory that only this process maps, in whole huge pages."""
     with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
         for start, stop in _anonymous_regions():
             start, stop = -(-start // _HUGE) * _HUGE, stop // _HUGE * _HUGE

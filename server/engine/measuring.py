@@ -1,4 +1,4 @@
-"""What engines check of texts to measure on, and of what they have measured."""
+"""Checks of texts to measure on, and of the results."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from server.errors import InvalidArgument, NonFiniteResult
 def check_windows(windows: Sequence[Sequence[int]], model: ModelInfo) -> None:
     """Raise :class:`InvalidArgument` for a token id that the model has no embedding for.
 
-    Such an id ends the engine. A text has one where the tokenizer knows more tokens than the
-    model.
+    Such an id would end the engine. It occurs where the tokenizer has more tokens than the model.
     """
     for window in windows:
         for token_id in window:

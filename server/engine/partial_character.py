@@ -24,7 +24,7 @@ def go_on_within_character(
         return
     skip = detokenizer.skip_special_tokens
     if num_complete is None:
-        # No text at all: what is generated stands by itself.
+        # The prompt has no text at all, so the generated text begins anew.
         detokenizer.stream = tokenizers.decoders.DecodeStream(skip_special_tokens=skip)
         return
     detokenizer.stream = tokenizers.decoders.DecodeStream(

@@ -1,4 +1,4 @@
-"""What the prefix cache tells requests apart by, beside their tokens."""
+"""Salts of the prefix cache, which keep apart requests that must not share entries."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def cache_salt(layers: LayerSelection, namespace: CacheNamespace | None) -> str:
     Keys and values depend on the layers that made them, and on what stood in for the others;
     where none is skipped, nothing does. Where prompt and generated tokens skip
     different layers, they also depend on where the prompt ended, which the cache does not know:
-    such a request shares entries with none but itself, and so does one without a namespace. What
-    makes its salt unique is drawn here, not given by the client.
+    such a request shares entries with no other, and neither does one without a namespace. Its salt
+    is made unique by a random number, not by anything that the client sends.
 
     A salt is the hash of a list, so that no text of a client can imitate another kind of salt.
     """

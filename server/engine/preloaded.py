@@ -1,7 +1,7 @@
-"""Imported by the process that engines are forked from; see :mod:`server.engine.fork_server`.
+"""Imports of the fork server; see :mod:`server.engine.fork_server`.
 
-It holds what an engine's process imports on its way. Nothing in it may use a device or start a
-thread: neither would survive the fork.
+An engine's process needs all of these modules. None of them may use a device or start a thread:
+neither would survive the fork.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MODULES = (
     "server.engine.elastic.model",
     "server.engine.elastic.worker_extension",
 )
-# The engine's process imports them again, and reports what is wrong with them.
+# Errors are left to the engine's process, which imports the modules again and reports them.
 with contextlib.suppress(Exception):
     for name in _MODULES:
         importlib.import_module(name)

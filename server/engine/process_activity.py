@@ -1,4 +1,4 @@
-"""What processes are doing, as Linux tells of them."""
+"""Activity of processes, read from /proc."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WAITS_FOR_DEVICE = "D"
 
 
 class Counters(NamedTuple):
-    """What processes have used since their start; a change is a sign of life."""
+    """Resources that processes have used since their start; a change is a sign of life."""
 
     cpu_ticks: int
     # Pages that had to be read from a disk.
@@ -29,7 +29,7 @@ class Counters(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ProcessActivity:
-    """What some processes and all of their threads are doing at one moment."""
+    """Activity of some processes, with all of their threads, at one moment."""
 
     counters: Counters
     # Whether a process has been stopped by a signal.
@@ -38,7 +38,7 @@ class ProcessActivity:
     num_waiting_for_device: int
 
     def has_worked_since(self, before: ProcessActivity) -> bool:
-        """Return whether there is a sign that the processes are getting on."""
+        """Return whether there is a sign that the processes make progress."""
         return self.num_waiting_for_device > 0 or self.counters != before.counters
 
     def __str__(self) -> str:
@@ -52,7 +52,7 @@ class ProcessActivity:
 
 
 def activity_of(processes: Iterable[psutil.Process]) -> ProcessActivity:
-    """Look at the processes; one that has ended counts for nothing."""
+    """Return the activity of the processes; those that have ended count for nothing."""
     ticks = faults = num_bytes = num_waiting = 0
     is_stopped = False
     for process in processes:
@@ -70,14 +70,14 @@ def _threads(directory: Path) -> list[list[str]]:
     found = []
     with suppress(OSError):
         for thread in (directory / "task").iterdir():
-            with suppress(OSError):  # it has ended meanwhile
+            with suppress(OSError):  # the thread has ended meanwhile
                 text = (thread / "stat").read_text(encoding="utf-8", errors="replace")
                 found.append(text.rpartition(")")[2].split())
     return found
 
 
 def _disk_bytes(directory: Path) -> int:
-    """Return 0 where the kernel does not tell."""
+    """Return the bytes from and to disks; 0 where the kernel does not tell."""
     total = 0
     with suppress(OSError):
         for line in (directory / "io").read_text(encoding="ascii").splitlines():

@@ -1,7 +1,7 @@
-"""Why an engine's process could not start, as that process found it.
+"""The reason why an engine's process could not start.
 
-vLLM logs the reason there, and tells the process that started it only to look above. So each
-process of vLLM also writes what it logs of an exception to a file that the server reads.
+That process logs the reason, but vLLM's error in the server's process only refers to the log. So
+each process of vLLM also appends the exceptions that it logs to a file that the server reads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 # Names the file, in the environment that the engine's processes get.
 _VARIABLE = "FATHOM_START_FAILURES"
-# What vLLM says where another process knows more.
+# Phrases in errors of vLLM that only refer to the log of another process.
 _HINTS = ("See root cause above", "See stack trace for root cause", "background process")
 _MAX_CHARACTERS = 600
 
@@ -26,9 +26,9 @@ class EngineStartError(Exception):
 
 @contextlib.contextmanager
 def named_failures() -> Iterator[None]:
-    """Raise :class:`EngineStartError` with the first reason for what vLLM raises within.
+    """Turn errors that only refer to a log into :class:`EngineStartError` with the first reason.
 
-    An exception that says more than where to look is left as it is.
+    An exception with a reason of its own is left as it is.
     """
     with tempfile.TemporaryDirectory(prefix="fathom-start-") as directory:
         path = Path(directory) / "failures"
@@ -45,7 +45,7 @@ def named_failures() -> Iterator[None]:
 
 
 def report_start_failures() -> None:
-    """Write what this process logs of exceptions where :func:`named_failures` finds it."""
+    """Append the exceptions that this process logs to the file of :func:`named_failures`."""
     path = os.environ.get(_VARIABLE)
     logger = logging.getLogger("vllm")
     if path is None or any(isinstance(each, _Reporter) for each in logger.handlers):
@@ -54,7 +54,7 @@ def report_start_failures() -> None:
 
 
 class _Reporter(logging.Handler):
-    """Appends the reason of each exception that is logged, one in a line."""
+    """Appends the reason of each exception that is logged, one a line."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(logging.ERROR)
@@ -64,18 +64,18 @@ class _Reporter(logging.Handler):
         error = record.exc_info[1] if record.exc_info else None
         if error is None or _is_hint(reason := reason_of(error)):
             return
-        # Once the start is over, so is the directory.
+        # The directory is removed at the end of the start.
         with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
             file.write(f"{reason}\n")
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the reason for an exception in one line; that of its cause where it has none."""
+    """Return the text of an exception in one line, or that of its cause if it has none."""
     seen: BaseException | None = error
     while seen is not None:
         text = " ".join(str(seen).split())
         if text and not _is_hint(text):
-            # The words of other exceptions, such as KeyError's, are no sentence by themselves.
+            # The texts of other exceptions, such as KeyError, are no sentences without the name.
             is_plain = type(seen) in (ValueError, RuntimeError, OSError, NotImplementedError)
             return (text if is_plain else f"{type(seen).__name__}: {text}")[:_MAX_CHARACTERS]
         seen = seen.__cause__ or seen.__context__

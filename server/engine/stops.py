@@ -1,4 +1,4 @@
-"""What ends a text."""
+"""Stop strings and stop tokens of a request."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from server.errors import InvalidArgument
 
 @dataclass(frozen=True, slots=True)
 class Stops:
-    """What a request asks to stop at, in the form that vLLM can stop at.
+    """The stops of a request, in the form that vLLM takes.
 
-    Special tokens never show in a text, so a stop string that names one stops at its id.
+    The text of an answer never has special tokens, so a stop string that names one is turned into
+    a stop at its id.
     """
 
     strings: tuple[str, ...]
@@ -64,9 +65,9 @@ class Stops:
         )
 
     def stopped_by(self, reason: str | int | None, last_token: int | None) -> str | int | None:
-        """Return what the request named that ended its text, if it was that.
+        """Return the stop of the request that ended its text; None if something else did.
 
-        ``reason`` is vLLM's: the string, or the token unless it is the model's end of text.
+        ``reason`` is vLLM's stop reason: a string or a token; None for the model's end of text.
         """
         if isinstance(reason, str):
             return reason if reason in self.requested_strings else None

@@ -1,4 +1,4 @@
-"""Starts the engine again when it has died."""
+"""The supervisor of an engine: starts it again when it has died."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Startable(Protocol):
 class Supervisor:
     """Watches the engine, and starts it again with exponential back-off.
 
-    ``on_death`` is called once when the engine is found dead and tells whether it is to be
-    started again; ``on_restart`` once it runs again, ``on_failure`` when a start has failed.
+    ``on_death`` is called when the engine is found dead, and returns whether to start it again.
+    ``on_restart`` is called when it runs again, ``on_failure`` when a start has failed.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Supervisor:
         self._delay = first_delay
 
     def report_death(self) -> None:
-        """Start the engine again now, without waiting for the next look at it."""
+        """Report that the engine is dead, so that it is not found so only at the next look."""
         self._look.set()
 
     async def run(self) -> None:

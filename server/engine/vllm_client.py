@@ -122,7 +122,7 @@ class VllmClient:
                 llm.output_handler.cancel()  # or it would report that the engine has died
             await asyncio.to_thread(llm.shutdown)
             del llm
-            # In its finalizer it shuts down once more, which fails when Python itself ends.
+            # Its finalizer shuts down once more, which would fail when Python itself ends.
             gc.collect()
 
     @property
@@ -186,7 +186,7 @@ class VllmClient:
     ) -> AsyncGenerator[GenerationDelta, None]:
         """Yield what each step adds. Closing the iterator ends the request in the engine.
 
-        ``depth`` is what errors call the depth that the request runs at.
+        ``depth`` names the request's depth in errors.
 
         Raises:
             InvalidArgument: vLLM refuses the request, or its options cannot be served.
@@ -254,7 +254,7 @@ class VllmClient:
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[AsyncLLM]:
-        """Give the running vLLM; turn what is raised within into the server's errors."""
+        """Yield the running vLLM; turn exceptions into the server's errors."""
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 

@@ -1,1 +1,1 @@
-"""Which model is served, and where it comes from: found, quantized, exported."""
+"""The model that is served: finding, checking, quantizing and exporting it."""

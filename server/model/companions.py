@@ -1,7 +1,7 @@
-"""Whether the files beside a model's weights are sound, known before anything is loaded.
+"""Checks of the files beside a model's weights, made before anything is loaded.
 
-They are checked as far as vLLM and transformers read them: a field that neither reads may be
-anything. Chat templates are programs, whose faults are told to whoever sends a chat.
+Only fields that vLLM or transformers read are checked. Chat templates are programs: their faults
+are reported to the clients that send chats.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pruning.checkpoint_file import (
 Check = tuple[Callable[[Any], bool], str]
 
 _TEMPLATES = "additional_chat_templates"
-# Any of these is a tokenizer, whole or in its main part.
+# Each of these files holds a tokenizer, or the main part of one.
 _TOKENIZERS = (
     "tokenizer.json",
     "tokenizer.model",
@@ -42,7 +42,7 @@ def check_companions(directory: Path, engine_args: Mapping[str, Any]) -> None:
     """
     check_config(directory / "config.json")
     _check_fields(directory / "generation_config.json", _GENERATION)
-    if "tokenizer" not in engine_args:  # it is another one then
+    if "tokenizer" not in engine_args:  # else the tokenizer is not that of this directory
         _check_tokenizer(directory)
 
 
@@ -119,7 +119,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    # Not NaN, which is equal to nothing.
+    # NaN is equal to nothing, not even to itself.
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 

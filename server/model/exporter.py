@@ -1,4 +1,4 @@
-"""Writes checkpoints of one depth, as the settings say: quantized or not, and in which order."""
+"""Export of checkpoints of one depth, quantized before or after pruning, or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from server.model.inputs import calibration_texts
 from server.model.quantized import QuantizedModel, calibration_windows, checked_quantization
 from server.model.source import ModelSource
 
-# Tells (work, done, total).
+# Called with (name of the work, done, total).
 OnWork = Callable[[str, int, int], None]
 
 
@@ -24,7 +24,7 @@ class Exporter:
     """Writes one model at any depth."""
 
     def __init__(self, settings: Settings, source: ModelSource, fingerprint: str) -> None:
-        """Check that ``source``, of that ``fingerprint``, can be quantized as the settings say.
+        """Check that ``source`` can be quantized as the settings say.
 
         Raises what :func:`server.model.quantized.checked_quantization` does.
         """
@@ -40,10 +40,11 @@ class Exporter:
     ) -> Export:
         """Write the model at ``depth`` to ``out``; ``plan`` is of the model before quantization.
 
-        The model quantized at full depth is kept in the state directory, as by a server. Call it
-        in a thread that runs no event loop. Raises what :func:`pruning.surgery.export_checkpoint`,
+        A model that is quantized at full depth is kept in the state directory, where a server
+        finds it, too. Call this in a thread that runs no event loop. Raises the errors of
+        :func:`pruning.surgery.export_checkpoint`,
         :func:`pruning.quantization.quantize_checkpoint` and
-        :func:`pruning.quantization.prune_then_quantize` do.
+        :func:`pruning.quantization.prune_then_quantize`.
         """
         if self._quantization is None:
             return self._export(self._source.directory, out, plan, depth, on_work, overwrite)

@@ -1,4 +1,4 @@
-"""The served model in fewer bits: quantized once, and kept in the state directory."""
+"""The quantized model: made once from the served model, and kept in the state directory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import logging
 import math
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ from server.model.source import ModelSource
 from server.state import EntryFormat, JsonEntry, StateDirectory, StateError
 from server.state_keys import Key, quantized_key, with_companions
 
-# Tells (layers done, layers in all).
+# Called with (layers done, all layers).
 OnLayers = Callable[[int, int], None]
 
 _KIND = "quantized"
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """What a file was when it was written."""
+    """Size and hash of a file at the time it was written."""
 
     num_bytes: int
     sha256: str
@@ -55,14 +55,14 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRecord:
-    """What a kept checkpoint was when it was written."""
+    """Fingerprint and files of a kept checkpoint at the time it was written."""
 
     fingerprint: str
     files: dict[str, FileRecord]
 
 
 class QuantizedModel:
-    """A model quantized by the settings, in a directory that its ingredients name."""
+    """A model quantized as the settings say, in a directory named after all that it depends on."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class QuantizedModel:
         texts: Sequence[str],
         quantization: QuantizationSettings,
     ) -> None:
-        """Quantize ``source``, of that ``fingerprint``, as :func:`checked_quantization` says.
+        """Prepare to quantize ``source`` with what :func:`checked_quantization` has returned.
 
         Raises :class:`pruning.text.TextError` where ``texts`` have no tokens, and
         :class:`pruning.checkpoint.CheckpointError` for a tokenizer that cannot be loaded and for
@@ -95,8 +95,8 @@ class QuantizedModel:
         )
         companions = companions_fingerprint(source.directory, with_code=with_code)
         self._key = with_companions(self._weights_key, companions)
-        # Who waits for another server saves hours, so there is no end to it: the lock ends with
-        # the other's process.
+        # Waiting for another server that quantizes the same model saves hours, so there is no time
+        # limit. If that server dies, its lock is released.
         self._state = StateDirectory(settings.state_dir, lock_seconds=math.inf)
         self._entry = _CheckpointEntry(self._key)
 
@@ -106,14 +106,14 @@ class QuantizedModel:
         return _directory_of(self._state.path_of(_KIND, self._key))
 
     def kept_fingerprint(self) -> str | None:
-        """Return what the kept checkpoint's fingerprint was, without looking at it."""
+        """Return the fingerprint in the checkpoint's record; the checkpoint itself is not read."""
         try:
             return self._entry.record(self._state.path_of(_KIND, self._key)).fingerprint
         except (OSError, ValueError):
             return None
 
     async def prepare(self, on_progress: OnLayers) -> str:
-        """Return the fingerprint of the checkpoint, which is made where it is not kept.
+        """Make the checkpoint unless it is kept; return its fingerprint.
 
         Raises what :func:`pruning.quantization.quantize_checkpoint` does.
         """
@@ -135,7 +135,7 @@ class QuantizedModel:
     def _make(self, on_progress: OnLayers, stop: Stop) -> CheckpointRecord:
         out = self.directory
         out.parent.mkdir(parents=True, exist_ok=True)
-        if out.exists():  # without a record that fits it
+        if out.exists():  # it has no record, or is not what its record says
             shutil.rmtree(out)
         kept = self._kept_with_other_companions()
         if kept is not None:
@@ -172,7 +172,7 @@ class QuantizedModel:
     def _kept_with_other_companions(self) -> tuple[Path, str] | None:
         """Return a kept checkpoint of the same weights, and its fingerprint.
 
-        Tokenizer, templates or generation settings of the model were other ones when it was made.
+        The model had another tokenizer, templates or generation settings when it was made.
         """
         for path in sorted(self._settings.state_dir.glob(f"{_KIND}-*.json")):
             try:
@@ -181,16 +181,16 @@ class QuantizedModel:
                     continue
                 record = _CheckpointEntry(key).load(path)
             except (OSError, ValueError, LookupError, TypeError, RecursionError):
-                continue  # whoever needs it reports it
+                continue  # a start that needs this checkpoint reports it
             return _directory_of(path), record.fingerprint
         return None
 
 
 class _CheckpointEntry(EntryFormat[CheckpointRecord]):
-    """The record of a checkpoint, and the checkpoint, in a directory beside it.
+    """The record of a checkpoint; the checkpoint itself is in a directory beside it.
 
-    The record is written last. All of the checkpoint is read to compare it with its record,
-    which takes a part of the time that the engine takes to load it.
+    The record is written last. Loading it reads the whole checkpoint, to compare it with the
+    record; that takes less time than the engine takes to load the model.
     """
 
     def __init__(self, key: Key) -> None:
@@ -217,9 +217,9 @@ class _CheckpointEntry(EntryFormat[CheckpointRecord]):
 def checked_quantization(settings: Settings, directory: Path) -> QuantizationSettings | None:
     """Return how the model in ``directory`` is to be quantized; None: not at all.
 
-    Reads headers alone. Raises :class:`InvalidArgument`, naming the setting, for what cannot be
-    done with this model, and what :func:`pruning.quantization.fitting_settings` does for a
-    model that cannot be quantized at all.
+    Reads no weights, only their headers. Raises :class:`InvalidArgument`, naming the setting, if
+    the model cannot be quantized in this way, and the errors of
+    :func:`pruning.quantization.fitting_settings` if it cannot be quantized at all.
     """
     wanted = quantization_settings(settings)
     if wanted is None:
@@ -266,20 +266,23 @@ def calibration_windows(
 
 
 def _vocab_size(directory: Path) -> int:
-    """Return how many tokens the model knows; no limit where its configuration does not say."""
-    config = read_config(directory)
-    sections = (config, *(value for value in config.values() if isinstance(value, dict)))
-    sizes = [section.get("vocab_size") for section in sections]
-    return next((size for size in sizes if isinstance(size, int) and size > 0), sys.maxsize)
+    """Return the size of the vocabulary; a very large number if the configuration names none."""
+    return next((size for size in _numbers(directory, "vocab_size") if size > 0), sys.maxsize)
 
 
 def max_context(settings: Settings, directory: Path) -> int:
-    """Return the longest window's tokens, and one; less for a model of less context."""
-    config = read_config(directory)
-    sections = (config, *(value for value in config.values() if isinstance(value, dict)))
-    limits = [section.get("max_position_embeddings") for section in sections]
-    known = [limit for limit in limits if isinstance(limit, int) and limit > 1]
+    """Return the length of the longest window plus one, or the model's context if it is shorter."""
+    known = [limit for limit in _numbers(directory, "max_position_embeddings") if limit > 1]
     return min([WINDOW + 1, *known[:1], *filter(None, [settings.max_context])])
+
+
+def _numbers(directory: Path, field: str) -> Iterator[int]:
+    """Yield the numbers that the configuration and then its sections have in ``field``."""
+    config = read_config(directory)
+    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
+        value = section.get(field)
+        if isinstance(value, int):
+            yield value
 
 
 def _directory_of(record: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Where the model comes from: the demo model, a name, a directory or the Hugging Face Hub."""
+"""The source of the model: the demo model, a name, a directory or the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from server.model import smollm2
 DEMO_MODEL = Path(__file__).parent / "demo"
 DEMO_MODEL_NAME = "fathom-demo"
 
-# Tokens that a context is taken for where the configuration names no length.
-_UNKNOWN_CONTEXT = 2**17
-# Where the Hub's client keeps what it downloads.
+# Assumed where the configuration names no length.
+_UNKNOWN_CONTEXT_TOKENS = 2**17
+# Variables that name the directory of the Hub's client for downloads.
 _CACHE_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME")
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
-# Weights in other formats, which some repositories hold beside these, are not loaded.
+# Some repositories also hold weights in other formats, which are not loaded.
 _HUB_FILES = ["*.json", "*.jinja", "*.model", "*.py", "*.safetensors", "*.txt"]
 
 
@@ -38,7 +38,7 @@ class ModelSource:
         text: dict[str, Any] = config.get("text_config") or config
         length = text.get("max_position_embeddings")
         if not isinstance(length, int):
-            return _UNKNOWN_CONTEXT
+            return _UNKNOWN_CONTEXT_TOKENS
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         factor = rope.get("factor") if isinstance(rope, dict) else None
         return int(length * max(1.0, factor)) if isinstance(factor, int | float) else length
@@ -50,8 +50,8 @@ def find_model(model: str | None, revision: str | None = None) -> ModelSource:
     A directory comes before a name: ``smollm2`` is the one of that name where there is one.
 
     Raises:
-        InvalidArgument: there is no such directory, and no such model on the Hub or no way
-            to it.
+        InvalidArgument: there is no such directory, and the Hub has no such model or cannot be
+            reached.
     """
     if model is None:
         return ModelSource(DEMO_MODEL, DEMO_MODEL_NAME)
@@ -59,7 +59,7 @@ def find_model(model: str | None, revision: str | None = None) -> ModelSource:
     try:
         path = Path(model).expanduser()
         is_directory, exists = path.is_dir(), path.exists()
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no such user as in ~user
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~user names no user
         reason = getattr(error, "strerror", None) or error
         raise InvalidArgument("model", model, f"{allowed} ({reason})") from error
     if is_directory:
@@ -88,7 +88,7 @@ def _download(model: str, revision: str | None) -> Path:
         return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
     except RevisionNotFoundError:
         raise InvalidArgument("revision", revision, f"a revision that {model} has") from None
-    except Exception as error:  # what the client and its transport raise, and there is much
+    except Exception as error:  # the client and its transport raise many kinds
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__
         for name in _CACHE_VARIABLES:

@@ -67,9 +67,9 @@ class AccessFiles:
 class Access:
     """TLS and authentication that follow their files.
 
-    The certificate with its key, the authorities of clients, and the clients are read apart: if
-    one of them is broken, that is logged, what was read of it before stays in force until it can
-    be read, and the others are replaced all the same.
+    The certificate with its key, the authorities of clients, and the clients are read
+    independently. If one of them is invalid, that is logged, and its last valid content stays in
+    force; the others are replaced.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         call.begin(generation)
         response = pb.GenerateResponse()
         texts: list[str] = []
-        async with self._service.generate(
+        async with self._service.inference.generate(
             generation, deadline=_deadline(context), may_repeat=True
         ) as events:
             async for event in events:
@@ -57,7 +57,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         call.begin(generation)
         # Written rather than yielded: a generator that gRPC iterates over is not closed when a
         # call is cancelled while a message is on its way.
-        async with self._service.generate(generation, deadline=_deadline(context)) as events:
+        async with self._service.inference.generate(
+            generation, deadline=_deadline(context)
+        ) as events:
             async for event in events:
                 call.observe(event)
                 response = pb.GenerateStreamResponse()
@@ -75,7 +77,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Score(
         self, request: pb.ScoreRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.ScoreResponse:
-        result = await self._service.score(requests.scoring(request), deadline=_deadline(context))
+        result = await self._service.inference.score(
+            requests.scoring(request), deadline=_deadline(context)
+        )
         current_call().served = result.served
         response = replies.score_message(result.scores, result.served)
         async for scores in in_pieces(result.scores):
@@ -85,7 +89,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Tokenize(
         self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.TokenizeResponse:
-        ids, texts = await self._service.tokenize(
+        ids, texts = await self._service.inference.tokenize(
             requests.text_to_tokenize(request),
             special_tokens=not request.without_special_tokens,
             deadline=_deadline(context),

@@ -1,8 +1,8 @@
-"""What a request may hold, checked in its bytes before anything of it is decoded or copied.
+"""Limits on the fields of a request, checked in its bytes before it is decoded.
 
-A message of protobuf is a row of fields, each with a number and, for what is long, a length: see
-https://protobuf.dev/programming-guides/encoding. To decode ids that no context holds would stop
-the event loop for as long as it takes, and their copies would take a hundred times their memory.
+A message of protobuf is a series of fields, each with a number, and a length if it is a text, a
+list or a message: see https://protobuf.dev/programming-guides/encoding. Decoding more ids than a
+context holds would stop the event loop meanwhile, and take a hundred times their memory.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from server.errors import InvalidArgument
 _SMALL_MESSAGE = 2**14
 # Bytes of a field that holds no prompt.
 _MAX_OTHER_BYTES = 2**16
-# Fields that are looked at: more than 1024 messages of a chat take.
+# Messages with more fields are refused; a chat of 1024 messages has fewer.
 _MAX_FIELDS = 2**13
-# gRPC's own default. Calibration texts have room in it, whatever the model is.
+# gRPC's own default, which leaves room for calibration texts, whatever the model is.
 _LEAST_LIMIT = 2**22
 # Bytes of a token's text: more than the longest tokens of common vocabularies have.
 _BYTES_PER_TOKEN = 128
@@ -43,15 +43,15 @@ class _Malformed(Exception):
 
 
 def default_message_bytes(max_context: int) -> int:
-    """Return the size of the largest message that a context of so many tokens asks for."""
+    """Return the size of the largest message that a context of ``max_context`` tokens needs."""
     return min(max(_LEAST_LIMIT, _BYTES_PER_TOKEN * max_context), 2**31 - 1)
 
 
 def check_size(data: bytes, message: Descriptor, model: ModelInfo) -> None:
     """Raise :class:`InvalidArgument` for a message with a field that is too long for the model.
 
-    What is left is small enough to be decoded at once; whether it fits to the token is for the
-    service to say. Malformed messages are left to the decoder.
+    Any other message is small enough to be decoded at once; the service counts its tokens exactly.
+    Malformed messages are left to the decoder.
     """
     if len(data) <= _SMALL_MESSAGE:
         return
@@ -115,7 +115,7 @@ def _fields(data: memoryview, message: Descriptor, prefix: str) -> Iterator[tupl
                 end = position + size
             case 5:
                 end = position + 4
-            case _:  # groups, which proto3 does not have, and what is no type
+            case _:  # groups, which proto3 does not have, and unknown types
                 raise InvalidArgument("request", f"type {tag & 7} in {path}", "a message of proto3")
         if end > len(data):
             raise _Malformed

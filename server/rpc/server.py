@@ -77,7 +77,7 @@ class RpcServer:
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         enable_reflection([INFERENCE, CONTROL, health.SERVICE_NAME], self._server)
-        self._following = BackgroundTask("what tells health checks of the state", self._follow)
+        self._following = BackgroundTask("the health report", self._follow)
         self._port = 0
         self._is_leaving = False
 

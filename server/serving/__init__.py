@@ -1,1 +1,1 @@
-"""One request, from admission to its last token."""
+"""Requests, from admission to the last token, and the service that runs them."""

@@ -1,4 +1,4 @@
-"""Which requests are in flight, and whether there is room for one more."""
+"""Admission of requests: limits on how many may wait, and with how many prompt tokens."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _MAX_RETRY_SECONDS = 30.0
 
 @dataclass(slots=True, eq=False)
 class Admitted:
-    """A request in flight; ``num_tokens`` of its prompt, once they are known.
+    """A request in flight; ``num_tokens`` is the length of its prompt, 0 until it is known.
 
-    ``request_id`` is the client's, which another client may use at the same time; ``engine_id``
-    is made here, and the only one that the engine gets.
+    ``request_id`` comes from the client; another client may use the same one. ``engine_id`` is made
+    here and unique; the engine gets no other.
     """
 
     request_id: str
@@ -32,18 +32,17 @@ class Admitted:
 
 @dataclass(slots=True)
 class _Share:
-    """A client's part of what waits."""
+    """A client's waiting requests."""
 
     num_requests: int = 0
     num_tokens: int = 0
 
 
 class Admission:
-    """The requests in flight, of which a limited number may wait.
+    """The requests in flight, and limits on those that wait: their number and prompt tokens.
 
-    Their prompts are limited, too, in tokens. Where there is no room, and one client has more in
-    one of the queues than the one that comes would have, the former's newest request there gives
-    way.
+    If there is no room for a request, and another client has more in one of the queues than this
+    client would have, that client's newest request in the queue is refused instead.
     """
 
     def __init__(
@@ -54,13 +53,13 @@ class Admission:
         *,
         other_queues: Sequence[FairQueue] = (),
     ) -> None:
-        """``queue`` is in front of the engine, ``other_queues`` are those on the way there."""
+        """``queue`` is the engine's; ``other_queues`` are those that requests wait in before it."""
         self._queue = queue
-        # The last ones to have come are in these, and have cost least.
+        # Room is made in the tokenizers' queues first: requests there have cost least so far.
         self._queues = [*other_queues, queue]
         self._max_waiting = max_waiting
         self._max_waiting_tokens = max_waiting_tokens
-        # By client and id.
+        # Keys are (client, request id).
         self._in_flight: dict[tuple[str, str], Admitted] = {}
         self._shares: dict[str, _Share] = {}
         self._num_waiting = 0
@@ -91,7 +90,7 @@ class Admission:
         if key in self._in_flight:
             raise InvalidArgument("request_id", request_id, "an id that no running request has")
         self._require_room_for_request(client)
-        # However long the prompt is: what cannot fit is refused before it is tokenized.
+        # A prompt has at least one token. If not even that fits, it need not be tokenized.
         self._require_room_for_tokens(client, 1)
         admitted = self._in_flight[key] = Admitted(request_id, engine_id, client)
         self._shares.setdefault(client, _Share()).num_requests += 1
@@ -106,9 +105,9 @@ class Admission:
                 self._idle.set()
 
     def count_tokens(self, admitted: Admitted, num_tokens: int) -> None:
-        """Note how long the prompt is.
+        """Note the length of the prompt.
 
-        Raises :class:`Overloaded` where there is no room for it; where no other waits, there is.
+        Raises :class:`Overloaded` if there is no room for it. There always is if no other waits.
         """
         self._require_room_for_tokens(admitted.client, num_tokens)
         admitted.num_tokens = num_tokens
@@ -117,7 +116,7 @@ class Admission:
             self._num_waiting_tokens += num_tokens
 
     def begin(self, admitted: Admitted) -> None:
-        """Note that a request waits no longer; it may have been noted before."""
+        """Note that a request does not wait any more; may be called again."""
         if not admitted.is_waiting:
             return
         admitted.is_waiting = False

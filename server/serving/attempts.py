@@ -1,4 +1,4 @@
-"""How often a request may run when engines die under it."""
+"""Attempts of a request, which may run again when the engine has died."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from server.serving.engine_restarter import EngineRestarter
 from server.serving.fair_queue import Slot
 from server.serving.service_state import ENGINE_DEAD
 
-# Two engines that died may have died of this request; a third is not given to it.
+# If two engines have died with a request running, it may be the cause, so there is no third try.
 _MAX_ATTEMPTS = 2
 
 logger = logging.getLogger(__name__)
 
 
 class Attempts:
-    """The attempts of one request: after an engine's death it may get another one, once."""
+    """The attempts of one request: it may run again once, after the engine's death."""
 
     def __init__(
         self, restarter: EngineRestarter, slot: Slot, admitted: Admitted, *, may_repeat: bool
     ) -> None:
-        """``may_repeat``: nothing of the answer reaches the client before its end."""
+        """``may_repeat``: the client gets nothing of the answer before its end."""
         self._restarter = restarter
         self._slot = slot
         self._admitted = admitted
@@ -37,10 +37,11 @@ class Attempts:
         self._num_restarts = self._restarter.num_restarts
 
     async def survive(self, error: EngineDead, *, has_begun: bool = False) -> None:
-        """Wait for another slot in the engine that follows the dead one.
+        """Wait for a slot in the engine once it has been started again.
 
-        ``has_begun``: something of the answer is lost. Raises :class:`Unavailable` then, and
-        where the request has failed as often as it may; the log names it in that case.
+        Raises :class:`Unavailable` if the request may not run again: ``has_begun`` says that a
+        part of the answer was generated, or engines have died in all attempts. The log names the
+        request in the latter case.
         """
         self._restarter.note_death(self._num_restarts)
         if self._num_made >= _MAX_ATTEMPTS:

@@ -1,4 +1,4 @@
-"""Keeps the engine of a service alive."""
+"""Restarts of the engine of a service."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from server.telemetry.metrics import Metrics
 
 
 class EngineRestarter:
-    """Starts the engine again when it has died or hangs; state and queue of the service follow."""
+    """Starts the engine again when it dies or hangs; updates the service's state and queue."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class EngineRestarter:
         return self._num_restarts
 
     def tasks(self) -> list[BackgroundTask]:
-        """Return what is to run as long as the engine is to be kept alive."""
+        """Return the tasks that must run as long as the engine is to be kept alive."""
         tasks = [BackgroundTask("the engine's supervisor", self._supervise)]
         if self._watchdog is not None:
             tasks.append(BackgroundTask("the engine's watchdog", self._watchdog.run))
@@ -76,8 +76,11 @@ class EngineRestarter:
             raise Unavailable(ENGINE_DEAD) from error
 
     def note_death(self, num_restarts: int) -> None:
-        """Note that a request has found the engine dead that began after so many restarts."""
-        # It may learn late of a death that has been dealt with.
+        """Note that a request has found the engine dead.
+
+        ``num_restarts`` is the number of restarts before the request began.
+        """
+        # Otherwise the engine has been restarted since, and the death has been dealt with.
         if num_restarts == self._num_restarts:
             self._died()
             self._supervisor.report_death()

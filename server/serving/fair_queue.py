@@ -1,10 +1,10 @@
-"""The order in which requests start: each client gets its share of the engine.
+"""A queue that gives each client a fair share of the engine.
 
-Virtual token counters (Sheng et al., "Fairness in Serving Large Language Models",
-arXiv 2401.00588, algorithm 2): a client's counter grows by the work that is done for it, and the
-next slot goes to the waiting client whose counter is smallest. A client that comes back starts
-no lower than those who wait, so that idling earns no credit. No slot stays empty while a request
-waits.
+It uses virtual token counters (Sheng et al., "Fairness in Serving Large Language Models",
+arXiv 2401.00588, algorithm 2). A client's counter grows by the work that is done for it, and the
+next slot goes to the waiting client with the smallest counter. The counter of a client that comes
+back is raised to the smallest one of those that wait, so that being idle earns no credit. No slot
+stays empty while a request waits.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from typing import Self
 from server.depth.sliding_window import SlidingWindow
 from server.errors import DeadlineTooSoon, Overloaded
 
-# There may be as many clients as addresses: those that have been idle longest are forgotten.
+# Every address may be a client, so those that have been idle longest are forgotten.
 _MAX_IDLE_CLIENTS = 4096
-# Starts that the pace is measured by: the latest, and no fewer than are needed.
+# The pace of starts is measured over the latest ones, if there are enough.
 _NUM_STARTS, _NUM_STARTS_NEEDED = 512, 16
-# A wait that is told to a client must be sure even at so many times the pace that was measured.
+# Clients are told the wait at so many times the measured pace, so that it is a lower bound.
 _OPTIMISM = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Who waits for slots, and how long: ``deadline`` is a time of the queue's clock.
+    """A request's claim to slots: its client and its deadline, a time of the queue's clock.
 
     ``on_refused`` is called when the request has to make room for another client.
     """
@@ -91,9 +91,9 @@ class Slot:
 
 
 def slots_for(max_num_seqs: int) -> int:
-    """Return how many requests an engine is given that runs ``max_num_seqs`` in one batch.
+    """Return how many requests to give to an engine that runs ``max_num_seqs`` in one batch.
 
-    Some more, so that the engine has the next one at hand in the very step that one ends.
+    There are a few more, so that the next request can start in the very step in which one ends.
     """
     return max_num_seqs + max(2, max_num_seqs // 8)
 
@@ -101,21 +101,21 @@ def slots_for(max_num_seqs: int) -> int:
 @dataclass(slots=True)
 class _Client:
     counter: float = 0.0
-    # The number of its latest start, of all starts.
+    # Number of the client's latest start, counted over all clients.
     latest_start: int = 0
     num_running: int = 0
     waiting: deque[Slot] = field(default_factory=deque)
 
 
 class FairQueue:
-    """Requests in front of an engine that is given ``num_slots`` at a time; None: all."""
+    """The queue of an engine that gets ``num_slots`` requests at a time; None: all."""
 
     def __init__(
         self, num_slots: int | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._num_slots: float = math.inf if num_slots is None else num_slots
         self._clock = clock
-        # Those with requests, and those without, the one that has been idle longest first.
+        # Clients with requests, and idle ones, beginning with the one that is idle longest.
         self._clients: dict[str, _Client] = {}
         self._idle: OrderedDict[str, _Client] = OrderedDict()
         self._num_running = 0
@@ -129,7 +129,7 @@ class FairQueue:
 
     @property
     def num_waiting(self) -> int:
-        """Fit for any thread."""
+        """How many requests wait; may be read from any thread."""
         return self._num_waiting
 
     @property
@@ -143,26 +143,26 @@ class FairQueue:
 
     @property
     def is_limited(self) -> bool:
-        """Whether there may be requests that have to wait."""
+        """Whether the number of slots is limited, so that requests may have to wait."""
         return self._num_slots < math.inf
 
     def set_num_slots(self, num_slots: int) -> None:
-        """Give the engine so many requests at a time; those that run beyond that go on."""
+        """Change the number of slots; requests that run already go on, even if they are more."""
         if num_slots != self._num_slots:
             self._num_slots = num_slots
-            self._starts.clear()  # the pace is another one
+            self._starts.clear()  # the pace will be another one
             self._start_next()
 
     def longest_wait(self) -> float:
-        """Return how long the request has waited that has waited longest, in seconds."""
+        """Return the longest time that a request has been waiting, in seconds."""
         oldest = [c.waiting[0].since for c in self._clients.values() if c.waiting]
         return self._clock() - min(oldest) if oldest else 0.0
 
     def seconds_until_start(self, client: str) -> float:
-        """Return a time by which one more request of that client will not have started.
+        """Return a lower bound of the time until another request of that client can start.
 
-        0.0 where starts have not been measured. Requests of one client start in order, so those
-        before it come first for sure; how others mix in between is left out.
+        The client's requests start in order, so those that wait come first. Other clients'
+        requests, which start in between, are not counted. 0.0 if the pace is not known.
         """
         own = self._clients.get(client)
         if own is None:
@@ -178,7 +178,7 @@ class FairQueue:
         deadline: float = math.inf,
         on_refused: Callable[[], None] = lambda: None,
     ) -> Slot:
-        """Return the slot of a request of so many prompt tokens, which cost so much.
+        """Return the slot of a request with ``num_tokens`` prompt tokens, which cost ``cost``.
 
         ``deadline`` is a time of the clock. ``on_refused`` is called when the request has to make
         room in a full queue for another client.
@@ -204,7 +204,7 @@ class FairQueue:
         try:
             await slot.started
         except BaseException:
-            # Whatever ended the wait, a slot that was given meanwhile goes to another.
+            # The slot may have been given in the same moment; it must not be lost.
             self.leave(slot)
             raise
 
@@ -231,11 +231,11 @@ class FairQueue:
     def make_room(
         self, client: str, size: int, *, in_tokens: bool, retry_after: Callable[[str], float]
     ) -> bool:
-        """Refuse the newest request of the client that has most of what waits here.
+        """Refuse the newest request of the client that has most waiting here, to make room.
 
-        Returns False, and refuses none, unless that client has more than ``size``, which is what
-        ``client`` would have; in tokens or in requests. ``retry_after`` returns when a client may
-        try again, in seconds; the refused one is told its own.
+        ``size`` is what ``client`` would have waiting, in tokens or in requests. Returns False, and
+        refuses nothing, unless the other client has more. ``retry_after`` returns for a client in
+        how many seconds it may try again.
         """
 
         def size_of(other: _Client) -> int:
@@ -267,7 +267,7 @@ class FairQueue:
         self._start_next()
 
     def fail(self, error: Callable[[], Exception]) -> None:
-        """End the wait of all that wait, each with an error of its own."""
+        """Refuse all waiting requests, each with an error of its own."""
         for client in list(self._clients.values()):
             while client.waiting:
                 self._num_waiting -= 1
@@ -322,4 +322,4 @@ def _refuse(slot: Slot, error: Exception) -> None:
     assert slot.started is not None
     if not slot.started.done():
         slot.started.set_exception(error)
-        slot.started.exception()  # seen, even where the one that waits is cancelled meanwhile
+        slot.started.exception()  # asyncio would complain if nobody read it

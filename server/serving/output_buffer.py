@@ -1,4 +1,4 @@
-"""What the engine has generated and the client has not read yet."""
+"""A buffer of generated tokens that the client has not read yet."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _MAX_DELTA_SIZE = 4096
 
 
 class OutputBuffer:
-    """Takes what a request generates as it comes, and merges what the client has not read.
+    """Takes a request's deltas as they come, and merges those that the client has not read.
 
-    So the engine is free as soon as it is done, and what is held is bounded: by the tokens that
-    the request may generate, and by ``max_buffered_tokens`` tokens and log-probabilities.
+    So a slow client does not keep the engine busy. The buffer holds at most the tokens that the
+    request may generate, and at most ``max_buffered_tokens`` tokens and log-probabilities.
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class OutputBuffer:
 
     @asynccontextmanager
     async def running(self, deltas: AsyncGenerator[GenerationDelta, None]) -> AsyncIterator[Self]:
-        """Read ``deltas`` to their end, while the caller iterates over what came.
+        """Read ``deltas`` to their end, while the caller iterates over the buffer.
 
-        Leaving closes them. What they raise is raised by the iterator, after what came before.
-        Where the client leaves more unread than it may, that is :class:`Overloaded`.
+        Leaving closes ``deltas``. The iterator raises their errors after the deltas before, and
+        :class:`Overloaded` if the client leaves more unread than it may.
         """
         self._task = asyncio.create_task(self._read(deltas))
         self._task.add_done_callback(lambda _: self._changed.set())

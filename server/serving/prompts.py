@@ -1,4 +1,4 @@
-"""From a client's prompt to token ids that fit the model."""
+"""Prompts of clients, turned into token ids that fit the model."""
 
 from __future__ import annotations
 
@@ -13,30 +13,29 @@ from server.serving.tokenizer_thread import TokenizerThread
 
 T = TypeVar("T")
 
-# Characters; longer texts take long enough to tokenize that others would notice.
-_LONG_TEXT = 65536
-# Characters of a long text that are tokenized at a time to see whether all of it could fit.
-_PIECE = 65536
-# Tokens that are turned into text at a time, between which others get their turn.
+# Tokenizing longer texts takes so long that they are kept out of the way of short ones.
+_LONG_TEXT_CHARACTERS = 65536
+# A long text is tokenized in pieces of this size first, to see whether all of it could fit.
+_PIECE_CHARACTERS = 65536
+# Tokens are turned into text in pieces of this size; others get their turn in between.
 _PIECE_TOKENS = 4096
 
 
 class PromptReader:
-    """Tokenizes off the event loop, and refuses what cannot fit before it costs anything.
+    """Tokenizes prompts off the event loop, and refuses those that cannot fit beforehand.
 
-    What is to be done for a request waits in a queue that clients share, and ends with the call
-    or its deadline, which the :class:`Claim` names. The engine must have been started.
+    Work for a request waits in a queue that clients share, until the call ends or the deadline of
+    its :class:`Claim` has passed. The engine must have been started.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        # Long texts are kept out of the way of short ones.
         self._short = TokenizerThread("tokenizer")
         self._long = TokenizerThread("long-tokenizer")
 
     @property
     def queues(self) -> list[FairQueue]:
-        """Where requests wait for a tokenizer."""
+        """The queues in which requests wait for a tokenizer."""
         return [self._short.queue, self._long.queue]
 
     def close(self) -> None:
@@ -44,7 +43,7 @@ class PromptReader:
         self._long.close()
 
     async def read_to_generate(self, prompt: Prompt, claim: Claim) -> list[int]:
-        """Return the ids of a prompt that something is to follow; see :meth:`read`."""
+        """Return the ids of a prompt to be continued, at least one; see :meth:`read`."""
         match prompt:
             case TextPrompt(""):
                 raise InvalidArgument("prompt", "", "at least one token")
@@ -57,11 +56,10 @@ class PromptReader:
         return ids
 
     async def read_to_score(self, request: Scoring, claim: Claim) -> tuple[list[int], list[int]]:
-        """Return the ids of the context, which may be none, and of what is scored after it.
+        """Return the ids of the context, which may be none, and those of the text to score.
 
-        Texts are tokenized as the one text that they make: where a token spans the end of the
-        context, it is scored, too. Raises :class:`InvalidArgument`, as :meth:`read` does, and
-        where there is nothing to score.
+        Two texts are tokenized as one: a token that spans the end of the context is scored, too.
+        Raises :class:`InvalidArgument` as :meth:`read` does, and if there is nothing to score.
         """
         context, continuation = request.context, request.continuation
         fields = "text", "token_ids.ids"
@@ -143,7 +141,7 @@ class PromptReader:
 
     @property
     def _max_prompt_tokens(self) -> int:
-        return self._engine.model.max_context - 1  # leaving room for one that is generated
+        return self._engine.model.max_context - 1  # there must be room for a generated token
 
     @property
     def _allowed_tokens(self) -> str:
@@ -158,15 +156,15 @@ class PromptReader:
             raise InvalidArgument(field, f"{size} characters", allowed)
 
     async def _check_pieces(self, text: str, field: str, claim: Claim) -> None:
-        """Raise :class:`InvalidArgument` for a long text that comes to too many tokens in pieces.
+        """Raise :class:`InvalidArgument` for a long text whose pieces have far too many tokens.
 
-        Tokenizing it as a whole could not be ended half-way. Cutting costs a few tokens a piece,
-        so that a text which fits has far less than twice as many in pieces.
+        Tokenizing the whole text could not be stopped half-way. Each cut adds at most a few
+        tokens, so the pieces of a text that fits have far less than twice as many.
         """
-        if len(text) <= _LONG_TEXT:
+        if len(text) <= _LONG_TEXT_CHARACTERS:
             return
         num_tokens = 0
-        for piece in _pieces(text, _PIECE):
+        for piece in _pieces(text, _PIECE_CHARACTERS):
             ids = await self._run(claim, self._ids(piece, special_tokens=False), len(piece))
             num_tokens += len(ids)
             if num_tokens > 2 * self._max_prompt_tokens:
@@ -198,7 +196,8 @@ class PromptReader:
         self, claim: Claim, function: Callable[[], T], cost: int, size: int | None = None
     ) -> T:
         """Run a function in the thread for work of ``size``, by default ``cost``."""
-        thread = self._long if (cost if size is None else size) > _LONG_TEXT else self._short
+        is_long = (cost if size is None else size) > _LONG_TEXT_CHARACTERS
+        thread = self._long if is_long else self._short
         return await thread.run(claim, function, cost)
 
 
@@ -208,7 +207,7 @@ def _pieces(values: Sequence[T] | str, size: int) -> Iterator[Any]:
 
 
 def check_ids(ids: Sequence[int], field: str, vocab_size: int) -> None:
-    """Raise :class:`InvalidArgument`, naming the entry of ``field``, for an id that is no token."""
+    """Raise :class:`InvalidArgument`, naming the entry of ``field``, for an unknown token id."""
     if not ids or (min(ids) >= 0 and max(ids) < vocab_size):
         return
     i = next(i for i, token_id in enumerate(ids) if not 0 <= token_id < vocab_size)

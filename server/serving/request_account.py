@@ -1,4 +1,4 @@
-"""What a request's steps count for."""
+"""Accounting of a request's steps."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from server.serving.admission import Admission, Admitted
 from server.serving.fair_queue import Slot
 from server.telemetry.metrics import Metrics
 
-# Of the client's share of the engine, in prompt tokens of full depth: twice one, as in the paper
-# that the queue follows, since a generated token takes a step of its own.
+# Prompt tokens that a generated token counts for in the client's share of the engine: two, as in
+# the paper that the queue follows, because each generated token takes a step of its own.
 _GENERATED_TOKEN_COST = 2.0
 
 
 class RequestAccount:
-    """Enters a request's steps in the metrics, the latencies and its client's share.
+    """Counts a request's steps in the metrics, the latencies and its client's share.
 
     An observer of :class:`server.serving.request_runner.RequestRunner`.
     """

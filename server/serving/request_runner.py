@@ -1,4 +1,4 @@
-"""One generation on its way through the engine."""
+"""The run of one generation request in the engine."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from server.serving.output_buffer import OutputBuffer
 
 
 class StepObserver(Protocol):
-    """Is told of a request's steps when the engine makes them, however slowly the client reads.
+    """Observer of a request's steps, called when the engine makes them; times are in seconds.
 
-    Times are in seconds.
+    How fast the client reads makes no difference.
     """
 
     def first_step(self, num_tokens: int, *, queue: float, seconds: float) -> None:
@@ -30,7 +30,7 @@ class StepObserver(Protocol):
 
 
 class RequestRunner:
-    """Runs ``request``, which came at ``arrived`` on the monotonic clock."""
+    """Runs ``request``, which arrived at ``arrived`` on the monotonic clock."""
 
     def __init__(
         self,

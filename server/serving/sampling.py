@@ -1,4 +1,4 @@
-"""What a client asks of sampling, within the limits of the model."""
+"""Sampling options of a client, checked against the limits of the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def checked_sampling(
     """Return the options, with the limits that follow from the model and the prompt.
 
     Raises:
-        InvalidArgument: an option cannot be had; the error names its field.
+        InvalidArgument: an option is beyond the model's limits; the error names its field.
     """
     room = model.max_context - num_prompt_tokens
     check_ids(sampling.stop_token_ids, "stop.stop_token_ids", model.vocab_size)

@@ -1,60 +1,35 @@
-"""The service: admits requests, decides their depth and runs them."""
+"""The service of a model: its state, the model, and the policy that it is served under."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
-import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractContextManager, aclosing, asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from server.background import BackgroundTask
 from server.calibration.calibrator import Calibrator
 from server.calibration.policy_in_force import PolicyInForce
 from server.calibration.policy_store import PolicyStore
 from server.calibration.policy_updates import PolicyUpdates
-from server.calls.caller import current_caller
-from server.calls.generation import (
-    Generation,
-    GenerationEvent,
-    Prompt,
-    PromptInfo,
-    Scoring,
-    ScoringResult,
-)
 from server.depth.auto_rules import AutoRules, check_rules
 from server.depth.autodepth import AutoDepth
-from server.depth.policy import DepthPolicy, ServedDepth
-from server.engine.base import (
-    EVERYONE,
-    CacheNamespace,
-    Engine,
-    EngineDead,
-    GenerationDelta,
-    GenerationRequest,
-    LoadInfo,
-    ModelInfo,
-)
-from server.serving.admission import Admission, Admitted
-from server.serving.attempts import Attempts
+from server.depth.policy import DepthPolicy
+from server.engine.base import Engine, EngineDead, LoadInfo, ModelInfo
+from server.serving.admission import Admission
 from server.serving.engine_restarter import EngineRestarter
-from server.serving.fair_queue import Claim, FairQueue, Slot
+from server.serving.fair_queue import FairQueue
+from server.serving.inference import Inference
+from server.serving.load_follower import LoadFollower
 from server.serving.prompts import PromptReader
-from server.serving.request_account import RequestAccount
-from server.serving.request_runner import RequestRunner
-from server.serving.sampling import checked_sampling
 from server.serving.service_state import ServiceState, State, Status
 from server.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-# Between two looks at the load.
-_CHOICE_SECONDS = 0.5
-
 
 class Service:
-    """Serves one model at any depth.
+    """Serves one model at any depth; requests go to ``inference``.
 
     Made in state STARTING, in which it refuses all requests, so that the transport can listen
     while the model loads; :meth:`open` starts to serve. All methods belong to the thread of the
@@ -83,13 +58,12 @@ class Service:
     ) -> None:
         """Serve with ``engine``, once it has been started.
 
-        Each engine, of which the dedicated one has one for every depth among the levels, is given
-        ``max_running`` requests at a time; None: all. A client may leave
+        ``max_running`` requests are given to an engine at a time; None: all. A dedicated engine
+        has one engine for each depth among the levels. A client may leave
         ``max_buffered_tokens`` of a stream unread, in tokens and log-probabilities.
         ``share_prefix_cache``: clients trust each other, and share what is cached. An engine that
-        does not answer for ``engine_timeout_seconds`` is started again, unless that is 0, and
-        after ``engine_stall_seconds`` already, unless they are 0, where it does nothing at all.
-        ``max_logprobs`` is the engine's limit.
+        does not answer for ``engine_timeout_seconds`` is started again, and one that does nothing
+        at all after ``engine_stall_seconds``; 0: never. ``max_logprobs`` is the engine's limit.
         """
         self.metrics = metrics
         self._engine = engine
@@ -99,10 +73,7 @@ class Service:
         self._admission = Admission(
             self._queue, max_waiting, max_waiting_tokens, other_queues=self._prompts.queues
         )
-        self._max_buffered_tokens = max_buffered_tokens
-        self._share_prefix_cache = share_prefix_cache
         self._grace_seconds = grace_seconds
-        self._max_logprobs = max_logprobs
         self._version = version
         self._state = ServiceState(metrics)
         self._model: ModelInfo | None = None
@@ -120,8 +91,23 @@ class Service:
             max_delay=max_restart_delay,
         )
         self._auto = AutoDepth(auto_rules or AutoRules())
+        self.inference = Inference(
+            engine,
+            self._state,
+            self._in_force,
+            self._admission,
+            self._prompts,
+            self._queue,
+            self._restarter,
+            self._auto,
+            metrics,
+            max_buffered_tokens=max_buffered_tokens,
+            share_prefix_cache=share_prefix_cache,
+            max_logprobs=max_logprobs,
+        )
+        follower = LoadFollower(self._auto, self._queue, self._in_force, metrics)
         self._tasks = [
-            BackgroundTask("what follows the load", self._follow_load),
+            BackgroundTask("automatic depth", follower.run),
             *self._restarter.tasks(),
         ]
         metrics.watch_engine(lambda: engine.is_alive, self._load, engine.can_run)
@@ -150,8 +136,8 @@ class Service:
         self._model = self._engine.model
         self._updates = PolicyUpdates(self._engine, calibrator, self._in_force, store)
         self._in_force.install(policy)
-        self.set_auto_rules(self._auto.rules)
         self._state.startup_phase = ""
+        self.set_auto_rules(self._auto.rules)
         loop = asyncio.get_running_loop()
         self.metrics.watch_tasks(lambda: len(asyncio.all_tasks(loop)))
         for task in self._tasks:
@@ -211,106 +197,12 @@ class Service:
             auto_level=self._in_force.policy.present_level if self._in_force.is_known else "",
         )
 
-    # Requests
-
-    @asynccontextmanager
-    async def generate(
-        self,
-        request: Generation,
-        *,
-        deadline: float = math.inf,
-        may_repeat: bool = False,
-    ) -> AsyncIterator[AsyncIterator[GenerationEvent]]:
-        """Run a request; its events are :class:`PromptInfo`, what steps add, :class:`FinishInfo`.
-
-        ``deadline`` is a time of the monotonic clock. ``may_repeat``: nothing reaches the client
-        before the end, so that a request of which nothing was generated may run once more when
-        the engine has died. Leaving frees the engine. Entering and iterating raise the errors of
-        :mod:`server.errors`.
-        """
-        arrived = time.monotonic()
-        self._state.require_serving()
-        with self._admit(request.request_id) as admitted, self._restarter.errors():
-            claim = self._claim(admitted, deadline)
-            prompt_ids = await self._prompts.read_to_generate(request.prompt, claim)
-            self._admission.count_tokens(admitted, len(prompt_ids))
-            sampling = checked_sampling(
-                request.sampling, self.model, len(prompt_ids), self._max_logprobs
-            )
-            # What is wrong is told at once; what the server chooses, when the request starts.
-            _, served = self.policy.resolve(request.depth, request.prefill_depth)
-            self._auto.observe_arrival()
-            async with self._slot(admitted, served, claim) as slot:
-                if self._queue.is_limited:
-                    self._admission.begin(admitted)
-                layers, served = self.policy.resolve(request.depth, request.prefill_depth)
-                preface: list[GenerationEvent] = [
-                    PromptInfo(admitted.request_id, len(prompt_ids), served)
-                ]
-                if request.echo:
-                    text = await self._prompts.text(request.prompt, prompt_ids, claim)
-                    preface.append(GenerationDelta(text, ()))
-                runner = RequestRunner(
-                    self._engine,
-                    GenerationRequest(
-                        admitted.engine_id, prompt_ids, layers, sampling, self._cache_namespace()
-                    ),
-                    served,
-                    arrived,
-                    Attempts(self._restarter, slot, admitted, may_repeat=may_repeat),
-                    self._account(admitted, slot, served),
-                    max_buffered_tokens=self._max_buffered_tokens,
-                )
-                try:
-                    async with aclosing(runner.events(preface)) as events:
-                        yield events
-                finally:
-                    self.metrics.end(served.decode_layers, time.monotonic() - arrived)
-
-    async def score(self, request: Scoring, *, deadline: float = math.inf) -> ScoringResult:
-        """Return the log-probabilities of the tokens of the continuation; see :meth:`generate`."""
-        self._state.require_serving()
-        with self._admit(request.request_id) as admitted, self._restarter.errors():
-            claim = self._claim(admitted, deadline)
-            context_ids, ids = await self._prompts.read_to_score(request, claim)
-            self._admission.count_tokens(admitted, len(context_ids) + len(ids))
-            _, served = self.policy.resolve(request.depth, request.prefill_depth)
-            async with self._slot(admitted, served, claim) as slot:
-                self._admission.begin(admitted)
-                layers, served = self.policy.resolve(request.depth, request.prefill_depth)
-                attempts = Attempts(self._restarter, slot, admitted, may_repeat=True)
-                while True:
-                    attempts.begin()
-                    try:
-                        scores = await self._engine.score(
-                            admitted.engine_id,
-                            context_ids + ids,
-                            len(context_ids) or 1,
-                            layers,
-                            self._cache_namespace(),
-                        )
-                        return ScoringResult(tuple(scores), served)
-                    except EngineDead as error:
-                        await attempts.survive(error)
-
-    async def tokenize(
-        self, prompt: Prompt, *, special_tokens: bool = True, deadline: float = math.inf
-    ) -> tuple[list[int], list[str]]:
-        """Return the ids and the texts of the prompt's tokens.
-
-        It waits as other requests do, and counts as one of them.
-        """
-        self._require_started()
-        with self._admit("") as admitted, self._restarter.errors():
-            claim = self._claim(admitted, deadline)
-            return await self._prompts.tokenize(prompt, claim, special_tokens=special_tokens)
-
-    # Control
+    # Model and policy
 
     @property
     def model(self) -> ModelInfo:
         """The model that is served; raises :class:`Unavailable` until it is known."""
-        self._require_started()
+        self._state.require_started()
         assert self._model is not None
         return self._model
 
@@ -326,7 +218,7 @@ class Service:
     @property
     def policy(self) -> DepthPolicy:
         """The policy in force; raises :class:`Unavailable` until there is one."""
-        self._require_started()
+        self._state.require_started()
         return self._in_force.policy
 
     @contextmanager
@@ -364,54 +256,6 @@ class Service:
         self._in_force.install(policy)
 
     # Inside
-
-    def _cache_namespace(self) -> CacheNamespace | None:
-        return EVERYONE if self._share_prefix_cache else current_caller().cache_namespace
-
-    def _admit(self, request_id: str) -> AbstractContextManager[Admitted]:
-        return self._admission.admit(request_id, current_caller().client)
-
-    def _claim(self, admitted: Admitted, deadline: float) -> Claim:
-        return Claim(admitted.client, deadline, lambda: self._admission.begin(admitted))
-
-    def _slot(self, admitted: Admitted, served: ServedDepth, claim: Claim) -> Slot:
-        return self._queue.slot(
-            admitted.client,
-            admitted.num_tokens,
-            admitted.num_tokens * served.prefill_layers / self.policy.num_layers,
-            deadline=claim.deadline,
-            on_refused=claim.on_refused,
-        )
-
-    def _account(self, admitted: Admitted, slot: Slot, served: ServedDepth) -> RequestAccount:
-        return RequestAccount(
-            admitted,
-            slot,
-            served,
-            self.policy.num_layers,
-            admission=self._admission,
-            auto=self._auto,
-            metrics=self.metrics,
-        )
-
-    async def _follow_load(self) -> None:
-        while True:
-            await asyncio.sleep(_CHOICE_SECONDS)
-            queue, rung = self._queue, self._auto.rung
-            level = self._auto.choose(
-                self.policy,
-                num_waiting=queue.num_waiting,
-                longest_wait=queue.longest_wait(),
-                utilization=queue.utilization,
-            )
-            if level.name != self.policy.present_level:
-                self._in_force.install(self.policy.with_present_level(level.name))
-            if self._auto.rung != rung:
-                self.metrics.count_policy_change(down=self._auto.rung > rung)
-
-    def _require_started(self) -> None:
-        if not self._in_force.is_known:
-            raise self._state.starting()
 
     def _load(self) -> LoadInfo:
         try:

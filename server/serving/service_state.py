@@ -1,4 +1,4 @@
-"""What a service is doing, from its start to its end."""
+"""The state of a service, from its start to its end."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Status:
     """A service at this moment; times in seconds."""
 
     state: State
-    # What is being done to get ready; empty once it is.
+    # The step of the start that is being taken; empty once the service is open.
     startup_phase: str
     startup_seconds: dict[str, float]
     load: LoadInfo
     uptime: float
     num_engine_restarts: int
     version: str
-    # Of requests that leave the depth to the server, at present; empty until it is known.
+    # The level that requests get now if they leave the depth to the server; empty until known.
     auto_level: str
 
 
@@ -65,7 +65,7 @@ class ServiceState:
         return time.monotonic() - self._created
 
     def turn_to(self, state: State) -> None:
-        """Enter a state, if it is another one, and tell who waits for a change."""
+        """Enter a state, and wake all that wait for a change, if it is another one."""
         if state is not self._state:
             logger.info("%s", state.value)
             self._state = state
@@ -99,16 +99,20 @@ class ServiceState:
         self.startup_seconds[name] = time.monotonic() - started
         self._metrics.set_startup(name, self.startup_seconds[name])
 
-    def starting(self) -> Unavailable:
-        """Return what requests are told that come too early."""
-        return Unavailable(f"the server is starting: {self.startup_phase}")
+    def require_started(self) -> None:
+        """Raise :class:`Unavailable`, naming the phase, while the start has phases to go."""
+        if self.startup_phase:
+            raise self._starting()
 
     def require_serving(self) -> None:
         """Raise :class:`Unavailable`, with the reason, in every state but SERVING."""
         match self._state:
             case State.STARTING:
-                raise self.starting()
+                raise self._starting()
             case State.DRAINING:
                 raise Unavailable("the server is draining and takes no more requests")
             case State.ENGINE_DOWN:
                 raise Unavailable(ENGINE_DEAD)
+
+    def _starting(self) -> Unavailable:
+        return Unavailable(f"the server is starting: {self.startup_phase}")

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class TokenizerThread:
-    """Runs one piece of work at a time; what waits in ``queue`` ends with its call."""
+    """Runs one piece of work at a time; the others wait in ``queue``, shared fairly."""
 
     def __init__(self, name: str) -> None:
         self.queue = FairQueue(1)
@@ -23,7 +23,7 @@ class TokenizerThread:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def run(self, claim: Claim, function: Callable[[], T], cost: float) -> T:
-        """Return what ``function`` returns, once it is the client's turn.
+        """Run ``function`` when it is the client's turn; return its result.
 
         ``cost`` is charged to the client. Raises the errors of :meth:`FairQueue.enter`.
         """

@@ -1,4 +1,4 @@
-"""What the benchmarks make of rounds that are given to them."""
+"""Summaries that the benchmarks make of given rounds."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def test_arrivals_are_those_of_a_poisson_process() -> None:
     assert arrivals != poisson_arrivals(4.0, 20_000, seed=1)
     assert arrivals == sorted(arrivals)
     gaps = [later - earlier for earlier, later in pairwise(arrivals)]
-    # Of an exponential distribution, both are 1 / rate.
+    # Mean and deviation of an exponential distribution are 1 / rate.
     assert statistics.mean(gaps) == pytest.approx(0.25, rel=0.03)
     assert statistics.stdev(gaps) == pytest.approx(0.25, rel=0.03)
 

@@ -1,4 +1,4 @@
-"""Mistakes between resources, and in values, that no schema can know of."""
+"""Checks of resources against each other, and of values, that no schema can make."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QUANTITY_KEYS = {"sizeLimit", "averageValue"}
 
 
 def problems(manifests: list[Manifest]) -> list[str]:
-    """Return what is wrong, each with the resource that it is wrong with."""
+    """Return the mistakes, each with its resource."""
     names = {(each["kind"], each["metadata"]["name"]) for each in manifests}
     all_pods = list(pods_of(manifests))
     return [

@@ -1,4 +1,4 @@
-"""Pod templates of manifests, and what of the other resources selects them."""
+"""Pod templates of manifests, and the resources that select them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _UNITS["Ki"] = _UNITS.pop("ki")
 
 @dataclass(frozen=True, slots=True)
 class Pods:
-    """What a resource makes pods of."""
+    """The pod template of a resource."""
 
     owner: Manifest
     template: Any
@@ -77,7 +77,7 @@ def pods_of(manifests: list[Manifest]) -> Iterator[Pods]:
 
 
 def quantity(value: object) -> Decimal:
-    """Return the value of a quantity; raise ValueError for what is none."""
+    """Return the value of a quantity; raise ValueError if it is none."""
     match = _QUANTITY.fullmatch(str(value))
     if match is None:
         raise ValueError(f"{value!r} is no quantity")

@@ -1,4 +1,4 @@
-"""What resources say of each other; and that the check finds the mistakes that others made."""
+"""Resources agree with each other, and the check finds common mistakes."""
 
 from __future__ import annotations
 

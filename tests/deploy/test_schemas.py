@@ -53,7 +53,7 @@ def read_definition(path: Path) -> Any:
 
 
 def definition_problems(manifest: Manifest) -> list[str]:
-    """Return what the definition of a custom resource has against it."""
+    """Return the errors of a custom resource by its definition."""
     definition = read_definition(data_path(f"crds/{DEFINITIONS[manifest['kind']]}"))
     version = manifest["apiVersion"].rpartition("/")[2]
     assert definition["group"] == group(manifest), manifest["apiVersion"]
@@ -67,7 +67,7 @@ def definition_problems(manifest: Manifest) -> list[str]:
 
 
 def validator_problems(manifests: list[Manifest]) -> str:
-    """Return what npm's validators have against custom resources, or skip the test."""
+    """Return the errors that npm's validators find in custom resources, or skip the test."""
     node = shutil.which("node")
     if node is None or not (CUSTOM_RESOURCES / "node_modules").is_dir():
         pytest.skip("npm's packages are absent; make test-deploy installs them where npm is")

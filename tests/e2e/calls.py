@@ -85,7 +85,7 @@ def failure(call: Callable[[], object]) -> CallError:
 
 
 def requested(prefill_layers: int, decode_layers: int) -> common_pb2.Served:
-    """Return what a request is told that named these depths."""
+    """Return the depth in the answer to a request that named these depths."""
     return common_pb2.Served(
         prefill_layers=prefill_layers,
         decode_layers=decode_layers,

@@ -100,7 +100,7 @@ class RunningServer:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def copy_state(self, directory: Path) -> Path:
-        """Copy what is kept between starts, for a server that measures something else."""
+        """Copy the state directory, for a server that measures something else."""
         ignored = shutil.ignore_patterns("*.lock", "compiled")
         return Path(shutil.copytree(self.state_directory, directory / "state", ignore=ignored))
 
@@ -190,5 +190,5 @@ def until(found: Callable[[], T | None], problem: Callable[[], str]) -> T:
 
 
 def measurements_in(log: str) -> list[str]:
-    """Return what was measured during the start, in order."""
+    """Return the measurements of the start, in order."""
     return re.findall(r"(Ranking the layers|Measuring \w+): 100 %", log)

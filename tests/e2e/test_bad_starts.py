@@ -1,4 +1,4 @@
-"""Servers that cannot start: the exit code, and one line that says what is wrong with what."""
+"""Servers that cannot start: the exit code, and one line that names the fault."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.fathom_command import fathom, fathom_in_process, free_ports
 
 LOADING = "Loading the model"
 
-# Makes a bad thing in the directory; returns the settings that name it, and what is said of it.
+# Makes something bad in the directory; returns the settings that name it, and texts of the error.
 Trouble = Callable[[Path], tuple[dict[str, object], list[str]]]
 
 

@@ -30,7 +30,7 @@ def wait_until_idle(server: RunningServer) -> None:
 
 
 def wait_for_calls(server: RunningServer, before: Scrape, code: str, count: int) -> Scrape:
-    """Return the first scrape that has counted so many more streams that ended with a code."""
+    """Return the first scrape with ``count`` more streams that ended with ``code``."""
 
     def counted() -> Scrape | None:
         scrape = server.scrape()

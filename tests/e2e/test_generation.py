@@ -37,7 +37,7 @@ class Subject:
     checkpoint: Path
     dense: Any
     removal_order: list[int]
-    # Of prefill and decode depth.
+    # (prefill depth, decode depth).
     pairs: list[tuple[int, int]]
 
     def selection(self, prefill: int, decode: int) -> LayerSelection:

@@ -28,7 +28,7 @@ SMALL_WINDOW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096
 
 @dataclass(frozen=True)
 class Life:
-    """What was seen of a server from its start to its end."""
+    """Observations of a server from its start to its end."""
 
     log: str
     refused_while_starting: CallError

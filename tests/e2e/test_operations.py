@@ -63,7 +63,7 @@ def server(
     clients.write_text(f"alice inference {ALICE}\nops inference,control {OPS}\n")
     (directory / "fathom.yaml").write_text("levels: {full: 16, half: 8}\n")
     GuardedServer.tls = ClientTls(ca=authority.pem)
-    # A copy: what is measured for new levels is kept, which other tests would notice.
+    # A copy, because measurements of new levels are kept, which other tests would notice.
     state = demo_server.copy_state(directory)
     server = GuardedServer(
         directory,

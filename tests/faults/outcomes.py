@@ -54,7 +54,7 @@ class Crowd:
     async def send(
         self, crowd: Sequence[Asked], fault: Callable[[], None], *, after: int
     ) -> Counter[Outcome]:
-        """Inject the fault as soon as so many streams have begun."""
+        """Inject the fault as soon as ``after`` streams have begun."""
         self.num_admitted, self.num_begun, self.problems = 0, 0, []
         tasks = [asyncio.create_task(self._one(asked)) for asked in crowd]
         while self.num_begun < after:

@@ -43,7 +43,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 
 @pytest.fixture(scope="module")
 def crowd(server: RunningServer) -> list[Asked]:
-    """Streams, and one unary call in four, with what each is to be answered."""
+    """Streams, and one unary call in four, each with the expected answer."""
     kinds = [(prompt, depth) for prompt in PROMPTS for depth in DEPTHS]
     with server.client() as client:
         answers = at_once(
@@ -95,7 +95,7 @@ def survive(server: RunningServer, crowd: list[Asked], fault: Callable[[], None]
 
 
 def test_a_killed_engine(server: RunningServer, crowd: list[Asked]) -> None:
-    """So ends also one that the kernel has chosen because memory has run out."""
+    """The kernel kills an engine in this way when memory has run out."""
     (engine,) = server.engine_processes()
     survive(server, crowd, engine.kill)
 

@@ -1,4 +1,4 @@
-"""Another program listens where the metrics are to be."""
+"""The metrics port is taken by another program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Throw many requests at what reads them.
+"""Throw many requests at the code that reads them.
 
     python -m tests.fuzz [--cases 100000] [--seed 0] [--random]
 
@@ -78,7 +78,7 @@ def _guided(cases: int, seed: int) -> None:
     def one(data: bytes) -> None:
         (check_raw if data[:1] and data[0] % 2 else check_structured)(data[1:])
 
-    # It ends the process itself: with 0 after so many runs, else where one has failed.
+    # atheris ends the process: with 0 after all runs, with another code at the first failure.
     options = [
         f"-runs={cases}",
         f"-seed={seed + 1}",

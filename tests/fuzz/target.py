@@ -1,4 +1,4 @@
-"""What requests go through before they reach the engine, without a server around it."""
+"""The path of a request up to the engine, without a server around it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_raw(data: bytes) -> bool:
 
 
 def _check(message: Message) -> bool:
-    """Raise whatever is not meant for clients."""
+    """Raise errors that are not meant for clients."""
     try:
         _convert(message)
     except FathomError as error:

@@ -1,4 +1,4 @@
-"""What transformers makes of a checkpoint, whole or with layers left out by hand."""
+"""Outputs of transformers for a checkpoint, whole or with layers left out by hand."""
 
 from __future__ import annotations
 

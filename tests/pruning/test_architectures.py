@@ -32,7 +32,7 @@ from tests.pruning.models import PROMPTS, generate, load, logits
 from tests.pruning.models import without_layers as without_layers_by_hand
 
 NUM_CUSTOM_LAYERS = 4
-# Its library halves the stream every so many layers, between them.
+# transformers halves the residual stream after every few layers of this model.
 RESCALED = Architecture(
     "RWKV, rescaled",
     "RwkvForCausalLM",

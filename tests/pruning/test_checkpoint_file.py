@@ -1,4 +1,4 @@
-"""The small files of a checkpoint: whatever is wrong with one is said, with its path."""
+"""The small files of a checkpoint: every fault is reported with the path."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _unreadable(path: Path) -> None:
     path.touch(0)
 
 
-# Each makes a file that is no object of JSON; with a part of what is said of it.
+# Functions that write a file which is no JSON object, each with a part of the error.
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "empty": (lambda path: path.write_bytes(b""), "not a complete JSON document"),
     "cut short": (lambda path: path.write_text('{"a": [1, '), "not a complete JSON document"),
@@ -103,7 +103,7 @@ def test_any_bytes_are_read_or_refused(
 
 
 def outcome(read: Callable[[], object]) -> str:
-    """Return what a file is refused with, or that it is read."""
+    """Return the error of a file, or that it is read."""
     try:
         read()
     except CheckpointError as error:

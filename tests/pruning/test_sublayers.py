@@ -36,7 +36,7 @@ SEQUENTIAL = (
 
 
 def part_modules(family: str, layer: Any, part: Part) -> list[nn.Module]:
-    """The modules of one part, by what is known of each family."""
+    """The modules of one part, for each family."""
     match family, part:
         case "GPT-2", "attention":
             return [layer.attn]

@@ -1,4 +1,4 @@
-"""Which weights are loaded where files lie side by side."""
+"""The weights that are loaded if a directory holds several files."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from server.background import BackgroundTask
 
 
 class Work:
-    """Fails so many times, then waits until it is cancelled."""
+    """Fails with each of ``failures``, then waits until it is cancelled."""
 
     def __init__(self, *failures: BaseException) -> None:
         self.failures = list(failures)

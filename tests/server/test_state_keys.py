@@ -104,7 +104,7 @@ def test_companions_are_part_of_a_key() -> None:
 
 
 def test_every_kind_of_entry_is_described() -> None:
-    """Whoever keeps something new in the state directory has to say what it depends on."""
+    """The table names every kind of entry in the state directory, with all that it depends on."""
     root = Path(__file__).parents[2] / "server"
     kinds = set()
     for path in root.rglob("*.py"):

@@ -22,9 +22,9 @@ _KIND = "checkpoint"
 
 @dataclass(frozen=True, slots=True)
 class _ExportEntry(EntryFormat[str]):
-    """The fingerprint of an exported checkpoint, which is what that directory must still have.
+    """The fingerprint of an exported checkpoint; loading it compares it with the checkpoint.
 
-    It is written after the checkpoint: one without it was not finished.
+    It is written after the checkpoint, so a checkpoint without it is unfinished.
     """
 
     directory: Path
@@ -46,7 +46,7 @@ class _ExportEntry(EntryFormat[str]):
 
 
 class CheckpointStore:
-    """Exports of one model by the layers that they leave out."""
+    """Checkpoints of one model, by the layers that they leave out."""
 
     def __init__(
         self, state_dir: Path, source: Path, source_name: str, fingerprint: str, *, with_code: bool
@@ -59,10 +59,10 @@ class CheckpointStore:
         self._with_code = with_code
 
     async def checkpoint(self, plan: Plan, skipped: tuple[int, ...]) -> Path:
-        """Return a checkpoint without the ``skipped`` layers of ``plan``, made where none is kept.
+        """Return a checkpoint without the ``skipped`` layers of ``plan``; make it if none is kept.
 
-        The dense model is the source itself. Of several servers that need the same checkpoint,
-        one makes it. Raises :class:`FailedPrecondition` where it cannot be made.
+        Without skipped layers that is the source itself. If several servers need the same
+        checkpoint, one makes it. Raises :class:`FailedPrecondition` if it cannot be made.
         """
         if not skipped:
             return self._source
@@ -79,7 +79,7 @@ class CheckpointStore:
             await self._state.load_or_make(
                 _KIND, key, entry, lambda: asyncio.to_thread(self._export, plan, depth, path)
             )
-        except (OSError, ValueError) as error:  # ValueError: what pruning raises
+        except (OSError, ValueError) as error:  # ValueError: the base of pruning's errors
             raise FailedPrecondition(
                 f"a checkpoint of depth {depth} cannot be made: {error}"
             ) from error

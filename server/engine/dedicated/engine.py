@@ -61,19 +61,17 @@ _DENSE = LayerSelection()
 
 @dataclass(frozen=True, slots=True)
 class DedicatedConfig(EngineConfig):
-    """What the dedicated engine is started with.
+    """Configuration of the dedicated engine.
 
-    ``memory_shares`` says by level which part of the memory its engine gets. Checkpoints are kept
-    in ``state_dir``. An engine that does not answer for ``timeout_seconds`` is started again,
-    unless that is 0; one that does nothing at all, after ``stall_seconds``. ``ranked_model`` is
-    the checkpoint whose layers are ranked, where that is not ``model``: transformers does not
-    load every quantized one.
+    ``memory_shares`` maps a level to its engine's share of the memory. Checkpoints are kept in
+    ``state_dir``. An engine that does not answer for ``timeout_seconds`` is started again, and one
+    that does nothing at all after ``stall_seconds``; 0: never. ``ranked_model`` is the checkpoint
+    whose layers are ranked, if not ``model``: transformers cannot load every quantized one.
     """
 
     memory_shares: Mapping[str, float] = field(default_factory=dict)
     state_dir: Path = Path()
     timeout_seconds: float = 0.0
-    # 0: no other time than timeout_seconds.
     stall_seconds: float = 0.0
     ranked_model: Path | None = None
 
@@ -81,9 +79,9 @@ class DedicatedConfig(EngineConfig):
 class DedicatedEngine:
     """Runs the depths that it was prepared for; see :class:`server.engine.base.Engine`.
 
-    An engine whose process has ended is started again with back-off. Meanwhile the requests of
-    its depth, and no others, are refused with :class:`Unavailable`. The whole is alive while any
-    of them is: a level that works is worth serving, whichever is the default one.
+    An engine whose process has ended is started again with back-off. Meanwhile only requests of
+    its depth are refused, with :class:`Unavailable`. The dedicated engine is alive while any of
+    its engines is.
     """
 
     name = "dedicated"
@@ -105,9 +103,9 @@ class DedicatedEngine:
         self._metrics: Any = None
 
     async def start(self) -> None:
-        """Learn what the model is; :meth:`prepare` starts the engines.
+        """Read the model's configuration and tokenizer; :meth:`prepare` starts the engines.
 
-        Called again, wait until an engine runs: they are started again by themselves.
+        Called again, it waits until an engine runs: each engine restarts itself.
 
         Raises :class:`InvalidArgument` for a setting that vLLM does not take.
         """
@@ -169,7 +167,7 @@ class DedicatedEngine:
         return engine is not None and engine.is_alive
 
     async def shutdown(self) -> None:
-        async with self._preparing:  # what is being started is ended by whoever started it
+        async with self._preparing:  # prepare() ends the engines that it has started if it fails
             for task in self._retirements:
                 task.cancel()
             await asyncio.gather(*self._retirements, return_exceptions=True)
@@ -264,8 +262,9 @@ class DedicatedEngine:
         selections: Sequence[LayerSelection],
         progress: ProgressCallback,
     ) -> list[Quality]:
-        """Measure as the protocol says; there is no divergence, and where no level is dense, no
-        agreement.
+        """Measure as the protocol says, without divergence.
+
+        There is no agreement either where no level is dense.
         """
         check_windows(windows, self.model)
         has_dense = _DENSE in self._engines
@@ -379,7 +378,7 @@ class DedicatedEngine:
         self._metrics.publish()
 
     def _registries(self) -> list[tuple[str, Registry]]:
-        engines = self._engines  # it is replaced, not changed: a scrape comes from any thread
+        engines = self._engines  # safe in any thread: the dictionary is replaced, never changed
         return [
             (str(engine.depth), engine.registry)
             for engine in engines.values()

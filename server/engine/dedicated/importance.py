@@ -1,12 +1,12 @@
-"""Ranks layers with transformers, in a process that ends with the measurement.
+"""Block Influence measured with transformers, in a process that ends with the measurement.
 
-An unmodified vLLM has no place to measure a layer at. The model is loaded a second time for it,
-so not in the server's process, which would keep much of that memory.
+An unmodified vLLM cannot measure single layers, so transformers loads the model a second time.
+That happens in another process, because the server's process would keep much of that memory.
 
     python -m server.engine.dedicated.importance
 
-reads one JSON object from its standard input and writes one for each line of its output: how far
-it is, at last the sums or an error.
+reads one JSON object from its standard input and writes one JSON object a line: the progress, and
+at the end the result or an error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pruning.importance import BlockInfluence, ImportanceError
 from server.engine.base import ProgressCallback
 from server.errors import FailedPrecondition
 
-# The result has one line with numbers for each layer.
+# In bytes. The result is one line, with some numbers for each layer.
 _LINE_LIMIT = 1 << 24
 
 
@@ -47,7 +47,7 @@ async def measure_in_process(
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         limit=_LINE_LIMIT,
-        start_new_session=True,  # Ctrl-C is for the server
+        start_new_session=True,  # so that Ctrl-C reaches only the server
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -73,7 +73,7 @@ async def measure_in_process(
             else:
                 raise ImportanceError(message["error"])
     except (BrokenPipeError, ConnectionResetError):
-        pass  # it has ended
+        pass  # the process has ended, as is reported below
     finally:
         if process.returncode is None:
             process.kill()
@@ -87,7 +87,7 @@ async def measure_in_process(
 def main() -> None:
     """Measure what standard input asks for."""
     job = json.load(sys.stdin)
-    # What libraries print is not for the server to read.
+    # Anything that libraries print goes to standard error, not to the server.
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
@@ -108,7 +108,7 @@ def main() -> None:
                 lambda done, total: tell({"done": done, "total": total}),
             ),
         )
-    except Exception as error:  # there is no telling what transformers may find
+    except Exception as error:  # transformers documents no base class of its errors
         tell({"error": f"{type(error).__name__}: {error}"})
         return
     tell(

@@ -38,7 +38,7 @@ _THREADS_VARIABLE = "OMP_NUM_THREADS"
 
 
 class LevelEngine:
-    """The engine of one depth; it is started again, with back-off, when its process has ended."""
+    """The engine of one depth, which restarts with back-off when its process has ended."""
 
     def __init__(
         self,
@@ -53,12 +53,12 @@ class LevelEngine:
     ) -> None:
         """``starting`` is held while an engine starts: they are started one after another.
 
-        An engine that does not answer for ``timeout_seconds`` is killed, unless that is 0, and
-        after ``stall_seconds`` already, unless they are 0, where it does nothing at all.
+        An engine that does not answer for ``timeout_seconds`` is killed, and one that does
+        nothing at all after ``stall_seconds``; 0: never.
         """
         self.depth = depth
         self.llm = VllmClient()
-        # vLLM's metrics since the last start.
+        # Holds vLLM's metrics since the last start.
         self.registry: Any = None
         self._config = config
         self._checkpoint = checkpoint
@@ -76,7 +76,7 @@ class LevelEngine:
         self._is_supervised = False
 
     async def start(self) -> None:
-        """Start the engine; its supervision begins with the first time."""
+        """Start the engine; the first start also begins its supervision."""
         async with self._starting:
             started = time.monotonic()
             from server.engine.dedicated.vllm_metrics import registry_and_logger
@@ -134,7 +134,7 @@ class LevelEngine:
         config, resources = self._config, self._resources
         arguments: dict[str, Any] = {
             **base_arguments(dataclasses.replace(config, model=self._checkpoint)),
-            # One tokenizer for all engines: that of the model itself.
+            # All engines use the tokenizer of the model itself.
             "tokenizer": str(config.model),
         }
         given = dict(config.engine_args)
@@ -148,7 +148,7 @@ class LevelEngine:
             arguments["gpu_memory_utilization"] = whole * resources.share
         try:
             vllm_config = AsyncEngineArgs(**{**arguments, **given}).create_engine_config()
-        except Exception as error:  # its checks raise what they like
+        except Exception as error:  # vLLM's checks raise exceptions of any class
             raise refusal(error, config) from error
         check_kv_cache(vllm_config, None)
         return vllm_config
@@ -156,7 +156,7 @@ class LevelEngine:
 
 @contextmanager
 def _threads(number: int | None) -> Iterator[None]:
-    """Let processes that are started meanwhile use so many threads, unless the operator chose."""
+    """Set the number of threads of processes that are started inside, unless the operator has."""
     if number is None or _THREADS_VARIABLE in os.environ:
         yield
         return

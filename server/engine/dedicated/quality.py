@@ -13,7 +13,7 @@ from server.engine.prefix_cache import cache_salt
 from server.engine.token_progress import TokenProgress, first_failure
 from server.engine.vllm_client import VllmClient
 
-# Measurements leave the rest of the batch to clients.
+# Requests of a measurement at a time; the rest of the batch is left to clients.
 _MEASURING_REQUESTS = 16
 
 _numbers = itertools.count()
@@ -23,7 +23,7 @@ _numbers = itertools.count()
 class WindowStatistics:
     """Statistics of the second half of one text window, given the first half.
 
-    The elastic engine measures the same.
+    The elastic engine measures the same halves.
     """
 
     num_tokens: int
@@ -33,9 +33,9 @@ class WindowStatistics:
     most_likely: tuple[int, ...]
 
     def sums(self, reference: WindowStatistics | None) -> tuple[float, float, float | None, None]:
-        """Return what :func:`pruning.quality.quality_of_windows` takes of this window.
+        """Return this window's sums for :func:`pruning.quality.quality_of_windows`.
 
-        There is no divergence: that takes the log-probabilities of the whole vocabulary.
+        The divergence is None: it needs the log-probabilities of the whole vocabulary.
         """
         agreements = None
         if reference is not None:

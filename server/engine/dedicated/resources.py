@@ -1,4 +1,4 @@
-"""How the engines of the levels divide the machine."""
+"""Resources of the machine, divided among the engines of the levels."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from pathlib import Path
 
 import psutil
 
-from server.engine.arguments import GIB, num_cpu_threads, weight_bytes
+from pruning.weights import weight_bytes
+from server.engine.arguments import GIB, num_cpu_threads
 from server.errors import FailedPrecondition
 
-# What vLLM's process takes before weights and KV cache, with room for what it computes.
+# Memory of vLLM's process apart from weights and KV cache.
 _PROCESS_BYTES = GIB
 
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What one engine gets. ``num_threads`` and ``kv_cache_bytes`` are for CPUs."""
+    """The resources of one engine. ``num_threads`` and ``kv_cache_bytes`` are set for CPUs only."""
 
     share: float
     kv_cache_bytes: int | None = None
@@ -27,9 +28,9 @@ class Resources:
 def divide_memory(names: list[str], shares: Mapping[str, float]) -> dict[str, float]:
     """Return the share of the memory of each of the levels ``names``.
 
-    Levels that ``shares`` does not name have equal parts of what the others leave.
+    Levels that are not in ``shares`` get equal parts of the rest.
 
-    Raises :class:`FailedPrecondition` where that is nothing.
+    Raises :class:`FailedPrecondition` if there is no rest for them.
     """
     unnamed = [name for name in names if name not in shares]
     rest = 1.0 - sum(shares[name] for name in names if name in shares)
@@ -43,9 +44,9 @@ def divide_memory(names: list[str], shares: Mapping[str, float]) -> dict[str, fl
 def cpu_resources(
     checkpoint: Path, share: float, total_kv_cache_bytes: int, num_cores: int, num_levels: int
 ) -> Resources:
-    """Return what an engine on a CPU gets: its share of the KV cache, its part of the cores.
+    """Return the resources of an engine on a CPU: its share of the KV cache and of the cores.
 
-    Raises :class:`FailedPrecondition` where the memory for it is not there.
+    Raises :class:`FailedPrecondition` if the machine has too little memory left.
     """
     kv_cache_bytes = int(share * total_kv_cache_bytes)
     weights = weight_bytes(checkpoint)

@@ -1,9 +1,9 @@
 """vLLM's Prometheus metrics of several engines in one process.
 
-vLLM puts the metrics of its one engine into the process's registry and throws out what another
-has put there. So each engine gets a registry of its own, and what is scraped is merged from them
-with a label that tells the engines apart. vLLM writes through prometheus_client, so this file
-imports it, too.
+vLLM puts the metrics of an engine into the process's registry, and removes those of any other
+engine from it. So each engine gets a registry of its own, and a scrape gets all of them, merged,
+with a label that tells the engines apart. vLLM uses prometheus_client, so this file imports it,
+too.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _GROUPS = ("_spec_decoding_cls", "_kv_connector_cls", "_ec_connector_cls", "_per
 
 
 def registry_and_logger() -> tuple[CollectorRegistry, type[PrometheusStatLogger]]:
-    """Return a new registry, and the class of a logger of vLLM's that writes to it."""
+    """Return a new registry, and a subclass of vLLM's metrics logger that writes to it."""
     registry = CollectorRegistry()
     metrics = {
         name: staticmethod(partial(metric, registry=registry)) for name, metric in _METRICS.items()
     }
 
     def own(group: type[Any]) -> type[Any]:
-        """Return ``group``, which makes metrics of its own, writing to the registry, too."""
+        """Return a subclass of ``group`` that writes its own metrics to the registry, too."""
         made = {name: metric for name, metric in metrics.items() if hasattr(group, name)}
         return type(group.__name__, (group,), made)
 
@@ -42,14 +42,14 @@ def registry_and_logger() -> tuple[CollectorRegistry, type[PrometheusStatLogger]
 
 
 class MergedMetrics(Collector):
-    """The families of several registries, each sample labelled with where it is from."""
+    """The families of several registries; each sample has the label of its registry."""
 
     def __init__(self, registries: Callable[[], Iterable[tuple[str, CollectorRegistry]]]) -> None:
         """``registries`` returns labels, all different, and registries; from any thread."""
         self._registries = registries
 
     def publish(self) -> None:
-        """Let what scrapes this process find them."""
+        """Add the metrics to those that are scraped from this process."""
         REGISTRY.register(self)
 
     def withdraw(self) -> None:

@@ -38,9 +38,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ElasticConfig(EngineConfig):
-    """What the elastic engine is started with."""
+    """Configuration of the elastic engine."""
 
-    # None: where it is known to pay, which is on CPU.
+    # None: on CPU only, where it is known to be faster.
     compile_layers: bool | None = None
     # Keeps compiled code for the next start; None leaves that to torch.
     compile_cache: Path | None = None

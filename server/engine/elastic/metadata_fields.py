@@ -1,4 +1,4 @@
-"""How each field of vLLM's attention metadata is cut down to some of a step's tokens."""
+"""Fields of vLLM's attention metadata, and how each is cut down to some of a step's tokens."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import enum
 
 
 class FieldKind(enum.Enum):
-    """What a subset of the step's tokens has in a field of ``CommonAttentionMetadata``."""
+    """Kind of a field of ``CommonAttentionMetadata``: how a subset of the tokens gets its value."""
 
-    # What is computed for the subset: counts, lengths and starts.
+    # Counts, lengths and starts, which are computed for the subset.
     COMPUTED = enum.auto()
     # One entry for each row, of which those of the subset's rows are taken. A single value that
     # stands for all rows is left as it is.
@@ -17,7 +17,7 @@ class FieldKind(enum.Enum):
     TOKEN = enum.auto()
     # A value of the whole step that holds for any part of it.
     SCALAR = enum.auto()
-    # What vLLM derives from other fields and keeps; dropped, so that it is derived anew.
+    # A value that vLLM derives from other fields and keeps; dropped, so that it is derived anew.
     CACHE = enum.auto()
     # A part of vLLM that the elastic engine does not use; a step that sets it is an error.
     UNUSED = enum.auto()

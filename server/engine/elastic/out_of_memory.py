@@ -1,4 +1,4 @@
-"""How to tell that memory has run out from other errors."""
+"""Recognition of errors that say that memory has run out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 
 import torch
 
-# What torch says on CPU; the error has no class of its own there.
+# torch's messages on CPU, where the error has no class of its own.
 _ON_CPU = "can't allocate memory", "not enough memory"
 
 

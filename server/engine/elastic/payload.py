@@ -44,7 +44,7 @@ Probe = ImportanceProbe | GramProbe | QualityProbe
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """The layers that a request skips, and what is to be measured on it.
+    """The layers that a request skips, and the measurement to make on it.
 
     ``num_context`` is the number of tokens that run as prompt; the rest of the prompt then runs
     as generated tokens do. None: the whole prompt.

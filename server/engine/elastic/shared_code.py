@@ -25,12 +25,12 @@ _OPTIONS: dict[str, Any] = {
     # The number of C++ compilers that run at a time; vLLM asks for one.
     "compile_threads": os.cpu_count() or 1,
 }
-# What torch says of a module that is not built like the first one; the error has no class.
+# torch's message for a module that is not built like the first one; the error has no class.
 _OTHER_MODULE = "fail_on_recompile"
 
 
 class SharedCode:
-    """What a function does with a module and some tensors, compiled once for many modules.
+    """A function of a module and some tensors, compiled once for many modules.
 
     torch.compile turns the function into bare code, whose inputs are the module's weights and
     whatever else of it may differ from one module to the next, the tensors, and their size. It
@@ -159,7 +159,7 @@ class SharedCode:
 
 
 def _variables(examples: Sequence[Any]) -> Iterator[object]:
-    """Yield what is variable in a graph's inputs, once for each place where it occurs."""
+    """Yield the variable sizes in a graph's inputs, once for each place where they occur."""
     for example in examples:
         sizes = example.shape if isinstance(example, torch.Tensor) else [example]
         for size in sizes:
@@ -169,7 +169,7 @@ def _variables(examples: Sequence[Any]) -> Iterator[object]:
 
 
 class _Call:
-    """What went into the bare code and came out of it, within its wrappers and outside of them."""
+    """Inputs and outputs of one call of the bare code, inside and outside of its wrappers."""
 
     arguments: list[Any]
     inputs: list[Any]

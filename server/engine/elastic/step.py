@@ -179,7 +179,7 @@ class ElasticStep:
         common = self._common
         num_tokens = stops - starts
         query_start = torch.from_numpy(np.append(0, np.cumsum(num_tokens)).astype(np.int32))
-        # What follows the subset's tokens in a row has no keys and values in this layer yet.
+        # Tokens after the subset's in a row have no keys and values in this layer yet.
         num_later = torch.from_numpy(self._query_start[rows + 1] - stops)
         kept = torch.from_numpy(rows)
         lengths = common.seq_lens[kept.to(common.seq_lens.device)]

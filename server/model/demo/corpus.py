@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-# Left out: tests are no documentation, and what lies below site-packages is no standard library.
+# Tests are no documentation, and site-packages holds no part of the standard library.
 _EXCLUDED_DIRECTORIES = frozenset({"test", "tests", "idle_test", "site-packages", "__pycache__"})
 _NUM_BUCKETS = 24
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

@@ -23,7 +23,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """Four layers of every kind of tensor, in three shards, with all that lies beside them."""
+    """Four layers of every kind of tensor, in three shards, with all files beside them."""
     directory = tmp_path / "model"
     directory.mkdir()
     config = {

@@ -1,4 +1,4 @@
-"""What is left where an export ends in the middle."""
+"""Directories of exports that were interrupted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the server may listen without protection."""
+"""Addresses on which the server may listen without protection."""
 
 from __future__ import annotations
 

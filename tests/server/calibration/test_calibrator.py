@@ -1,4 +1,4 @@
-"""What is measured, and on what."""
+"""Measurements, and the texts that they use."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ async def test_what_cannot_be_measured(engine: RecordingEngine) -> None:
 
 
 async def test_a_token_that_the_model_does_not_know() -> None:
-    """The engine would die of it."""
+    """It would end the engine."""
     engine = OutgrownEngine()
     await engine.start()
     problem = r"\('b~'\.\.\.\) has the token 258, allowed: 0 to 257, the model's vocabulary"

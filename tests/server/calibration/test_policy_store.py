@@ -103,7 +103,7 @@ async def test_only_what_is_missing_is_measured(tmp_path: Path) -> None:
 
 
 async def test_measurements_belong_to_layers_and_not_to_depths(tmp_path: Path) -> None:
-    """Another plan leaves out other layers at the same depth, except at none left out."""
+    """Another plan leaves out other layers at the same depth, except at full depth."""
     measuring = Measuring()
     await store(tmp_path).speeds(POLICY, [DENSE, FAST], measuring.speeds)
     other = POLICY.with_plan(replace(PLAN, removal_order=(3, 0, 1, 2)))

@@ -42,7 +42,7 @@ class Server:
         return self.process.returncode, printed
 
     def kill(self) -> None:
-        """End it and what it has started, where that has not been done."""
+        """End the server and its processes, if they still run."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.communicate()

@@ -1,4 +1,4 @@
-"""Levels: defaults and how they are written."""
+"""Levels: defaults and notation."""
 
 from __future__ import annotations
 

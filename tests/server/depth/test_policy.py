@@ -1,4 +1,4 @@
-"""Which depth a request gets."""
+"""The depth that a request gets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Linux tells of real processes."""
+"""Activity of real processes."""
 
 from __future__ import annotations
 

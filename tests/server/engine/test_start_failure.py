@@ -1,4 +1,4 @@
-"""Why an engine could not start is said where it is asked for."""
+"""The reason why an engine could not start reaches the server."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def fail(*errors: Exception) -> None:
 
 
 def start(logged: tuple[Exception, ...], raised: Exception) -> None:
-    """Start a process that fails like this, and raise what its parent knows of that."""
+    """Start a process that fails like this, and raise the error that its parent gets."""
     with named_failures():
         process = multiprocessing.get_context("fork").Process(target=fail, args=logged)
         process.start()

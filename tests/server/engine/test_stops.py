@@ -1,4 +1,4 @@
-"""What ends a text, and what is said to have ended it."""
+"""Stops of a request, and the reported reason why its text ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What becomes of a request that fails in an engine that lives."""
+"""Requests that fail in an engine that goes on running."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from server.errors import FathomError, InvalidArgument, NonFiniteResult, Request
 
 
 class FailingLlm:
-    """Stands in for vLLM's client, of which these faults cannot be had otherwise."""
+    """Stands in for vLLM's client, which cannot be made to fail in these ways."""
 
     def __init__(self, *steps: object, errored: bool = False) -> None:
         self.errored = errored

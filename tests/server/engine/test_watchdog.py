@@ -81,7 +81,7 @@ async def until_waiting_for_device(engine: EngineOfProcess) -> None:
 async def killed(
     engine: EngineOfProcess, *, num_looks: int, timeout: float, still: float, stopped: float
 ) -> bool:
-    """Return whether the watchdog kills the engine within so many looks at it."""
+    """Return whether the watchdog kills the engine within ``num_looks`` looks at it."""
     seconds = {"stall_seconds": still, "stopped_seconds": stopped}
     watchdog = Watchdog(engine, timeout, poll_seconds=0.05, **seconds)
     task = asyncio.create_task(watchdog.run())

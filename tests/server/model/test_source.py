@@ -1,4 +1,4 @@
-"""Which model a setting names."""
+"""Models that settings name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What servers know their clients by, and what clients say and do."""
+"""Tokens and certificates of clients, and calls that use them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def until(condition: Callable[[], bool | Awaitable[bool]]) -> None:
 
 
 class Deployed:
-    """Files of a server, and what its clients have."""
+    """Files of a server, and the credentials of its clients."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory

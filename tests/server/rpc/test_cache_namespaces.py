@@ -1,4 +1,4 @@
-"""Which callers share a prefix cache."""
+"""Callers that share a prefix cache, and those that do not."""
 
 from __future__ import annotations
 

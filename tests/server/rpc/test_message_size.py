@@ -1,4 +1,4 @@
-"""What a request may hold, seen in its bytes."""
+"""Limits on the fields of a request, checked in its bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from server.rpc.message_size import check_size, default_message_bytes
 from tests.server.rpc.conftest import Deployment, failure, message_of
 from tests.server.rpc.toy_engine import MAX_CONTEXT, MODEL
 
-# A context of which messages that fit it are larger than what is decoded at once.
+# A context so long that messages which fit it are too large to be decoded at once.
 LARGE = replace(MODEL, max_context=2**15)
 
 

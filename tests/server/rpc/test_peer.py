@@ -1,4 +1,4 @@
-"""Where a call comes from."""
+"""The address that a call comes from."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ async def test_the_service_knows_who_calls(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     callers: list[Caller] = []
-    generate = deployment.service.generate
+    generate = deployment.service.inference.generate
 
     def noting(request: Generation, **options: object) -> object:
         callers.append(current_caller())
         return generate(request, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(deployment.service, "generate", noting)
+    monkeypatch.setattr(deployment.service.inference, "generate", noting)
     request = inference_pb2.GenerateRequest(
         prompt="Once", stop=inference_pb2.StopConditions(max_tokens=1)
     )

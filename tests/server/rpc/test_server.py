@@ -1,4 +1,4 @@
-"""Where the server listens."""
+"""Addresses on which the server listens."""
 
 from __future__ import annotations
 

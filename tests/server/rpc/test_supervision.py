@@ -312,5 +312,5 @@ async def test_what_follows_the_load_is_started_again(
     await calls.get()
     await calls.get()
     (record,) = caplog.records
-    assert record.getMessage() == "what follows the load has died; it is started again in 1 s"
+    assert record.getMessage() == "automatic depth has died; it is started again in 1 s"
     assert "ZeroDivisionError: a mistake" in caplog.text

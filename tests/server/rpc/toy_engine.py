@@ -63,7 +63,7 @@ def text_of(token_id: int) -> str:
 
 
 class ToyEngine:
-    """See the module. Of the sampling options it knows those that end a request, and logprobs."""
+    """See the module. It honours the sampling options that end a request, and logprobs."""
 
     name = "toy"
     serves_any_depth = True
@@ -71,10 +71,10 @@ class ToyEngine:
 
     def __init__(self) -> None:
         self.on_restart: Callable[[], None] = lambda: None
-        # What it was prepared for beside what is in force, and has not released since.
+        # Selections that were prepared and have not been released.
         self.prepared: set[LayerSelection] = set()
         self.score_namespaces: list[CacheNamespace | None] = []
-        # So many of the next preparations fail.
+        # How many of the next preparations fail.
         self.num_failing_preparations = 0
         # While it is clear, no token is made and nothing is measured.
         self.gate = asyncio.Event()
@@ -123,12 +123,12 @@ class ToyEngine:
         return self._alive
 
     def die(self) -> None:
-        """End as a killed process does: all that waits for a token learns of it."""
+        """End like a killed process: every request that waits for a token fails."""
         self._alive = False
         self._death.set_result(None)
 
     async def until_running(self, num_requests: int) -> None:
-        """Return when so many requests are in the engine."""
+        """Return when ``num_requests`` requests are in the engine."""
         async with self._changed:
             await self._changed.wait_for(lambda: len(self._running) == num_requests)
 

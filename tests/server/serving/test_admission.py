@@ -1,4 +1,4 @@
-"""Whether there is room for one more request."""
+"""Admission of requests, and limits on those that wait."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order in which requests start."""
+"""The fair queue: the order in which requests start."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ async def test_deadlines_that_cannot_be_met_are_refused_at_once() -> None:
 def test_backlogged_clients_get_equal_shares_and_no_place_is_idle(
     num_places: int, num_clients: int, rng: random.Random
 ) -> None:
-    """Their service never differs by more than what is under way at one time."""
+    """Their service never differs by more than the work that can run at one time."""
 
     async def check() -> None:
         requests = Requests(FairQueue(num_places))

@@ -1,4 +1,4 @@
-"""Between an engine that does not wait and a client that reads slowly."""
+"""The buffer between an engine that does not wait and a client that reads slowly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts that are long, on their way to token ids."""
+"""Tokenization of long prompts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.server.rpc.toy_engine import BOS, MODEL, ToyEngine
 
 
 class LongContext(ToyEngine):
-    """An engine of which texts may be long that are tokenized; one token is up to 4 characters."""
+    """An engine with a long context; a token has up to 4 characters."""
 
     def __init__(self, max_context: int) -> None:
         super().__init__()

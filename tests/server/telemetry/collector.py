@@ -36,7 +36,7 @@ class Collector(pb_grpc.TraceServiceServicer):
         return pb.ExportTraceServiceResponse()
 
     def wait_for(self, num_spans: int) -> list[Span]:
-        """Return the spans as soon as there are so many."""
+        """Return the spans as soon as there are ``num_spans``."""
         with self._arrived:
             assert self._arrived.wait_for(lambda: len(self.spans) >= num_spans, 60)
             return list(self.spans)

@@ -99,7 +99,7 @@ def test_tokens_per_second_falls_to_zero_when_idle(
         metrics.add_tokens(4, 3)
         clock.now += 0.5
     assert clock.now == 1010.25
-    # Of the ten seconds 1001 to 1010, the last has just begun.
+    # The window is the ten seconds 1001 to 1010, the last of which has just begun.
     assert sample(scrape(server), "fathom_tokens_per_second", depth="8") == 6 * 18 / 10
     assert sample(scrape(server), "fathom_tokens_per_second", depth="4") == 3 * 18 / 10
     clock.now += 5

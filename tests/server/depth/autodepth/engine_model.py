@@ -21,7 +21,7 @@ RECORDED = Path(__file__).with_name("step_times.json")
 
 
 class StepTimes:
-    """Seconds of steps and prompts, interpolated between what was recorded."""
+    """Seconds of steps and prompts, interpolated between recorded ones."""
 
     def __init__(self, path: Path = RECORDED) -> None:
         recorded = json.loads(path.read_text("utf-8"))
@@ -34,13 +34,13 @@ class StepTimes:
         self.num_layers = max(self.steps)
 
     def uniform(self, depth: int, num_rows: int) -> float:
-        """Return the time of a step with so many rows, all of one depth."""
+        """Return the time of a step whose rows all have one depth."""
         by_depth = [(d, _between(sorted(self.steps[d].items()), num_rows)) for d in self.steps]
         return _between(sorted(by_depth), depth)
 
     @functools.cache  # noqa: B019 - lives as long as the tests
     def step(self, rows: tuple[tuple[int, int], ...]) -> float:
-        """Return the time of a step with so many rows: (depth, number), shallowest first."""
+        """Return the time of a step with these rows: (depth, number), shallowest first."""
         seconds, below = 0.0, 0
         num_rows = sum(number for _, number in rows)
         for depth, number in rows:

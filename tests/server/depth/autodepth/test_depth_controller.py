@@ -69,7 +69,7 @@ def test_it_comes_back_slowly_and_all_the_way() -> None:
 def test_it_does_not_rise_where_the_rung_above_would_be_too_slow() -> None:
     controller = DepthController(TARGETS, 30.0)
     run(controller, SLOW_FIRST, 1)
-    # Of 0.1 s between tokens, 0.07 s would be 0.0875 s on the rung above.
+    # The target is 0.1 s between tokens; 0.07 s would be 0.0875 s on the rung above.
     assert run(controller, Load(0.1, 0.07, 0.5), 1000, start=1.0) == []
     assert run(controller, Load(0.1, 0.06, 0.5), 40, start=1001.0) == [(1031.0, 0)]
 
@@ -92,7 +92,7 @@ def test_mistaken_rises_become_rare() -> None:
     assert len(rises) < 30 + 24
     gaps = [b - a for a, b in itertools.pairwise(rises)]
     assert gaps == sorted(gaps)
-    # When the load is gone, so is what was learned of it.
+    # Once there is no load, the controller forgets what it has learned of it.
     day = 24 * 3600.0
     assert controller.rung == 1
     changes = run(controller, CALM, 100, start=day)

@@ -21,7 +21,7 @@ TIMES = StepTimes()
 NUM_PLACES = 32
 NUM_TOKENS = 64
 HOLD_SECONDS = 30.0
-# Of the demo model.
+# Perplexities of the demo model by depth.
 PERPLEXITIES = {16: 19.7, 12: 22.6, 8: 29.7, 4: 77.9}
 LOSSES = {depth: value / PERPLEXITIES[16] - 1 for depth, value in PERPLEXITIES.items()}
 LOOK_SECONDS = 0.5
@@ -74,7 +74,7 @@ def live(
     *,
     automatic: bool = True,
 ) -> Day:
-    """Serve the requests, looking at the load every half a second, for so many seconds."""
+    """Serve the requests for ``seconds``, with a look at the load every half a second."""
     now = 0.0
     auto = AutoDepth(rules, clock=lambda: now)
     present = policy()

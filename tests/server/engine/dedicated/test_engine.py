@@ -29,7 +29,7 @@ LEVELS = {"full": FULL, "half": HALF}
 
 @dataclass
 class Expected:
-    """What the elastic engine gives."""
+    """Results of the elastic engine."""
 
     prompts: list[list[int]]
     windows: list[list[int]]
@@ -45,7 +45,7 @@ def expected(stories_model: Path) -> Expected:
         stories = json.loads(data_path("text/tinystories_1000.json").read_text("utf-8"))
         ids = [elastic.engine.tokenize(story) for story in stories[:6]]
         prompts = [story[: 5 + 11 * number] for number, story in enumerate(ids)]
-        # More than a block of the prefix cache, which must not be taken for what is measured.
+        # Longer than a block of the prefix cache, which measurements must not read from.
         windows = [story[:200] for story in ids]
         return Expected(
             prompts,

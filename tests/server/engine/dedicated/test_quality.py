@@ -1,4 +1,4 @@
-"""What is added up of a text window."""
+"""Sums over a text window."""
 
 from __future__ import annotations
 

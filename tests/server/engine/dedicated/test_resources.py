@@ -1,4 +1,4 @@
-"""How the engines of the levels divide the machine."""
+"""Resources of the machine, divided among the engines of the levels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model must generate with layers left out, in plain transformers."""
+"""Expected tokens with layers left out, from plain transformers."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from server.engine.elastic.engine_arguments import ElasticConfig
 
 T = TypeVar("T")
 
-# Of all requests that the tests make of one client.
+# The namespace of all requests that tests make as one client.
 NAMESPACE = CacheNamespace("client", "tests")
 
 

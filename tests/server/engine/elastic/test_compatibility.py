@@ -102,7 +102,7 @@ def test_field_of_the_attention_metadata_that_is_gone_refuses_the_start(
 
 
 class Kernel:
-    """What vLLM's attention is made of, as far as it is used."""
+    """The part of vLLM's attention that is used."""
 
     def __init__(self) -> None:
         self.attn_backend = self.impl = None
@@ -125,12 +125,12 @@ class Layer(nn.Module):
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor
     ) -> None:
-        """Take what vLLM's layers take."""
+        """Take the arguments of vLLM's layers."""
 
 
 class OtherLayer(Layer):
     def forward(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> None:  # type: ignore[override]
-        """Take it in another order."""
+        """Take them in another order."""
 
 
 class Model(nn.Module):
@@ -139,7 +139,7 @@ class Model(nn.Module):
         self.norm = nn.Identity()
 
     def embed_input_ids(self) -> None:
-        """Stand for what is only looked up."""
+        """A method that is looked up, but never called."""
 
 
 def test_model_with_everything_is_accepted() -> None:

@@ -96,7 +96,7 @@ def test_layer_that_is_built_otherwise_runs_as_it_is() -> None:
 
 
 class Overwriting(Layer):
-    """Adds to what it is given, which is for the compiler's wrappers to do."""
+    """Adds to its input in place, which the compiler leaves to its wrappers."""
 
     def forward(
         self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor

@@ -76,7 +76,7 @@ def generate(
 def test_request_id_like_a_list_of_layers_poisons_no_other_request(
     engine: RunningEngine, prompt: list[int]
 ) -> None:
-    """Its prompt runs one layer, so that its keys would be wrong for whoever found them."""
+    """Its prompt runs one layer, so its keys would be wrong for any other request."""
     uniform = LayerSelection(EIGHT, EIGHT)
     expected, _ = generate(engine, "undisturbed", prompt, uniform, None)
     listed = ",".join(map(str, EIGHT))

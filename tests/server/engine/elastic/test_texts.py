@@ -1,4 +1,4 @@
-"""Texts that a real engine generates, and what is said to have ended them."""
+"""Texts that a real engine generates, and the reported reason why they ended."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ ROWS = [
 
 
 class PlainBuilder:
-    """Builds metadata that is what it is made of."""
+    """Builds metadata that is just its arguments."""
 
     def build_plain(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
         return common
