@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pruning.checkpoint import CheckpointError, read_header
+from pruning.checkpoint import CheckpointError
 from pruning.durable import replace_file
 from pruning.repair.errors import RepairError
 from pruning.repair.maps import LayerMap, RepairMaps
+from pruning.tensor_header import read_header
 
 if TYPE_CHECKING:
     import torch
