@@ -8,6 +8,8 @@ SHELL := bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 ARGS ?=
+# Not from the environment, where other programs use the name.
+MODEL :=
 
 # The extra that fits the machine: an NVIDIA GPU with its driver, or none.
 EXTRA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
@@ -42,8 +44,8 @@ PYTEST := $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-re
 help: ## Say what the targets do.
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
 
-serve: $(INSTALLED) ## Serve the demo model, or with ARGS="--model ..." another one.
-	@$(VENV)/bin/fathom serve $(ARGS)
+serve: $(INSTALLED) ## Serve the demo model, or with MODEL=smollm2 (or any other) that one.
+	@$(VENV)/bin/fathom serve $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 bench: $(INSTALLED_DEV) ## Measure speed, with ARGS="throughput ..." or another benchmark.
 	@$(VENV)/bin/fathom bench $(ARGS)

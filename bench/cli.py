@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from bench import bystander, calibration, mixed, peers, profile, startup, throughput
+from bench import bystander, calibration, fleet, mixed, peers, profile, startup, throughput
 from bench.options import command
 from bench.plots import MatplotlibMissing
 from bench.subjects.server_process import ServerFailed
@@ -28,6 +28,7 @@ app.command("mixed")(command(mixed.MixedOptions, mixed.run))
 app.command("calibration")(command(calibration.CalibrationOptions, calibration.run))
 app.command("startup")(command(startup.StartupOptions, startup.run))
 app.command("bystander")(command(bystander.BystanderOptions, bystander.run))
+app.command("fleet")(with_connection(command(fleet.FleetBenchOptions, fleet.run)))
 app.command("profile")(command(profile.ProfileOptions, profile.run))
 
 

@@ -125,12 +125,27 @@ def _depth_panels() -> list[Any]:
                 "{{depth}} layers",
             )
         ),
+        _series("Mean depth", "short")
+        .description("Layers that ran for a generated token.")
+        .with_target(
+            _query(
+                f"sum(rate(fathom_generation_layers_total{{{_CHOSEN}}}[$__rate_interval])) / "
+                f"sum(rate(fathom_generation_tokens_total{{{_CHOSEN}}}[$__rate_interval]))",
+                "layers",
+            )
+        ),
         _series("Degraded share", "percentunit")
-        .description("Replicas where load has turned down the depth of requests that allow it.")
+        .description("Of requests that ended, and of replicas at this moment.")
         .max(1)
         .with_target(
-            _query(f"avg(fathom_policy_degraded{{{_CHOSEN}}})", "replicas that are degraded")
-        ),
+            _query(
+                f'sum(rate(fathom_requests_served_total{{{_CHOSEN},reason="degraded"}}'
+                "[$__rate_interval])) / "
+                f"sum(rate(fathom_requests_served_total{{{_CHOSEN}}}[$__rate_interval]))",
+                "requests",
+            )
+        )
+        .with_target(_query(f"avg(fathom_policy_degraded{{{_CHOSEN}}})", "replicas")),
     ]
 
 
@@ -141,14 +156,14 @@ def _quality_against_throughput() -> xychart.Panel:
         xychart.Panel()
         .title("Quality against throughput")
         .description(
-            "A point for each depth that generated tokens in the last five minutes: how many, and "
-            "its share of next tokens that are those of the dense model, on held-out text."
+            "A point for each level: tokens per second at full load, as measured when the server "
+            "started, and the share of next tokens that are the dense model's, on held-out text."
         )
         .series_mapping(SeriesMapping.MANUAL)
         .series(
             [
                 xychart.ScatterSeriesConfig()
-                .name("Depths")
+                .name("Levels")
                 .x(speed)
                 .y(agreement)
                 .show(ScatterShow.POINTS)
@@ -163,9 +178,7 @@ def _quality_against_throughput() -> xychart.Panel:
             .ref_id("A")
         )
         .with_target(
-            _query(
-                f"sum by (depth) (rate(fathom_generation_tokens_total{{{_CHOSEN}}}[5m])) > 0", ""
-            )
+            _query(f"max by (depth) (fathom_depth_measured_tokens_per_second{{{_CHOSEN}}})", "")
             .format(PromQueryFormat.TABLE)
             .instant()
             .ref_id("B")

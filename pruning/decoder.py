@@ -8,7 +8,7 @@ hides these differences.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,8 @@ _CONTAINERS = (
     "text_model",
     "base_model",
 )
+# What a skipped layer does to the stream instead, [batch, length, hidden].
+StandIn = Callable[["torch.Tensor"], "torch.Tensor"]
 # RWKV has the norm of its embeddings in the first layer, where it runs before the layer itself.
 _EMBEDDING_NORM = "pre_ln"
 
@@ -127,6 +129,19 @@ class ForwardPasses:
             return states.flatten(0, -2)
         return states[self._valid.to(states.device)]
 
+    def last_tokens(self) -> torch.Tensor:
+        """Return where in :meth:`valid_tokens` the last token of each row is, int64 [batch].
+
+        Rows without a valid token have none.
+        """
+        import torch
+
+        if self._valid is None:
+            batch, length = self._shape or (0, 0)
+            return torch.arange(1, batch + 1) * length - 1
+        lengths = self._valid.sum(-1)
+        return lengths.cumsum(0)[lengths > 0] - 1
+
 
 def inference_options(model: nn.Module) -> dict[str, Any]:
     """Return the arguments that make ``model`` run without a cache.
@@ -181,14 +196,21 @@ def on_stream_into(
 
 
 @contextmanager
-def without_layers(layers: Sequence[nn.Module], skipped: Collection[int]) -> Iterator[None]:
+def without_layers(
+    layers: Sequence[nn.Module],
+    skipped: Collection[int],
+    stand_ins: Mapping[int, StandIn] | None = None,
+) -> Iterator[None]:
     """Make the layers ``skipped`` return the residual stream unchanged, while in context.
 
     They still run, so that attention fills its cache and generation works. The model computes the
-    same as a checkpoint that :func:`pruning.surgery.export_checkpoint` writes without them.
+    same as a checkpoint that :func:`pruning.surgery.export_checkpoint` writes without them. A
+    skipped layer that is in ``stand_ins`` returns what its stand-in, such as a
+    :class:`pruning.repair.LayerMap`, makes of the stream.
 
     Raises :class:`ValueError` for a layer that does not exist.
     """
+    stand_ins = {} if stand_ins is None else stand_ins
     for layer in skipped:
         if not 0 <= layer < len(layers):
             raise ValueError(f"skipped: got layer {layer}, allowed: 0 to {len(layers) - 1}")
@@ -201,19 +223,21 @@ def without_layers(layers: Sequence[nn.Module], skipped: Collection[int]) -> Ite
     with ExitStack() as hooks:
         for layer in skipped:
             hooks.enter_context(on_stream_into(layers[layer], layer, on_input))
-            hook = _passing_on(layer, received)
+            hook = _passing_on(layer, received, stand_ins.get(layer))
             hooks.callback(layers[layer].register_forward_hook(hook).remove)
         yield
 
 
 def _passing_on(
-    layer: int, received: dict[int, torch.Tensor]
+    layer: int, received: dict[int, torch.Tensor], stand_in: StandIn | None
 ) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         states = received.pop(layer)
         norm = getattr(module, _EMBEDDING_NORM, None)
         if norm is not None:
             states = norm(states)
+        if stand_in is not None:
+            states = stand_in(states)
         return type(output)((states, *output[1:])) if isinstance(output, tuple | list) else states
 
     return hook

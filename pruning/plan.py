@@ -6,16 +6,20 @@ import json
 import math
 import reprlib
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pruning.depths import check_removal_order, removal_order, skipped_layers
 from pruning.durable import replace_file
 from pruning.importance import BlockInfluence
+from pruning.metrics.base import Ranking
+from pruning.metrics.names import BLOCK_INFLUENCE, METRIC_NAMES
 
-FORMAT_VERSION = 1
-METRIC = "block_influence"
+FORMAT_VERSION = 2
+# Version 1 knew block influence alone, so it had no other scores.
+_READABLE_VERSIONS = (1, FORMAT_VERSION)
+_SINCE_VERSION_2 = frozenset({"other_scores"})
 _TOKENIZER = "tokenizer_fingerprint"
 # Missing in plans of earlier versions.
 _OPTIONAL = {_TOKENIZER}
@@ -31,7 +35,10 @@ class PlanError(ValueError):
 class Plan:
     """A removal order with its scores and provenance, kept as a JSON file.
 
-    ``scores`` and ``stderrs`` are indexed by layer. ``created_at`` is in seconds since the Unix
+    ``scores`` and ``stderrs`` are block influence, indexed by layer. ``metric`` is what the order
+    was made by, one of :data:`pruning.metrics.names.METRIC_NAMES`. ``other_scores`` maps it,
+    unless it is block influence, and every other metric that was measured to scores indexed by
+    layer; a low one speaks for leaving the layer out. ``created_at`` is in seconds since the Unix
     epoch. ``versions`` maps names of packages to the versions that measured the scores. The
     removal order need not follow the scores; it may be set by hand. Raises :class:`PlanError`,
     naming the field, for values that are not allowed.
@@ -47,25 +54,31 @@ class Plan:
     created_at: float
     # Empty where it is not known.
     tokenizer_fingerprint: str = ""
-    metric: str = METRIC
+    metric: str = BLOCK_INFLUENCE
+    other_scores: dict[str, tuple[float, ...]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         if self.format_version != FORMAT_VERSION:
             _refuse("format_version", self.format_version, str(FORMAT_VERSION))
-        if self.metric != METRIC:
-            _refuse("metric", self.metric, repr(METRIC))
+        if self.metric not in METRIC_NAMES:
+            _refuse("metric", self.metric, f"one of {', '.join(METRIC_NAMES)}")
         try:
             check_removal_order(self.removal_order, max(self.num_layers, 1))
         except ValueError as error:
             raise PlanError(str(error)) from None
-        for field, values in (("scores", self.scores), ("stderrs", self.stderrs)):
-            if len(values) != self.num_layers:
-                _refuse(field, values, f"{self.num_layers} numbers, one for each layer")
-        if not all(map(math.isfinite, self.scores)):
-            _refuse("scores", self.scores, "finite numbers")
+        self._check_scores("scores", self.scores)
+        if len(self.stderrs) != self.num_layers:
+            _refuse("stderrs", self.stderrs, self._one_for_each_layer)
         if not all(math.isfinite(stderr) and stderr >= 0 for stderr in self.stderrs):
             _refuse("stderrs", self.stderrs, "finite numbers, none negative")
+        others = [name for name in METRIC_NAMES if name != BLOCK_INFLUENCE]
+        for name, scores in self.other_scores.items():
+            if name not in others:
+                _refuse("other_scores", name, f"scores of {', '.join(others)}")
+            self._check_scores(f"other_scores.{name}", scores)
+        if self.metric != BLOCK_INFLUENCE and self.metric not in self.other_scores:
+            _refuse(f"other_scores.{self.metric}", None, "the scores of the plan's metric")
         if not self.model_fingerprint:
             _refuse("model_fingerprint", self.model_fingerprint, "a fingerprint")
         if not self.text_fingerprint:
@@ -127,6 +140,15 @@ class Plan:
         """
         return skipped_layers(self.removal_order, depth)
 
+    def ranked_by(self, metric: str, ranking: Ranking) -> Plan:
+        """Return the plan with the order of another metric, which keeps all scores it has."""
+        others = self.other_scores
+        if metric != BLOCK_INFLUENCE:
+            others = others | {metric: ranking.scores}
+        return replace(
+            self, removal_order=ranking.removal_order, metric=metric, other_scores=others
+        )
+
     def check_model(self, fingerprint: str, num_layers: int) -> None:
         """Raise :class:`PlanError` unless the plan was made for this model."""
         if num_layers != self.num_layers:
@@ -139,6 +161,16 @@ class Plan:
                 f"model_fingerprint: the plan is of the model {self.model_fingerprint}, "
                 f"allowed: {fingerprint}, this model"
             )
+
+    @property
+    def _one_for_each_layer(self) -> str:
+        return f"{self.num_layers} numbers, one for each layer"
+
+    def _check_scores(self, name: str, scores: tuple[float, ...]) -> None:
+        if len(scores) != self.num_layers:
+            _refuse(name, scores, self._one_for_each_layer)
+        if not all(map(math.isfinite, scores)):
+            _refuse(name, scores, "finite numbers")
 
 
 def _refuse(field: str, found: object, allowed: str) -> NoReturn:
@@ -153,9 +185,12 @@ def _parse(data: bytes) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise PlanError(f"found {reprlib.repr(document)}, allowed: a JSON object")
     # This check is first, because other fields are expected to differ in another version.
-    if (version := document.get("format_version")) != FORMAT_VERSION:
-        _refuse("format_version", version, str(FORMAT_VERSION))
+    version = document.get("format_version")
+    if not _is_integer(version) or version not in _READABLE_VERSIONS:
+        _refuse("format_version", version, " or ".join(map(str, _READABLE_VERSIONS)))
     names = {field.name for field in fields(Plan)}
+    if version == 1:
+        names -= _SINCE_VERSION_2
     if missing := sorted(names - _OPTIONAL - document.keys()):
         raise PlanError(f"{missing[0]}: found nothing, allowed: a value")
     if unknown := sorted(document.keys() - names):
@@ -171,7 +206,7 @@ def _parse(data: bytes) -> dict[str, Any]:
         "created_at": _number(document, "created_at"),
         "tokenizer_fingerprint": _string({_TOKENIZER: "", **document}, _TOKENIZER),
         "metric": _string(document, "metric"),
-        "format_version": _integer(document, "format_version"),
+        "other_scores": _scores_by_name(document, "other_scores") if version > 1 else {},
     }
 
 
@@ -218,6 +253,13 @@ def _numbers(document: dict[str, Any], field: str) -> tuple[float, ...]:
     if not isinstance(value, list) or not all(map(_is_number, value)):
         _refuse(field, value, "a list of numbers")
     return tuple(map(float, value))
+
+
+def _scores_by_name(document: dict[str, Any], field: str) -> dict[str, tuple[float, ...]]:
+    value = document[field]
+    if not isinstance(value, dict):
+        _refuse(field, value, "an object of lists of numbers")
+    return {name: _numbers({f"{field}.{name}": value[name]}, f"{field}.{name}") for name in value}
 
 
 def _strings(document: dict[str, Any], field: str) -> dict[str, str]:

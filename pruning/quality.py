@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pruning.decoder import find_decoder, inference_options, without_layers
+from pruning.decoder import StandIn, find_decoder, inference_options, without_layers
 
 if TYPE_CHECKING:
     import torch
@@ -137,13 +137,15 @@ def measure_quality(
     windows: Iterable[torch.Tensor],
     skipped: Sequence[Collection[int]],
     layers: Sequence[nn.Module] | None = None,
+    stand_ins: Mapping[int, StandIn] | None = None,
 ) -> list[Quality]:
     """Measure the quality of a transformers model without some of its layers.
 
     Returns a quality for each set of layers in ``skipped``; :meth:`pruning.plan.Plan.skipped`
     returns the set of a depth. ``windows`` are the token ids of two or more pieces of text,
     [length] each; all tokens but the first of each are predicted. ``model`` must return logits. By
-    default, ``layers`` are those that :func:`pruning.decoder.find_decoder` finds. The logits of
+    default, ``layers`` are those that :func:`pruning.decoder.find_decoder` finds. ``stand_ins``
+    are what skipped layers do instead, as in :func:`pruning.decoder.without_layers`. The logits of
     one window at a time are in memory.
 
     Raises :class:`ValueError` for a model in training mode, for one whose layers cannot be found
@@ -159,7 +161,7 @@ def measure_quality(
         for window in windows:
             reference = _next_token_logits(model, window, options)
             for of_selection, selection in zip(sums, skipped, strict=True):
-                with without_layers(found, selection) if selection else nullcontext():
+                with without_layers(found, selection, stand_ins) if selection else nullcontext():
                     logits = _next_token_logits(model, window, options)
                 of_selection.append(token_statistics(logits, reference, window[1:]).tolist())
     return [quality_of_windows(of_selection) for of_selection in sums]

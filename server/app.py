@@ -24,7 +24,7 @@ from server.engine.elastic.engine import ElasticEngine
 from server.engine.elastic.engine_arguments import ElasticConfig
 from server.engine.fork_server import start_fork_server
 from server.model.inputs import Inputs, StartError, auto_rules, read_inputs, refused_as
-from server.reload import Reload, access_files
+from server.reload import Reload, SettingsFile, access_files
 from server.rpc.access import Access
 from server.rpc.interceptors import Observer
 from server.rpc.message_size import default_message_bytes
@@ -32,6 +32,7 @@ from server.rpc.server import RpcServer
 from server.serving.fair_queue import slots_for
 from server.serving.service import Service
 from server.startup import Startup
+from server.telemetry.http_pages import Probes
 from server.telemetry.log_format import with_fields
 from server.telemetry.logs import Logs
 from server.telemetry.metrics import Metrics
@@ -102,7 +103,10 @@ class Application:
                     anonymous_control=allows_anonymous_control(settings),
                 )
             with refused_as("metrics_port"):
-                metrics_port = MetricsPort(metrics, settings.metrics_host, settings.metrics_port)
+                probes = Probes()
+                metrics_port = MetricsPort(
+                    metrics, settings.metrics_host, settings.metrics_port, probes
+                )
             stack.callback(metrics_port.close)
             engine = _engine(settings, inputs)
             service = make_service(settings, engine, metrics)
@@ -115,6 +119,7 @@ class Application:
             rpc_server = make_rpc_server(settings, inputs, service, access, observers)
             with refused_as("port"):
                 await rpc_server.start()
+            probes.not_ready = rpc_server.not_ready
             start_fork_server()  # what it takes long for is done by the time it is needed
             stack.push_async_callback(engine.shutdown)
             stack.push_async_callback(service.close)
@@ -131,9 +136,18 @@ class Application:
                 await Startup(settings, inputs, engine, service, self._progress).run()
             self._serving = True
             self._announce(service, rpc_server.port, metrics_port.url)
+            read_again = self._read_again
+            if settings.config is not None:
+                file = SettingsFile(settings.config, read_again)
+                read_again = file.read
+                watching = BackgroundTask(
+                    "what watches the settings' file", lambda: file.follow(self._hangup)
+                )
+                watching.start()
+                stack.push_async_callback(watching.stop)
             reload = Reload(
                 settings,
-                self._read_again,
+                read_again,
                 access=access,
                 service=service,
                 set_log_level=self._logs.set_level,
@@ -144,6 +158,13 @@ class Application:
             reloading.start()
             stack.push_async_callback(reloading.stop)
             await self._stop.wait()
+            if settings.drain_delay_seconds:
+                logger.info(
+                    "stopping; requests are taken for another %g s, and health is NOT_SERVING",
+                    settings.drain_delay_seconds,
+                )
+                await rpc_server.leave()
+                await asyncio.sleep(settings.drain_delay_seconds)
             logger.info("stopping; requests that run have %g s", settings.grace_seconds)
             await service.drain(for_good=True)
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+# Characters of a value that an error repeats.
+_MAX_CHARACTERS, _MAX_PATH_CHARACTERS = 80, 1024
+
 
 class FathomError(Exception):
     """Base class of the errors that clients are told about."""
@@ -79,6 +84,9 @@ class PermissionDenied(FathomError):
     """The caller is known but lacks the permission."""
 
 
-def _shortened(value: object, limit: int = 80) -> str:
-    text = repr(value)
+def _shortened(value: object) -> str:
+    # A path that is cut says nothing: its end is what tells it from others.
+    is_path = isinstance(value, Path) or (isinstance(value, str) and value.startswith(("/", "~")))
+    limit = _MAX_PATH_CHARACTERS if is_path else _MAX_CHARACTERS
+    text = repr(str(value) if isinstance(value, Path) else value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

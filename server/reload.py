@@ -6,8 +6,10 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from server.access.certificates import CertificateFiles
+from server.access.file_watch import file_version
 from server.config import ConfigError, Settings, warn_of_old_names
 from server.depth.levels import Level, LevelSpec
 from server.errors import FathomError
@@ -21,6 +23,33 @@ _AUTO = {name for name in Settings.model_fields if name.startswith("auto_")}
 _RELOADED = {"log_level", *_ACCESS, *_LEVELS, *_AUTO}
 
 logger = logging.getLogger(__name__)
+
+
+class SettingsFile:
+    """The file of the settings, which are read again when it changes.
+
+    A Kubernetes ConfigMap that is mounted as a directory changes in this way.
+    """
+
+    def __init__(self, path: Path, read: Callable[[], Settings]) -> None:
+        """``read`` reads all settings, those of the file at ``path`` included."""
+        self._path = path
+        self._read = read
+        self._seen = file_version(path)
+
+    def read(self) -> Settings:
+        """Read the settings; what the file is now is no change any more."""
+        self._seen = file_version(self._path)
+        return self._read()
+
+    async def follow(self, changed: asyncio.Event, seconds: float = 1.0) -> None:
+        """Set ``changed`` whenever the file has changed, and stayed the same for a look."""
+        latest = self._seen
+        while True:
+            await asyncio.sleep(seconds)
+            before, latest = latest, file_version(self._path)
+            if before == latest != self._seen:
+                changed.set()
 
 
 class Reload:

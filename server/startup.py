@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from pruning.checkpoint import CheckpointError
 from pruning.plan import Plan
 from pruning.quantization import QuantizationError, plan_of_base
+from pruning.repair import RepairError
 from pruning.surgery import SurgeryError
 from pruning.text import TextError
 from server.calibration.calibrator import Calibrator, Progress
@@ -16,8 +19,9 @@ from server.calibration.policy_store import PolicyStore
 from server.calibration.state_keys import policy_store
 from server.calibration.versions import measuring_versions
 from server.config import Settings
+from server.depth.levels import DepthPair
 from server.depth.policy import DepthPolicy
-from server.engine.base import Engine, EngineDead
+from server.engine.base import Engine, EngineDead, RepairsLayers
 from server.model.inputs import Inputs, refused_as
 from server.model.quantized import QuantizedModel
 from server.serving.service import Service
@@ -28,6 +32,7 @@ _MAX_LAYERS_FOR_EVERY_DEPTH = 16
 
 _WORK = {
     "importance": "Ranking the layers",
+    "repair": "Fitting what stands in for skipped layers",
     "levels": "Starting the engines of the levels",
     "quality": "Measuring quality",
     "speed": "Measuring speed",
@@ -74,6 +79,7 @@ class Startup:
             if not policy.any_depth:
                 with self._service.phase("levels"):
                     await calibrator.prepare(policy, self._on_progress)
+            policy = await self._repair(policy, calibrator, store)
             policy = await self._measure(policy, calibrator, store)
         self._service.open(policy, calibrator, store)
         # An operator who has set others with SetLevels may look for them here.
@@ -112,6 +118,57 @@ class Startup:
                 inputs = self._inputs
                 plan = kept_plan(self._settings, inputs.fingerprint, inputs.tokenizer, inputs.texts)
             return plan or await store.plan(lambda: calibrator.measure_plan(self._on_progress))
+
+    async def _repair(
+        self, policy: DepthPolicy, calibrator: Calibrator, store: PolicyStore
+    ) -> DepthPolicy:
+        """Return the policy with repair, where that brings its levels closer to the dense model."""
+        if self._settings.repair == "none":
+            return policy
+        engine = self._engine
+        assert isinstance(engine, RepairsLayers), "the settings have been checked"
+        with self._service.phase("repair"), refused_as("repair", RepairError, OSError):
+            path = await store.repair(
+                lambda path: calibrator.fit_repair(engine, path, self._on_progress)
+            )
+            repaired = policy.with_repair(await engine.install_repair(path))
+            pruned = [level.depths for level in policy.levels if level.depths != policy.dense]
+            losses = [await self._loss(of, pruned, calibrator, store) for of in (policy, repaired)]
+        without, with_repair = losses
+        if not pruned:
+            return repaired
+        if with_repair >= without:
+            logger.warning(
+                "repair is not used: the levels are %.3f nats from the dense model with it, "
+                "%.3f without",
+                with_repair,
+                without,
+            )
+            return policy
+        logger.info(
+            "repair: the levels are %.3f nats from the dense model, %.3f without it",
+            with_repair,
+            without,
+        )
+        return repaired
+
+    async def _loss(
+        self,
+        policy: DepthPolicy,
+        depths: Sequence[DepthPair],
+        calibrator: Calibrator,
+        store: PolicyStore,
+    ) -> float:
+        """Return the mean divergence from the dense model at ``depths``, in nats a token."""
+        qualities = await store.qualities(
+            policy,
+            depths,
+            lambda missing: calibrator.measure_quality(policy, missing, self._on_progress),
+        )
+        return math.fsum(
+            math.inf if quality.kl_nats is None else quality.kl_nats
+            for quality in qualities.values()
+        ) / max(len(qualities), 1)
 
     async def _measure(
         self, policy: DepthPolicy, calibrator: Calibrator, store: PolicyStore

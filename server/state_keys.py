@@ -8,6 +8,7 @@ its key, or is compared when the entry is read:
 | ``hash-*`` | SHA-256 of one file | path, size, times and inode of the file |
 | ``plan-*`` | ranking of the layers | model, tokenizer, calibration text and number of tokens, data type, context, vLLM's arguments; one that transformers has measured does not depend on vLLM's arguments |
 | ``quality-*`` | perplexity and the like, by the layers that are left out | as a plan, with the held-out text |
+| ``repair-*`` | maps that stand in for skipped layers | as a plan; it is compared with its digest |
 | ``speed-*`` | tokens per second, by the layers that are left out | as quality, and hardware, versions of packages, requests at a time |
 | ``quantized-*`` | quantized checkpoint, and a record of its files | model, how it is quantized, token ids that it is calibrated on, version of GPTQModel, companion files, whether code is copied; each file is compared with its record |
 | ``checkpoint-*`` | checkpoint of one depth | model, removed layers, companion files, whether code is copied; it is compared with its fingerprint |
@@ -32,8 +33,8 @@ from typing import Any
 
 Key = dict[str, object]
 
-_HASH, _PLAN, _QUALITY, _SPEED, _QUANTIZED, _CHECKPOINT = (
-    {"method": method} for method in (1, 1, 1, 1, 3, 1)
+_HASH, _PLAN, _QUALITY, _REPAIR, _SPEED, _QUANTIZED, _CHECKPOINT = (
+    {"method": method} for method in (1, 1, 1, 1, 1, 3, 1)
 )
 
 
@@ -77,6 +78,11 @@ def transformers_plan_key(
 def quality_key(measuring: Measuring, *, text: str, num_tokens: int) -> Key:
     """Return the key of qualities; ``text`` is the fingerprint of the held-out text."""
     return {**_QUALITY, **asdict(measuring), "text": text, "num_tokens": num_tokens}
+
+
+def repair_key(measuring: Measuring, *, text: str, num_tokens: int) -> Key:
+    """Return the key of repair maps; ``text`` is the fingerprint of the calibration text."""
+    return {**_REPAIR, **asdict(measuring), "text": text, "num_tokens": num_tokens}
 
 
 def speed_key(

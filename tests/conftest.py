@@ -11,6 +11,8 @@ import pytest
 from filelock import FileLock
 from hypothesis import settings
 
+from server.errors import InvalidArgument
+from server.model.smollm2 import smollm2_checkpoint
 from server.model.source import DEMO_MODEL
 
 # Engines and references of these sizes are fastest on one thread, and a busy machine does not
@@ -46,6 +48,21 @@ def data_path(relative: str) -> Path:
     if not path.exists():
         pytest.skip(f"{path} is absent")
     return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "smollm2_model" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.smollm2)
+
+
+@pytest.fixture(scope="session")
+def smollm2_model() -> Path:
+    """A real pretrained Llama of 30 layers and 135 million parameters, kept between sessions."""
+    try:
+        return smollm2_checkpoint()
+    except InvalidArgument as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

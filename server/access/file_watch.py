@@ -9,7 +9,7 @@ from pathlib import Path
 from server.errors import FathomError
 
 # Inode, time of modification in nanoseconds and size; None for a file that does not exist.
-_Version = tuple[int, int, int] | None
+FileVersion = tuple[int, int, int] | None
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +60,12 @@ class FileWatch:
         self._problem = ""
         return True
 
-    def _versions(self) -> dict[Path, _Version]:
-        return {path: _version(path) for path in self._files()}
+    def _versions(self) -> dict[Path, FileVersion]:
+        return {path: file_version(path) for path in self._files()}
 
 
-def _version(path: Path) -> _Version:
+def file_version(path: Path) -> FileVersion:
+    """Return what changes when the file is written or replaced; links are followed."""
     try:
         stat = path.stat()
     except OSError:

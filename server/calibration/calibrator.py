@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from pruning.fingerprint import text_fingerprint
@@ -17,7 +18,13 @@ from pruning.quality import Quality, QualityError
 from pruning.text import TextError, token_windows
 from server.depth.levels import DepthPair
 from server.depth.policy import DepthPolicy, Speed
-from server.engine.base import Engine, GenerationRequest, LayerSelection, SamplingOptions
+from server.engine.base import (
+    Engine,
+    GenerationRequest,
+    LayerSelection,
+    RepairsLayers,
+    SamplingOptions,
+)
 from server.errors import FailedPrecondition, InvalidArgument
 
 # The longest window of calibration and quality text, in tokens.
@@ -38,8 +45,8 @@ _ROUNDS = 2
 class Progress:
     """Progress of a measurement.
 
-    ``phase`` is importance, levels, quality or speed; in the phase levels, engines are started
-    for them.
+    ``phase`` is importance, repair, levels, quality or speed; in the phase levels, engines are
+    started for them.
     """
 
     phase: str
@@ -109,6 +116,20 @@ class Calibrator:
             text_fingerprint=text_fingerprint(texts or self._texts),
             tokenizer_fingerprint=self._tokenizer_fingerprint,
             versions=self._versions,
+        )
+
+    async def fit_repair(self, engine: RepairsLayers, path: Path, on_progress: OnProgress) -> None:
+        """Fit repair maps on the server's calibration text, and write them to ``path``.
+
+        Raises :class:`pruning.repair.RepairError` as :meth:`RepairsLayers.fit_repair` does.
+        """
+        windows = await asyncio.to_thread(self._calibration_windows, (), self._max_tokens)
+        await engine.fit_repair(
+            windows,
+            path,
+            model_fingerprint=self._model_fingerprint,
+            text_fingerprint=text_fingerprint(self._texts),
+            progress=_report(on_progress, "repair"),
         )
 
     async def prepare(self, policy: DepthPolicy, on_progress: OnProgress) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,15 @@ from typing import Generic, TypeVar
 
 from pruning.plan import Plan
 from pruning.quality import Quality
+from pruning.repair import RepairError, load_maps
 from server.depth.levels import DepthPair
 from server.depth.policy import DepthPolicy, Speed
 from server.engine.base import LayerSelection
 from server.state import JsonEntry, StateDirectory
+
+logger = logging.getLogger(__name__)
+
+_REPAIR_KIND = "repair"
 
 M = TypeVar("M")
 
@@ -52,12 +58,14 @@ class PolicyStore:
         plan_file: PlanFile,
         *,
         plan_key: Key,
+        repair_key: Key,
         quality_key: Key,
         speed_key: Key,
     ) -> None:
         self._state = state
         self._plan_file = plan_file
         self._plan_key = plan_key
+        self._repair_key = repair_key
         self._qualities: _Table[Quality] = _Table(
             state, "quality", quality_key, JsonEntry(list[Measured[Quality]], quality_key)
         )
@@ -68,6 +76,32 @@ class PolicyStore:
     async def plan(self, make: Callable[[], Awaitable[Plan]]) -> Plan:
         """Return the plan that is kept, or else the one that is made."""
         return await self._state.load_or_make("plan", self._plan_key, self._plan_file, make)
+
+    async def repair(self, make: Callable[[Path], Awaitable[None]]) -> Path:
+        """Return the file of the repair maps that are kept, or else of those that ``make`` writes.
+
+        Raises what ``make`` raises.
+        """
+        path = self._state.path_of(_REPAIR_KIND, self._repair_key).with_suffix(".safetensors")
+        if not self._is_kept(path):
+            async with self._state.locked(_REPAIR_KIND, self._repair_key):
+                # Another server may have made it while this one waited.
+                if not self._is_kept(path):
+                    await make(path)
+        return path
+
+    def _is_kept(self, path: Path) -> bool:
+        if not path.exists():
+            return False
+        try:
+            maps = load_maps(path)
+            maps.check_model(
+                self._plan_file.model_fingerprint, self._plan_file.num_layers, maps.hidden_size
+            )
+        except (RepairError, OSError) as error:
+            logger.warning("%s is not used and will be made anew: %s", path, error)
+            return False
+        return True
 
     async def qualities(
         self,

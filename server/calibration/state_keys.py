@@ -16,6 +16,7 @@ from server.state_keys import (
     Measuring,
     plan_key,
     quality_key,
+    repair_key,
     speed_key,
     transformers_plan_key,
 )
@@ -48,6 +49,9 @@ def policy_store(
         StateDirectory(settings.state_dir),
         PlanFile(fingerprint, num_layers),
         plan_key=_plan_key(settings, measuring, text_fingerprint(texts)),
+        repair_key=repair_key(
+            measuring, text=text_fingerprint(texts), num_tokens=settings.calibration_tokens
+        ),
         quality_key=quality_key(measuring, text=held_out, num_tokens=settings.quality_tokens),
         speed_key=speed_key(
             measuring,

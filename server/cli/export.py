@@ -45,7 +45,7 @@ def export(
     config: Annotated[str | None, typer.Option(help="YAML file with settings.")] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Checkpoint directory or Hugging Face Hub id; none: the demo model."),
+        typer.Option(help="As for 'fathom serve'; none: the demo model."),
     ] = None,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a Hub model.")

@@ -15,7 +15,9 @@ from server.telemetry.progress import ProgressReport
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="Checkpoint directory or Hugging Face Hub id.")],
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint directory, smollm2 or Hugging Face Hub id.")
+    ],
     out: Annotated[Path, typer.Argument(help="New directory to write.")],
     bits: Annotated[str, typer.Option(help="Bits of a weight.", metavar="4|8")] = "4",
     group_size: Annotated[

@@ -89,6 +89,12 @@ class DepthSettings(BaseModel):
         None,
         description="Plan file to use instead of a calibration; that of another model is refused.",
     )
+    repair: Literal["none", "closed-form"] = Field(
+        "none",
+        description="What stands in for skipped layers; closed-form: a linear map for each, fitted "
+        "on the calibration text at the first start and kept in `state_dir`, where that brings "
+        "the levels closer to the dense model.",
+    )
     quality_text: str | None = Field(
         None,
         description="Text to measure quality on, as for `calibration`; none: a part of the "

@@ -28,6 +28,11 @@ class RequestSettings(BaseModel):
         description="Tokens and log-probabilities of a stream that are kept for a client that "
         "reads slowly; with more the stream ends with RESOURCE_EXHAUSTED.",
     )
+    drain_delay_seconds: Annotated[float, Ge(0)] = Field(
+        0.0,
+        description="Seconds between SIGTERM and the moment that requests are refused. Health is "
+        "NOT_SERVING at once, so balancers have this long to notice.",
+    )
     grace_seconds: Annotated[float, Ge(0)] = Field(
         30.0, description="Seconds that running requests get to finish when the server is stopped."
     )

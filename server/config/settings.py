@@ -15,6 +15,7 @@ from pydantic_settings import (
 
 from server.config.depth import DepthSettings
 from server.config.engine import EngineSettings
+from server.config.errors import conflict
 from server.config.files import FileSettings
 from server.config.listening import ListeningSettings
 from server.config.logs import LogSettings
@@ -72,6 +73,13 @@ class Settings(
         settings = handler(values)
         settings._old_names = frozenset(used)
         return settings
+
+    @model_validator(mode="after")
+    def _check_repair(self) -> Settings:
+        if self.repair != "none" and self.engine != "elastic":
+            allowed = f"none with the engine '{self.engine}', which serves layers that are cut out"
+            raise conflict("repair", repr(self.repair), allowed)
+        return self
 
     @classmethod
     def settings_customise_sources(

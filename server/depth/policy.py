@@ -107,6 +107,8 @@ class DepthPolicy:
     qualities: Mapping[DepthPair, Quality] = field(default_factory=dict)
     speeds: Mapping[DepthPair, Speed] = field(default_factory=dict)
     any_depth: bool = True
+    # The fingerprint of the maps that stand in for skipped layers; None: nothing does.
+    repair: str | None = None
 
     def __post_init__(self) -> None:
         check_levels(self.levels)
@@ -150,10 +152,11 @@ class DepthPolicy:
         raise UnknownLevel(name, [level.name for level in self.levels])
 
     def selection(self, depths: DepthPair) -> LayerSelection:
-        """Return the layers that the plan skips at these depths."""
+        """Return the layers that the plan skips at these depths, and what stands in for them."""
         return LayerSelection(
             prefill_skips=tuple(sorted(self.plan.skipped(depths.prefill_layers))),
             decode_skips=tuple(sorted(self.plan.skipped(depths.decode_layers))),
+            repair=None if depths == self.dense else self.repair,
         )
 
     def resolve(
@@ -181,6 +184,10 @@ class DepthPolicy:
         The speeds stay: they depend on how many layers run, not on which.
         """
         return dataclasses.replace(self, plan=plan, qualities={})
+
+    def with_repair(self, repair: str | None) -> DepthPolicy:
+        """Return the policy with other maps for skipped layers, which has not been measured."""
+        return dataclasses.replace(self, repair=repair, qualities={}, speeds={})
 
     def with_levels(self, levels: tuple[Level, ...], default_level: str | None) -> DepthPolicy:
         """Return the policy with other levels.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import enum
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
 
 from pruning.importance import BlockInfluence
 from pruning.plan import Plan
@@ -26,10 +27,15 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class LayerSelection:
-    """The layers that a request leaves out, in ascending order."""
+    """The layers that a request leaves out, in ascending order, and what does their work.
+
+    ``repair`` is the fingerprint of the maps that stand in for skipped layers
+    (:mod:`pruning.repair`); None: a skipped layer leaves the residual stream as it is.
+    """
 
     prefill_skips: tuple[int, ...] = ()
     decode_skips: tuple[int, ...] = ()
+    repair: str | None = None
 
     def depth_text(self, num_layers: int) -> str:
         """Return the depth that is left of ``num_layers`` in words, such as "depth 8"."""
@@ -138,6 +144,34 @@ class LoadInfo:
 
     num_running: int
     num_waiting: int
+
+
+@runtime_checkable
+class RepairsLayers(Protocol):
+    """An engine that can let repair maps stand in for the layers that a request skips."""
+
+    async def fit_repair(
+        self,
+        windows: Sequence[Sequence[int]],
+        path: Path,
+        *,
+        model_fingerprint: str,
+        text_fingerprint: str,
+        progress: ProgressCallback,
+    ) -> None:
+        """Fit a map for every layer on ``windows``, and write them to ``path``.
+
+        Raises :class:`pruning.repair.RepairError` for too little text, for states that are not
+        finite, and for a file that cannot be written.
+        """
+
+    async def install_repair(self, path: Path) -> str:
+        """Load the maps in ``path``; return the fingerprint by which requests ask for them.
+
+        Raises :class:`pruning.repair.RepairError` for maps that are damaged or do not fit the
+        model, and :class:`OSError` for a file that cannot be read.
+        """
+        ...
 
 
 class Engine(Protocol):

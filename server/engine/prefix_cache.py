@@ -12,7 +12,8 @@ from server.engine.base import CacheNamespace, LayerSelection
 def cache_salt(layers: LayerSelection, namespace: CacheNamespace | None) -> str:
     """Return the salt of a request's entries in the prefix cache.
 
-    Keys and values depend on the layers that made them. Where prompt and generated tokens skip
+    Keys and values depend on the layers that made them, and on what stood in for the others;
+    where none is skipped, nothing does. Where prompt and generated tokens skip
     different layers, they also depend on where the prompt ended, which the cache does not know:
     such a request shares entries with no other, and neither does one without a namespace. Its salt
     is made unique by a random number, not by anything that the client sends.
@@ -24,4 +25,6 @@ def cache_salt(layers: LayerSelection, namespace: CacheNamespace | None) -> str:
         content = ["alone", secrets.token_hex(16)]
     else:
         content = ["shared", namespace.kind, namespace.name, layers.prefill_skips]
+        if layers.prefill_skips:
+            content.append(layers.repair)
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

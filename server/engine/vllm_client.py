@@ -276,13 +276,18 @@ class VllmClient:
             raise RequestFailed(f"the engine could not run the request: {reason}") from error
 
     async def call_workers(
-        self, method: str, timeout: float | None = _RPC_TIMEOUT_SECONDS
+        self, method: str, timeout: float | None = _RPC_TIMEOUT_SECONDS, args: tuple[Any, ...] = ()
     ) -> list[Any]:
-        """Return what each worker's ``method`` returns, within ``timeout`` seconds."""
+        """Return what each worker's ``method`` returns, within ``timeout`` seconds.
+
+        ``args`` are of plain types, which msgpack can carry.
+        """
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            answers: list[Any] = await self._require_llm().collective_rpc(method, timeout=timeout)
+            answers: list[Any] = await self._require_llm().collective_rpc(
+                method, timeout=timeout, args=args
+            )
             return answers
         except EngineDeadError as error:
             raise EngineDead("the engine's process has ended") from error

@@ -1,4 +1,4 @@
-"""The source of the model: the demo model, a directory or the Hugging Face Hub."""
+"""The source of the model: the demo model, a name, a directory or the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from pruning.checkpoint import read_config
 from server.errors import InvalidArgument
+from server.model import smollm2
 
 DEMO_MODEL = Path(__file__).parent / "demo"
 DEMO_MODEL_NAME = "fathom-demo"
@@ -46,6 +47,8 @@ class ModelSource:
 def find_model(model: str | None, revision: str | None = None) -> ModelSource:
     """Return the model of the settings; one of the Hub is downloaded where it is not cached.
 
+    A directory comes before a name: ``smollm2`` is the one of that name where there is one.
+
     Raises:
         InvalidArgument: there is no such directory, and the Hub has no such model or cannot be
             reached.
@@ -61,9 +64,20 @@ def find_model(model: str | None, revision: str | None = None) -> ModelSource:
         raise InvalidArgument("model", model, f"{allowed} ({reason})") from error
     if is_directory:
         return ModelSource(path, model)
+    if model == smollm2.NAME:
+        return ModelSource(_made_smollm2(), model)
     if exists or not _HUB_ID.fullmatch(model):
         raise InvalidArgument("model", model, allowed)
     return ModelSource(_download(model, revision), model)
+
+
+def _made_smollm2() -> Path:
+    try:
+        return smollm2.smollm2_checkpoint()
+    except OSError as error:
+        raise InvalidArgument(
+            "model", smollm2.NAME, f"one that can be kept in the cache directory ({error})"
+        ) from error
 
 
 def _download(model: str, revision: str | None) -> Path:

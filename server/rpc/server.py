@@ -79,6 +79,7 @@ class RpcServer:
         enable_reflection([INFERENCE, CONTROL, health.SERVICE_NAME], self._server)
         self._following = BackgroundTask("the health report", self._follow)
         self._port = 0
+        self._is_leaving = False
 
     @property
     def port(self) -> int:
@@ -106,6 +107,23 @@ class RpcServer:
         await self._server.start()
         self._following.start()
 
+    async def leave(self) -> None:
+        """Turn health to NOT_SERVING, for good, while calls are still taken."""
+        self._is_leaving = True
+        await self._publish(self._service.state)
+
+    def not_ready(self) -> str:
+        """Return why health is NOT_SERVING; empty if it is SERVING."""
+        if self._is_leaving:
+            return "the server is being stopped"
+        match self._service.state:
+            case State.SERVING:
+                return ""
+            case State.STARTING:
+                return f"the server is starting: {self._service.status().startup_phase}"
+            case state:
+                return f"the server is not serving: {state.value}"
+
     async def stop(self) -> None:
         """Tell watchers of health that nothing is served, and end all open calls.
 
@@ -121,7 +139,10 @@ class RpcServer:
             check_size(data, message, self._service.model)
 
     def _count(self, record: CallRecord) -> None:
-        self._service.metrics.count_request(record.method, record.depth, record.code)
+        metrics = self._service.metrics
+        metrics.count_request(record.method, record.depth, record.code)
+        if record.served is not None:
+            metrics.count_served(record.served.reason)
 
     async def _follow(self) -> None:
         state = self._service.state
@@ -130,7 +151,8 @@ class RpcServer:
             state = await self._service.state_after(state)
 
     async def _publish(self, state: State) -> None:
-        status = _SERVING if state is State.SERVING else _NOT_SERVING
+        is_serving = state is State.SERVING and not self._is_leaving
+        status = _SERVING if is_serving else _NOT_SERVING
         for name in ("", INFERENCE):
             await self._health.set(name, status)
 

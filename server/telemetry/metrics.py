@@ -23,9 +23,10 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from server.access.listening import cannot_listen
-from server.depth.policy import DepthPolicy
+from server.depth.policy import DepthPolicy, Reason
 from server.depth.sliding_window import SlidingWindow
 from server.engine.base import LayerSelection, LoadInfo
+from server.telemetry.http_pages import Probes, with_pages
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -81,6 +82,19 @@ class Metrics:
             ["depth"],
             registry=self.registry,
         )
+        self._generation_layers = Counter(
+            "fathom_generation_layers_total",
+            "Layers that ran for generated tokens; divided by the tokens, their mean depth.",
+            registry=self.registry,
+        )
+        self._served = Counter(
+            "fathom_requests_served_total",
+            "Requests that have ended, by why they were served at their depth.",
+            ["reason"],
+            registry=self.registry,
+        )
+        for reason in Reason:
+            self._served.labels(reason.value)
         self._time_to_first_token = self._histogram(
             "fathom_time_to_first_token_seconds",
             "Time from a request's arrival to its first token.",
@@ -151,6 +165,10 @@ class Metrics:
         """Count a call that has ended with a status code."""
         self._requests.labels(method, depth, code).inc()
 
+    def count_served(self, reason: Reason) -> None:
+        """Count a request that has ended, by why it had its depth."""
+        self._served.labels(reason.value).inc()
+
     def begin(self, depth: int, num_prompt_tokens: int, queue: float, first_token: float) -> None:
         """Count a request that got its first token.
 
@@ -164,6 +182,7 @@ class Metrics:
     def add_tokens(self, depth: int, num_tokens: int) -> None:
         """Count generated tokens."""
         self._generation_tokens.labels(depth).inc(num_tokens)
+        self._generation_layers.inc(depth * num_tokens)
         self._rate.add(str(depth), num_tokens)
 
     def observe_gap(self, depth: int, seconds: float, num_tokens: int) -> None:
@@ -217,8 +236,12 @@ class Metrics:
 class MetricsServer:
     """The HTTP server of the metrics, those of vLLM and of the process included."""
 
-    def __init__(self, metrics: Metrics, host: str, port: int) -> None:
+    def __init__(
+        self, metrics: Metrics, host: str, port: int, probes: Probes | None = None
+    ) -> None:
         """Listen on ``port``, 0 for any free one, in a thread of its own.
+
+        With ``probes``, the page for operators and the probes' answers are there as well.
 
         Raises :class:`InvalidArgument`, naming ``metrics_port`` or ``metrics_host``, if that is
         impossible.
@@ -233,7 +256,8 @@ class MetricsServer:
             raise cannot_listen(error, host, port, "metrics_") from None
         app = self._server.get_app()
         assert app is not None
-        self._server.set_app(_as_text(app))
+        app = _as_text(app)
+        self._server.set_app(app if probes is None else with_pages(app, probes))
 
     @property
     def port(self) -> int:
@@ -324,6 +348,16 @@ class _PolicyCollector(Collector):
             "Mean KL divergence of the next-token distribution from dense, in nats.",
             "depth",
             {depth: quality.kl_nats for depth, quality in qualities.items()},
+        )
+        yield _gauge(
+            "fathom_depth_measured_tokens_per_second",
+            "Generated tokens per second at full load, as measured when the server started.",
+            "depth",
+            {
+                str(depths.decode_layers): speed.tokens_per_second
+                for depths, speed in sorted(policy.speeds.items())
+                if depths.prefill_layers == depths.decode_layers
+            },
         )
         yield _gauge(
             "fathom_layer_block_influence",

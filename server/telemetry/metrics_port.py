@@ -7,6 +7,7 @@ import logging
 
 from server.access.listening import PortInUse
 from server.errors import InvalidArgument
+from server.telemetry.http_pages import Probes
 from server.telemetry.metrics import Metrics, MetricsServer
 
 _RETRY_SECONDS = 5.0
@@ -20,7 +21,9 @@ class MetricsPort:
     Requests can be answered without metrics, so a taken port is only an error in the log.
     """
 
-    def __init__(self, metrics: Metrics, host: str, port: int) -> None:
+    def __init__(
+        self, metrics: Metrics, host: str, port: int, probes: Probes | None = None
+    ) -> None:
         """Listen, if that is possible.
 
         Raises :class:`InvalidArgument` for a host or a port that waiting will not make available.
@@ -28,6 +31,7 @@ class MetricsPort:
         self._metrics = metrics
         self._host = host
         self._port = port
+        self._probes = probes
         self._server: MetricsServer | None = None
         try:
             self._listen()
@@ -63,4 +67,4 @@ class MetricsPort:
             self._server.close()
 
     def _listen(self) -> None:
-        self._server = MetricsServer(self._metrics, self._host, self._port)
+        self._server = MetricsServer(self._metrics, self._host, self._port, self._probes)

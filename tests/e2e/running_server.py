@@ -40,7 +40,8 @@ class RunningServer:
     def __init__(self, directory: Path, **settings: object) -> None:
         """Start; ``directory`` gets the log and, unless it is set, the state directory."""
         directory.mkdir(parents=True, exist_ok=True)
-        self.port, metrics_port = free_ports(2)
+        free_port, metrics_port = free_ports(2)
+        self.port = int(str(settings.pop("port", free_port)))
         self.metrics_port = int(str(settings.pop("metrics_port", metrics_port)))
         self.state_directory = Path(str(settings.pop("state_dir", directory / "state")))
         self._log = directory / "log"

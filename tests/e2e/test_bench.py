@@ -49,3 +49,24 @@ def test_calibration(tmp_path: Path) -> None:
     assert {r["num_tokens"] for r in report.rounds} == {1200, 4800}
     assert len(report.targets) == 2
     assert "seconds per million tokens" in output.lower()
+
+
+def test_fleet(demo_server: RunningServer, tmp_path: Path) -> None:
+    """A load that rises to twice what the replicas carry at full depth, and falls again."""
+    trace = tmp_path / "trace.csv"
+    rows = [f"2026-01-01 00:{at // 60:02}:{at % 60:02}.0000000,10," for at in range(600)]
+    tokens = [200 if 200 <= at < 400 else 50 for at in range(600)]
+    lines = [f"{row}{count}" for row, count in zip(rows, tokens, strict=True)]
+    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *lines]))
+    report, output = bench(
+        tmp_path,
+        *("fleet", "--address", demo_server.address, "--trace", str(trace)),
+        *("--max-quality-loss", "9", "--start-seconds", "30", "--load", "0.9"),
+    )
+    rows_by_name = {row["strategy"]: row for row in report.summary}
+    assert list(rows_by_name) == ["fixed", "replicas alone", "depth alone", "replicas and depth"]
+    fixed, both = rows_by_name["fixed"], rows_by_name["replicas and depth"]
+    assert fixed["mean_depth"] == rows_by_name["replicas alone"]["mean_depth"] == 16
+    assert both["mean_depth"] < 16
+    assert both["within_target"] > fixed["within_target"]
+    assert "replicas and depth" in output

@@ -41,12 +41,10 @@ class Subject:
     pairs: list[tuple[int, int]]
 
     def selection(self, prefill: int, decode: int) -> LayerSelection:
-        return LayerSelection(
-            *[
-                tuple(sorted(self.removal_order[: len(self.removal_order) - depth]))
-                for depth in (prefill, decode)
-            ]
-        )
+        return LayerSelection(self._skipped(prefill), self._skipped(decode))
+
+    def _skipped(self, depth: int) -> tuple[int, ...]:
+        return tuple(sorted(self.removal_order[: len(self.removal_order) - depth]))
 
     def expected(self, prompt_ids: list[int], prefill: int, decode: int) -> list[int]:
         selection = self.selection(prefill, decode)

@@ -14,7 +14,10 @@ MODULES = (
     "plan",
     "checkpoint",
     "fingerprint",
+    "layer_means",
+    "metrics",
     "quantization",
+    "repair",
     "surgery",
     "text",
 )

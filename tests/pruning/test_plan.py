@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pruning.importance import BlockInfluence
+from pruning.metrics import Ranking
+from pruning.metrics.names import BLOCK_INFLUENCE, METRIC_NAMES
 from pruning.plan import Plan, PlanError
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -21,15 +23,19 @@ words = st.text(st.characters(codec="utf-8"), min_size=1)
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
     num_layers = draw(st.integers(1, 40))
+    scores = st.lists(finite, min_size=num_layers, max_size=num_layers).map(tuple)
+    others = draw(st.dictionaries(st.sampled_from(METRIC_NAMES[1:]), scores))
     return Plan(
         removal_order=tuple(draw(st.permutations(range(num_layers)))),
-        scores=tuple(draw(st.lists(finite, min_size=num_layers, max_size=num_layers))),
+        scores=draw(scores),
         stderrs=tuple(map(abs, draw(st.lists(finite, min_size=num_layers, max_size=num_layers)))),
         model_fingerprint=draw(words),
         text_fingerprint=draw(words),
         num_tokens=draw(st.integers(1, 2**53)),
         versions=draw(st.dictionaries(words, words)),
         created_at=draw(finite),
+        metric=draw(st.sampled_from([BLOCK_INFLUENCE, *others])),
+        other_scores=others,
     )
 
 
@@ -63,9 +69,44 @@ def test_leaves_out_the_least_important_first(plan: Plan) -> None:
 def test_is_readable_json(plan: Plan, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
     document = json.loads((tmp_path / "plan.json").read_text())
-    assert document["format_version"] == 1
+    assert document["format_version"] == 2
     assert document["metric"] == "block_influence"
     assert document["removal_order"] == [1, 2, 0]
+
+
+def test_another_metric_brings_its_order_and_keeps_every_score(plan: Plan, tmp_path: Path) -> None:
+    by_norm = plan.ranked_by("norm", Ranking((2, 1, 0), (-1.0, -2.0, -3.0)))
+    greedy = by_norm.ranked_by("greedy_kl", Ranking((1, 0, 2), (0.2, 0.1, 0.7)))
+    assert (greedy.metric, greedy.removal_order) == ("greedy_kl", (1, 0, 2))
+    assert greedy.scores == plan.scores, "block influence"
+    assert greedy.other_scores == {"norm": (-1.0, -2.0, -3.0), "greedy_kl": (0.2, 0.1, 0.7)}
+    again = greedy.ranked_by("block_influence", Ranking(plan.removal_order, plan.scores))
+    assert replace(again, other_scores={}) == plan
+    greedy.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == greedy
+
+
+def test_version_1_is_still_read(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    document = {
+        "removal_order": [1, 2, 0],
+        "scores": [0.3, 0.1, 0.2],
+        "stderrs": [0.01, 0.02, 0.03],
+        "model_fingerprint": "sha256:aa",
+        "text_fingerprint": "sha256:bb",
+        "num_tokens": 1000,
+        "versions": {"torch": "2.13.0"},
+        "created_at": 1.5,
+        "metric": "block_influence",
+        "format_version": 1,
+    }
+    path.write_text(json.dumps(document))
+    plan = Plan.load(path)
+    assert (plan.removal_order, plan.scores, plan.created_at) == ((1, 2, 0), (0.3, 0.1, 0.2), 1.5)
+    assert (plan.metric, plan.other_scores) == ("block_influence", {})
+    plan.save(path)
+    assert json.loads(path.read_text())["format_version"] == 2
+    assert Plan.load(path) == plan
 
 
 def test_a_reader_never_sees_a_part(plan: Plan, tmp_path: Path) -> None:
@@ -104,11 +145,28 @@ REMOVED = object()
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("format_version", 2, "format_version: found 2, allowed: 1"),
-        ("format_version", "1", "format_version: found '1', allowed: 1"),
-        ("format_version", True, "format_version: found True, allowed: an integer"),
-        ("format_version", REMOVED, "format_version: found None, allowed: 1"),
-        ("metric", "taylor", "metric: found 'taylor', allowed: 'block_influence'"),
+        ("format_version", 3, "format_version: found 3, allowed: 1 or 2"),
+        ("format_version", "1", "format_version: found '1', allowed: 1 or 2"),
+        ("format_version", True, "format_version: found True, allowed: 1 or 2"),
+        ("format_version", REMOVED, "format_version: found None, allowed: 1 or 2"),
+        ("format_version", 1, "other_scores: unknown, allowed: created_at, "),
+        ("metric", "taylor", "metric: found 'taylor', allowed: one of block_influence, relative_"),
+        ("metric", "norm", "other_scores.norm: found None, allowed: the scores of the plan's"),
+        ("other_scores", REMOVED, "other_scores: found nothing, allowed: a value"),
+        ("other_scores", [], "other_scores: found [], allowed: an object of lists of numbers"),
+        ("other_scores", {"norm": 1}, "other_scores.norm: found 1, allowed: a list of numbers"),
+        ("other_scores", {"norm": [1, 2]}, "other_scores.norm: found (1.0, 2.0), allowed: 3 num"),
+        ("other_scores", {"norm": [1, 2, math.inf]}, "other_scores.norm: found (1.0, 2.0, inf),"),
+        (
+            "other_scores",
+            {"taylor": [1, 2, 3]},
+            "other_scores: found 'taylor', allowed: scores of relative_magnitude, norm, ",
+        ),
+        (
+            "other_scores",
+            {"block_influence": [1, 2, 3]},
+            "other_scores: found 'block_influence', allowed: scores of relative_magnitude, ",
+        ),
         ("metric", REMOVED, "metric: found nothing, allowed: a value"),
         ("colour", "red", "colour: unknown, allowed: created_at, "),
         ("removal_order", [0, 1, 1], "removal_order: got layer 1 more than once"),

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
+from pruning.quality import Quality
+from pruning.repair import (
+    LayerMap,
+    RepairMaps,
+    check_fit_tokens,
+    load_maps,
+    maps_fingerprint,
+    save_maps,
+)
 from server.config import load_settings
+from server.depth.levels import DepthPair
+from server.depth.policy import DepthPolicy
+from server.engine.base import LayerSelection, ProgressCallback
 from server.model.inputs import Inputs, StartError
 from server.model.source import ModelSource
 from server.serving.service import Service
@@ -25,8 +39,14 @@ from tests.server.rpc.toy_engine import NUM_LAYERS, ToyEngine
 class Start:
     """A start of a server whose state is kept in ``directory``."""
 
-    def __init__(self, directory: Path, calibration_text: str = "calibration text " * 20) -> None:
-        self.engine = ToyEngine()
+    def __init__(
+        self,
+        directory: Path,
+        calibration_text: str = "calibration text " * 20,
+        engine: ToyEngine | None = None,
+        **settings: str,
+    ) -> None:
+        self.engine = ToyEngine() if engine is None else engine
         self.service = Service(self.engine, Metrics())
         inputs = Inputs(
             source=ModelSource(directory, "toy"),
@@ -39,9 +59,52 @@ class Start:
             texts=[calibration_text],
             held_out_texts=["held-out text " * 20],
         )
-        settings = load_settings({"state_dir": str(directory)})
+        chosen = load_settings({"state_dir": str(directory), **settings})
         progress = ProgressReport(Console(file=io.StringIO()))
-        self.startup = Startup(settings, inputs, self.engine, self.service, progress)
+        self.startup = Startup(chosen, inputs, self.engine, self.service, progress)
+
+
+class RepairingEngine(ToyEngine):
+    """A toy whose pruned levels lose ``remaining`` of what they lose without repair."""
+
+    def __init__(self, remaining: float = 0.5) -> None:
+        super().__init__()
+        self.num_fits = 0
+        self.installed: str | None = None
+        self._remaining = remaining
+
+    async def fit_repair(
+        self,
+        windows: Sequence[Sequence[int]],
+        path: Path,
+        *,
+        model_fingerprint: str,
+        text_fingerprint: str,
+        progress: ProgressCallback,
+    ) -> None:
+        check_fit_tokens(sum(map(len, windows)), 4)
+        self.num_fits += 1
+        maps = {layer: LayerMap(torch.eye(4) * layer, 1.0, 0.5) for layer in range(NUM_LAYERS)}
+        save_maps(RepairMaps(maps, NUM_LAYERS, model_fingerprint, text_fingerprint, 64), path)
+        progress(1, 1)
+
+    async def install_repair(self, path: Path) -> str:
+        self.installed = maps_fingerprint(path)
+        return self.installed
+
+    async def measure_quality(
+        self,
+        windows: Sequence[Sequence[int]],
+        selections: Sequence[LayerSelection],
+        progress: ProgressCallback,
+    ) -> list[Quality]:
+        qualities = await super().measure_quality(windows, selections, progress)
+        return [
+            quality
+            if layers.repair is None or quality.kl_nats is None
+            else replace(quality, kl_nats=quality.kl_nats * self._remaining)
+            for layers, quality in zip(selections, qualities, strict=True)
+        ]
 
 
 @pytest.fixture
@@ -89,4 +152,79 @@ async def test_calibration_text_without_tokens(tmp_path: Path) -> None:
     start = Start(tmp_path, calibration_text="x")
     with pytest.raises(StartError, match=r"^the calibration text: no text of 2 or more tokens"):
         await start.startup.run()
+    await start.service.close()
+
+
+async def started(directory: Path, engine: ToyEngine) -> DepthPolicy:
+    start = Start(directory, engine=engine, repair="closed-form")
+    try:
+        await start.startup.run()
+        return start.service.policy
+    finally:
+        await start.service.close()
+
+
+async def test_repair_is_fitted_once_and_kept(tmp_path: Path) -> None:
+    engine = RepairingEngine()
+    policy = await started(tmp_path, engine)
+    assert engine.num_fits == 1
+    assert policy.repair == engine.installed is not None
+    fast, dense = DepthPair(4, 4), policy.dense
+    assert policy.selection(fast).repair == policy.repair
+    assert policy.selection(dense).repair is None, "nothing is skipped"
+    [kept] = tmp_path.glob("repair-*.safetensors")
+    assert maps_fingerprint(kept) == policy.repair
+    assert policy.qualities[fast].kl_nats == pytest.approx(0.02), "measured with repair"
+    assert {level.depths for level in LEVELS} <= policy.qualities.keys() & policy.speeds.keys()
+
+    again = RepairingEngine()
+    assert await started(tmp_path, again) == policy
+    assert (again.num_fits, again.installed, again.num_steps) == (0, policy.repair, 0)
+
+
+async def test_repair_that_is_damaged_or_foreign_is_fitted_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = await started(tmp_path, RepairingEngine())
+    [kept] = tmp_path.glob("repair-*.safetensors")
+    foreign = replace(load_maps(kept), model_fingerprint="sha256:other")
+    sound = kept.read_bytes()
+    for damage in (
+        lambda: kept.write_bytes(sound[:-1]),
+        lambda: kept.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1])),
+        lambda: save_maps(foreign, kept),
+    ):
+        damage()
+        caplog.clear()
+        engine = RepairingEngine()
+        assert (await started(tmp_path, engine)).repair == policy.repair
+        assert engine.num_fits == 1
+        assert f"{kept} is not used and will be made anew" in caplog.text
+
+
+async def test_repair_that_does_not_help_is_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = await started(tmp_path, RepairingEngine(remaining=1.5))
+    assert policy.repair is None
+    assert policy.selection(DepthPair(4, 4)).repair is None
+    assert policy.qualities[DepthPair(4, 4)].kl_nats == pytest.approx(0.04)
+    assert "repair is not used: the levels are 0.045 nats from the dense model with it" in (
+        caplog.text
+    )
+
+
+async def test_too_little_text_to_fit_repair_is_refused(tmp_path: Path) -> None:
+    engine = RepairingEngine()
+    start = Start(tmp_path, "short", engine=engine, repair="closed-form")
+    with pytest.raises(StartError, match=r"^repair: text: got 6 tokens to fit repair on, allowed"):
+        await start.startup.run()
+    await start.service.close()
+
+
+async def test_without_the_setting_nothing_is_fitted(tmp_path: Path) -> None:
+    engine = RepairingEngine()
+    start = Start(tmp_path, engine=engine)
+    await start.startup.run()
+    assert (engine.num_fits, engine.installed, start.service.policy.repair) == (0, None, None)
     await start.service.close()

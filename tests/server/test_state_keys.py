@@ -40,6 +40,7 @@ KINDS: dict[str, tuple[Make, dict[str, Any]]] = {
         {"model": "m", "tokenizer": "t", "dtype": "float32", "max_context": 64, **TEXT},
     ),
     "quality": (measured(state_keys.quality_key), {**MEASURING, **TEXT}),
+    "repair": (measured(state_keys.repair_key), {**MEASURING, **TEXT}),
     "speed": (
         measured(state_keys.speed_key),
         {
@@ -115,4 +116,5 @@ def test_every_kind_of_entry_is_described() -> None:
             )
     assert state_keys.__doc__ is not None
     described = set(re.findall(r"^\| ``(\w+)-\*`` \|", state_keys.__doc__, re.MULTILINE))
-    assert kinds == described == {"hash", "plan", "quality", "speed", "quantized", "checkpoint"}
+    expected = {"hash", "plan", "repair", "quality", "speed", "quantized", "checkpoint"}
+    assert kinds == described == expected

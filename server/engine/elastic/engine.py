@@ -7,11 +7,20 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pruning.importance import BlockInfluence, block_influence, merge_sums
 from pruning.plan import Plan
 from pruning.quality import Quality
+from pruning.repair import (
+    RepairError,
+    check_fit_tokens,
+    layers_at_a_time,
+    maps_fingerprint,
+    split_windows,
+)
 from server.engine.arguments import check_kv_cache, refusal, wants_huge_pages
 from server.engine.base import (
     CacheNamespace,
@@ -32,6 +41,7 @@ from server.engine.elastic.engine_arguments import (
     vllm_arguments,
 )
 from server.engine.elastic.payload import (
+    GramProbe,
     ImportanceProbe,
     Payload,
     Probe,
@@ -42,12 +52,14 @@ from server.engine.model_tokenizer import ModelTokenizer
 from server.engine.prefix_cache import cache_salt
 from server.engine.token_progress import TokenProgress, first_failure
 from server.engine.vllm_client import VllmClient, model_info
-from server.errors import InvalidArgument
+from server.errors import FailedPrecondition, InvalidArgument
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 _COMPILE_TIMEOUT_SECONDS = 600.0
+# One layer takes a second where it is 1,000 wide, and eight times as long for twice the width.
+_FIT_TIMEOUT_SECONDS = 1800.0
 # Tokens whose reference states are held in the worker at one time.
 _QUALITY_GROUP_TOKENS = 8192
 # Measurements leave the rest of the batch to clients.
@@ -71,6 +83,7 @@ class ElasticEngine:
         self._model: ModelInfo | None = None
         self._numbers = itertools.count()
         self._measuring = asyncio.Lock()
+        self._repair: _InstalledRepair | None = None
 
     async def start(self) -> None:
         """Load the model, or load it again after its process has ended.
@@ -82,6 +95,8 @@ class ElasticEngine:
         """
         await self._llm.start(self._configure)
         await self._compile_layers()
+        if self._repair is not None:
+            await self._load_stand_ins(self._repair.path)
         if wants_huge_pages(self._config):
             await self._llm.use_huge_pages()
         config = self._llm.model_config
@@ -119,6 +134,33 @@ class ElasticEngine:
                 raise InvalidArgument("compile_layers", True, f"false here ({problem})")
             else:
                 logger.warning("layers run uncompiled, which is slower: %s", problem)
+
+    async def install_repair(self, path: Path) -> str:
+        """Let the maps in ``path`` stand in for the layers that a request skips.
+
+        Returns their fingerprint, which requests that want them carry in
+        :attr:`LayerSelection.repair`. No request may be under way with other maps. They are
+        loaded again, from the same file, after the engine's process has ended.
+
+        Raises:
+            RepairError: The maps are damaged, or do not fit the model.
+            OSError: The file cannot be read.
+        """
+        installed = _InstalledRepair(path, maps_fingerprint(path))
+        await self._load_stand_ins(path)
+        self._repair = installed
+        return installed.fingerprint
+
+    async def _load_stand_ins(self, path: Path) -> None:
+        await self._call_for_repair("fathom_load_stand_ins", str(path))
+
+    def _check_repair(self, layers: LayerSelection) -> None:
+        installed = None if self._repair is None else self._repair.fingerprint
+        if layers.repair not in (None, installed):
+            raise FailedPrecondition(
+                f"repair: the layers are to be repaired by the maps {layers.repair}, but the "
+                f"engine has {installed or 'none'}"
+            )
 
     async def shutdown(self) -> None:
         await self._llm.shutdown()
@@ -166,6 +208,7 @@ class ElasticEngine:
         return self._tokenizer.token_texts(token_ids)
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
+        self._check_repair(request.layers)
         return self._llm.generate(
             request.request_id,
             request.prompt_ids,
@@ -183,6 +226,7 @@ class ElasticEngine:
         layers: LayerSelection,
         cache_namespace: CacheNamespace | None = None,
     ) -> list[TokenScore]:
+        self._check_repair(layers)
         params = self._llm.sampling_params(
             SamplingOptions(max_tokens=1, temperature=0.0),
             Payload(layers, num_context).to_extra_args(),
@@ -213,6 +257,56 @@ class ElasticEngine:
         assert sums is not None
         return block_influence(sums)
 
+    async def fit_repair(
+        self,
+        windows: Sequence[Sequence[int]],
+        path: Path,
+        *,
+        model_fingerprint: str,
+        text_fingerprint: str,
+        progress: ProgressCallback,
+    ) -> None:
+        """Fit a repair map for every layer, and write them to ``path``.
+
+        Raises:
+            RepairError: There is too little text, the states are not finite, or the file cannot
+                be written.
+        """
+        check_windows(windows, self.model)
+        fit, held_out = split_windows(windows)
+        hidden_size = self._llm.model_config.get_hidden_size()
+        num_layers, num_tokens = self.model.num_layers, sum(map(len, fit))
+        check_fit_tokens(num_tokens, hidden_size)
+        group_size = layers_at_a_time(hidden_size)
+        starts = range(0, num_layers, group_size)
+        reporter = TokenProgress(progress, windows, num_passes=len(starts))
+        requests = [
+            (window, Payload(LayerSelection(), probe=GramProbe(held_out=part is held_out)))
+            for part in (fit, held_out)
+            for window in part
+        ]
+        async with self._measuring:
+            for start in starts:
+                group = list(range(start, min(start + group_size, num_layers)))
+                await self._llm.call_workers("fathom_reset_repair", args=(group, start > 0))
+                await self._prefill_all(requests, reporter)
+                for layer in group:
+                    # One at a time: between two of them the engine serves.
+                    await self._call_for_repair("fathom_fit_repair", layer)
+            provenance = {
+                "num_layers": num_layers,
+                "model_fingerprint": model_fingerprint,
+                "text_fingerprint": text_fingerprint,
+                "num_tokens": num_tokens,
+            }
+            await self._call_for_repair("fathom_save_repair", str(path), provenance)
+
+    async def _call_for_repair(self, method: str, *args: object) -> None:
+        answers = await self._llm.call_workers(method, _FIT_TIMEOUT_SECONDS, args)
+        for problem in answers:
+            if problem:
+                raise RepairError(problem)
+
     async def measure_quality(
         self,
         windows: Sequence[Sequence[int]],
@@ -220,6 +314,8 @@ class ElasticEngine:
         progress: ProgressCallback,
     ) -> list[Quality]:
         check_windows(windows, self.model)
+        for layers in selections:
+            self._check_repair(layers)
         sums: list[list[list[float]]] = [[] for _ in selections]
         reporter = TokenProgress(progress, windows, num_passes=len(selections) + 1)
         group_size = max(1, _QUALITY_GROUP_TOKENS // max(map(len, windows)))
@@ -268,6 +364,14 @@ class ElasticEngine:
     @property
     def _tokenizer(self) -> ModelTokenizer:
         return self._llm.tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class _InstalledRepair:
+    """The file of the maps that the workers have loaded, and their fingerprint."""
+
+    path: Path
+    fingerprint: str
 
 
 def _quality_payload(

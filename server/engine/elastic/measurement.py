@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from pruning.importance import BlockInfluenceEstimator
 from pruning.quality import token_statistics
-from server.engine.elastic.payload import ImportanceProbe, QualityProbe
+from pruning.repair import GramEstimator, LayerMap, RepairMaps, fit_map, save_maps
+from pruning.repair.gram import LayerGram
+from server.engine.elastic.payload import GramProbe, ImportanceProbe, Probe, QualityProbe
 from server.engine.elastic.row_table import RowTable
 from server.engine.elastic.step import ElasticStep
 
@@ -16,6 +20,35 @@ from server.engine.elastic.step import ElasticStep
 _CHUNK = 512
 # [num_positions, hidden_size] -> [num_positions, vocab_size]; None on ranks without logits
 ComputeLogits = Callable[[torch.Tensor], torch.Tensor | None]
+
+
+class LayerMeter(Protocol):
+    """Takes what every layer does to the tokens of marked requests."""
+
+    def marks(self, probe: Probe) -> bool:
+        """Return whether a request with this probe is marked."""
+
+    def update(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Take the stream of the marked tokens before and after ``layer``.
+
+        Each is [num_tokens, hidden_size].
+        """
+
+
+def marked_tokens(
+    meter: LayerMeter, step: ElasticStep, table: RowTable
+) -> torch.Tensor | slice | None:
+    """Return the indices of the step's tokens to measure on."""
+    marked = [
+        step.row_tokens(row)
+        for row, probed in table.probed.items()
+        if meter.marks(probed.probe) and step.has_row(row)
+    ]
+    if not marked:
+        return None
+    if sum(tokens.stop - tokens.start for tokens in marked) == step.num_tokens:
+        return slice(0, step.num_tokens)  # which copies nothing
+    return torch.cat([torch.arange(tokens.start, tokens.stop) for tokens in marked])
 
 
 class ImportanceMeter:
@@ -28,24 +61,77 @@ class ImportanceMeter:
     def reset(self) -> None:
         self._estimator = BlockInfluenceEstimator(self._num_layers)
 
-    def marked_tokens(self, step: ElasticStep, table: RowTable) -> torch.Tensor | slice | None:
-        """Return the indices of the step's tokens to measure on."""
-        marked = [
-            step.row_tokens(row)
-            for row, probed in table.probed.items()
-            if isinstance(probed.probe, ImportanceProbe) and step.has_row(row)
-        ]
-        if not marked:
-            return None
-        if sum(tokens.stop - tokens.start for tokens in marked) == step.num_tokens:
-            return slice(0, step.num_tokens)  # which copies nothing
-        return torch.cat([torch.arange(tokens.start, tokens.stop) for tokens in marked])
+    def marks(self, probe: Probe) -> bool:
+        return isinstance(probe, ImportanceProbe)
 
     def update(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
         self._estimator.update(layer, before, after)
 
     def sums(self) -> list[list[float]]:
         return self._estimator.sums()
+
+
+class GramMeter:
+    """Accumulates what repair maps are fitted from, for a group of layers at a time."""
+
+    def __init__(self, *, held_out: bool) -> None:
+        self._held_out = held_out
+        self._estimator = GramEstimator([])
+
+    def reset(self, layers: Collection[int]) -> None:
+        self._estimator = GramEstimator(layers)
+
+    def marks(self, probe: Probe) -> bool:
+        return isinstance(probe, GramProbe) and probe.held_out is self._held_out
+
+    def update(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        self._estimator.update(layer, before, after)
+
+    def take(self, layer: int) -> LayerGram | None:
+        """Return the sums of ``layer`` and forget them."""
+        return self._estimator.take(layer)
+
+
+class RepairFitter:
+    """Fits repair maps from what its meters accumulate, and keeps them until they are saved."""
+
+    def __init__(self) -> None:
+        self.fit = GramMeter(held_out=False)
+        self.held_out = GramMeter(held_out=True)
+        self._maps: dict[int, LayerMap] = {}
+
+    def reset(self, layers: Collection[int], *, keep_maps: bool) -> None:
+        """Begin a pass over the text for a group of layers."""
+        self.fit.reset(layers)
+        self.held_out.reset(layers)
+        if not keep_maps:
+            self._maps = {}
+
+    def fit_layer(self, layer: int, dtype: torch.dtype) -> None:
+        """Fit the map of one layer; raises what :func:`pruning.repair.fit_map` does."""
+        fitted = fit_map(layer, self.fit.take(layer), self.held_out.take(layer))
+        weight = fitted.weight.to("cpu", dtype)
+        self._maps[layer] = LayerMap(weight, fitted.ridge, fitted.unexplained)
+
+    def save(
+        self,
+        path: Path,
+        *,
+        num_layers: int,
+        model_fingerprint: str,
+        text_fingerprint: str,
+        num_tokens: int,
+    ) -> None:
+        """Write the maps, and forget them and the sums.
+
+        Raises :class:`pruning.repair.RepairError` for maps that the type of the model cannot
+        hold, and :class:`OSError` where the file cannot be written.
+        """
+        maps, self._maps = self._maps, {}
+        self.reset([], keep_maps=False)
+        save_maps(
+            RepairMaps(maps, num_layers, model_fingerprint, text_fingerprint, num_tokens), path
+        )
 
 
 class QualityMeter:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -26,11 +27,24 @@ from server.engine.elastic.attention import attention_without_cache, elastic_bac
 from server.engine.elastic.compatibility import check_model
 from server.engine.elastic.compiled_layers import CompiledLayers
 from server.engine.elastic.kv_only import write_keys_and_values
-from server.engine.elastic.measurement import ImportanceMeter, QualityMeter
+from server.engine.elastic.measurement import (
+    ImportanceMeter,
+    LayerMeter,
+    QualityMeter,
+    RepairFitter,
+    marked_tokens,
+)
 from server.engine.elastic.residual_stream import ResidualStream
 from server.engine.elastic.row_table import RowTable
 from server.engine.elastic.row_tracker import row_table
-from server.engine.elastic.step import ElasticStep, TokenSubset, Whole
+from server.engine.elastic.stand_ins import StandIn, StandIns
+from server.engine.elastic.step import (
+    ActiveTokens,
+    ElasticStep,
+    RepairedTokens,
+    TokenSubset,
+    Whole,
+)
 
 
 class ElasticCausalLM:
@@ -46,10 +60,15 @@ class ElasticCausalLM:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.rows = row_table(vllm_config)
         self.importance = ImportanceMeter(vllm_config.model_config.hf_text_config.num_hidden_layers)
+        self.repair = RepairFitter()
         self.quality = QualityMeter(cast(Any, self).compute_logits)
         indices = range(self.model.start_layer, self.model.end_layer)
         self._layers = [(index, self.model.layers[index]) for index in indices]
         check_model(self.model, [layer for _, layer in self._layers])
+        config = vllm_config.model_config
+        self._stand_ins = StandIns(
+            config.hf_text_config.num_hidden_layers, config.get_hidden_size()
+        )
         self._compiled = CompiledLayers()
         for _, layer in self._layers:
             attention = layer.self_attn.attn
@@ -77,7 +96,7 @@ class ElasticCausalLM:
                 stream.add(layer, Whole.ALL)
         elif step.is_uniform and not probed:
             for index, layer in self._layers:
-                stream.add(layer, step.active_tokens(index))
+                stream.add(layer, *self._work(step, index))
         else:
             self._run_step(stream, positions, context)
 
@@ -110,6 +129,17 @@ class ElasticCausalLM:
                 comparing=attention_without_cache(layers),
             )
 
+    @property
+    def stream_dtype(self) -> torch.dtype:
+        """The type of the residual stream, also where the weights of layers are quantized."""
+        return cast(torch.dtype, next(self.model.norm.parameters()).dtype)
+
+    def load_stand_ins(self, path: Path) -> None:
+        """Load repair maps; raises what :meth:`StandIns.load` does, and keeps what it has then."""
+        self._stand_ins.load(path, self.stream_dtype, next(self.model.norm.parameters()).device)
+        self.rows.has_stand_in[:] = False
+        self.rows.has_stand_in[self._stand_ins.layers] = True
+
     def _entering_stream(
         self,
         input_ids: torch.Tensor | None,
@@ -128,30 +158,48 @@ class ElasticCausalLM:
         # Zero and the embeddings: so the first layer is called as the others are.
         return ResidualStream(run_layers, positions, torch.zeros_like(inputs_embeds), inputs_embeds)
 
+    def _work(self, step: ElasticStep, layer: int) -> _LayerWork:
+        return _LayerWork(
+            step.active_tokens(layer), self._stand_ins.of(layer), step.repaired_tokens(layer)
+        )
+
     def _run_step(
         self, stream: ResidualStream, positions: torch.Tensor, context: ForwardContext
     ) -> None:
         """Run every layer on its active tokens, and measure where that is asked for."""
-        importance = _ImportanceOfStep(self.importance, stream)
+        observers = [
+            _LayerObserver(meter, stream)
+            for meter in (self.importance, self.repair.fit, self.repair.held_out)
+        ]
         for index, layer in self._layers:
             step = _step_of(context, layer)
             assert step is not None
             if self.rows.probed:
-                importance.before(step, self.rows)
+                for observer in observers:
+                    observer.before(step, self.rows)
             kv_only = step.kv_only_tokens(index)
             if kv_only is not None:
                 write_keys_and_values(layer, stream.total(kv_only), positions[kv_only], kv_only)
-            active = step.active_tokens(index)
-            if isinstance(active, TokenSubset):
-                active.install(context, layer.self_attn.attn.layer_name)
-            stream.add(layer, active)
-            importance.after(index)
+            work = self._work(step, index)
+            if isinstance(work.active, TokenSubset):
+                work.active.install(context, layer.self_attn.attn.layer_name)
+            stream.add(layer, *work)
+            for observer in observers:
+                observer.after(index)
 
 
-class _ImportanceOfStep:
-    """Block Influence of a step's layers, on the tokens of the requests that are marked for it."""
+class _LayerWork(NamedTuple):
+    """The tokens of a step that run a layer, its stand-in, and the tokens which that repairs."""
 
-    def __init__(self, meter: ImportanceMeter, stream: ResidualStream) -> None:
+    active: ActiveTokens
+    stand_in: StandIn | None
+    repaired: RepairedTokens
+
+
+class _LayerObserver:
+    """Shows a meter what a step's layers do to the tokens of the requests that it has marked."""
+
+    def __init__(self, meter: LayerMeter, stream: ResidualStream) -> None:
         self._meter = meter
         self._stream = stream
         self._tokens: torch.Tensor | slice | None = None
@@ -160,7 +208,7 @@ class _ImportanceOfStep:
     def before(self, step: ElasticStep, rows: RowTable) -> None:
         """Note the stream before the first layer; later layers begin where the last one ended."""
         if self._tokens is None:
-            self._tokens = self._meter.marked_tokens(step, rows)
+            self._tokens = marked_tokens(self._meter, step, rows)
         if self._tokens is not None and self._before is None:
             self._before = self._stream.total(self._tokens)
 

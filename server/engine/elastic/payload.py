@@ -17,6 +17,16 @@ class ImportanceProbe:
 
 
 @dataclass(frozen=True, slots=True)
+class GramProbe:
+    """Adds the tokens of this request to the sums that repair maps are fitted from.
+
+    ``held_out``: to those that the ridge is chosen on instead.
+    """
+
+    held_out: bool
+
+
+@dataclass(frozen=True, slots=True)
 class QualityProbe:
     """Compares the request's next-token distributions with those of its reference.
 
@@ -29,7 +39,7 @@ class QualityProbe:
     first_scored: int
 
 
-Probe = ImportanceProbe | QualityProbe
+Probe = ImportanceProbe | GramProbe | QualityProbe
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +59,15 @@ class Payload:
             "prefill_skips": list(self.layers.prefill_skips),
             "decode_skips": list(self.layers.decode_skips),
         }
+        if self.layers.repair is not None:
+            data["repair"] = self.layers.repair
         if self.num_context is not None:
             data["num_context"] = self.num_context
         match self.probe:
             case ImportanceProbe():
                 data["importance"] = True
+            case GramProbe(held_out):
+                data["gram"] = held_out
             case QualityProbe(window, selection, first_scored):
                 data["quality"] = [window, selection, first_scored]
         return {KEY: data}
@@ -67,10 +81,14 @@ class Payload:
         probe: Probe | None = None
         if data.get("importance"):
             probe = ImportanceProbe()
+        elif "gram" in data:
+            probe = GramProbe(data["gram"])
         elif "quality" in data:
             probe = QualityProbe(*data["quality"])
         return cls(
-            LayerSelection(tuple(data["prefill_skips"]), tuple(data["decode_skips"])),
+            LayerSelection(
+                tuple(data["prefill_skips"]), tuple(data["decode_skips"]), data.get("repair")
+            ),
             data.get("num_context"),
             probe,
         )

@@ -25,7 +25,9 @@ class RowTable:
     ``prefill_active`` and ``decode_active``: [num_rows, num_layers] of bool, the layers that run
     prompt tokens and generated ones. ``num_context``: [num_rows], how many of the row's tokens
     are prompt. ``is_split``: [num_rows], whether prompt and generated tokens run different
-    layers. ``is_tracked``: whether a row tracker keeps this table.
+    layers. ``is_repaired``: [num_rows], whether stand-ins do the work of skipped layers.
+    ``has_stand_in``: [num_layers], the layers that there is one for. ``is_tracked``: whether a
+    row tracker keeps this table.
     """
 
     def __init__(self, num_rows: int, num_layers: int) -> None:
@@ -33,6 +35,8 @@ class RowTable:
         self.decode_active: npt.NDArray[np.bool_] = np.ones((num_rows, num_layers), np.bool_)
         self.num_context: npt.NDArray[np.int64] = np.zeros(num_rows, np.int64)
         self.is_split: npt.NDArray[np.bool_] = np.zeros(num_rows, np.bool_)
+        self.is_repaired: npt.NDArray[np.bool_] = np.zeros(num_rows, np.bool_)
+        self.has_stand_in: npt.NDArray[np.bool_] = np.zeros(num_layers, np.bool_)
         self.probed: dict[int, ProbedRequest] = {}
         self.is_tracked = False
 
@@ -42,6 +46,7 @@ class RowTable:
         self.prefill_active[row, list(payload.layers.prefill_skips)] = False
         self.decode_active[row, list(payload.layers.decode_skips)] = False
         self.is_split[row] = payload.layers.prefill_skips != payload.layers.decode_skips
+        self.is_repaired[row] = payload.layers.repair is not None
         num_prompt = len(prompt_ids or ())
         self.num_context[row] = num_prompt if payload.num_context is None else payload.num_context
         if payload.probe is not None:
@@ -52,6 +57,7 @@ class RowTable:
         self.decode_active[row] = True
         self.num_context[row] = 0
         self.is_split[row] = False
+        self.is_repaired[row] = False
         self.probed.pop(row, None)
 
     def move(self, source: int, target: int) -> None:
@@ -70,4 +76,10 @@ class RowTable:
                 self.probed[row] = probed
 
     def _columns(self) -> tuple[npt.NDArray[np.bool_] | npt.NDArray[np.int64], ...]:
-        return self.prefill_active, self.decode_active, self.num_context, self.is_split
+        return (
+            self.prefill_active,
+            self.decode_active,
+            self.num_context,
+            self.is_split,
+            self.is_repaired,
+        )

@@ -48,8 +48,18 @@ class TokenSubset:
         metadata[layer_name], slots[layer_name] = self.metadata, self.slot_mapping
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenIndices:
+    """Some tokens of a step, [num_tokens]; ``key`` as in :class:`TokenSubset`."""
+
+    key: bytes
+    tokens: torch.Tensor
+
+
 # The tokens that run a layer.
 ActiveTokens = Whole | TokenSubset
+# The tokens for which a stand-in does a layer's work.
+RepairedTokens = Whole | TokenIndices
 
 
 class ElasticStep:
@@ -72,11 +82,15 @@ class ElasticStep:
         self.spans = TokenSpans.of_step(table, query_start, self.first_position)
         self._query_start = query_start
         self._subsets: dict[bytes, TokenSubset] = {}
+        self._indices: dict[bytes, TokenIndices] = {}
         self._all_active: Bools = np.asarray(self.spans.active.all(axis=0))
         self._any_active: Bools = np.asarray(self.spans.active.any(axis=0))
-        # Whether every layer runs all tokens or none, and there are no KV-only tokens.
-        self.is_uniform = self.spans.kv_only is None and bool(
-            (self._all_active == self._any_active).all()
+        # Whether every layer runs all tokens or none, its stand-in too, and there are no KV-only
+        # tokens.
+        self.is_uniform = (
+            self.spans.kv_only is None
+            and bool((self._all_active == self._any_active).all())
+            and (self.spans.repaired is None or _is_uniform(self.spans.repaired))
         )
 
     def active_tokens(self, layer: int) -> ActiveTokens:
@@ -86,6 +100,21 @@ class ElasticStep:
         if not self._any_active[layer]:
             return Whole.NONE
         return self._subset(self.spans.active[:, layer])
+
+    def repaired_tokens(self, layer: int) -> RepairedTokens:
+        """Return the tokens that skip ``layer`` and for which its stand-in does the work."""
+        if self.spans.repaired is None:
+            return Whole.NONE
+        chosen = self.spans.repaired[:, layer]
+        if not chosen.any():
+            return Whole.NONE
+        if chosen.all():
+            return Whole.ALL
+        key = chosen.tobytes()
+        if key not in self._indices:
+            starts, stops = self.spans.starts[chosen], self.spans.stops[chosen]
+            self._indices[key] = TokenIndices(key, self._on_device(token_indices(starts, stops)))
+        return self._indices[key]
 
     def kv_only_tokens(self, layer: int) -> torch.Tensor | None:
         """Return the tokens that skip ``layer`` but write keys and values there, [num_tokens].
@@ -169,6 +198,11 @@ class ElasticStep:
 
     def _on_device(self, indices: Ints) -> torch.Tensor:
         return torch.from_numpy(indices).to(self._common.query_start_loc.device)
+
+
+def _is_uniform(chosen: Bools) -> bool:
+    """Return whether every layer has all spans or none of them."""
+    return bool((chosen.all(axis=0) == chosen.any(axis=0)).all())
 
 
 def _entries(values: Any, index: torch.Tensor) -> Any:

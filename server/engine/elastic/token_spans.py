@@ -23,7 +23,8 @@ class TokenSpans:
 
     ``rows``, ``starts``, ``stops``: [num_spans]. ``active``: [num_spans, num_layers], whether the
     span's tokens run the layer. ``kv_only``: [num_spans, num_layers], whether they skip the
-    layer but write keys and values there; None if no span does in any layer.
+    layer but write keys and values there; None if no span does in any layer. ``repaired``:
+    [num_spans, num_layers], whether a stand-in does the layer's work for them; None likewise.
     """
 
     rows: Ints
@@ -31,6 +32,7 @@ class TokenSpans:
     stops: Ints
     active: Bools
     kv_only: Bools | None
+    repaired: Bools | None
 
     @classmethod
     def of_step(cls, table: RowTable, query_start: Ints, first_position: Ints) -> TokenSpans:
@@ -45,7 +47,9 @@ class TokenSpans:
         starts, stops = query_start[:-1], query_start[1:]
         if not table.is_split[:num_rows].any():  # true of most steps
             rows = np.flatnonzero(stops > starts)
-            return cls(rows, starts[rows], stops[rows], table.prefill_active[rows], None)
+            active = table.prefill_active[rows]
+            repaired = _repaired(table, rows, active)
+            return cls(rows, starts[rows], stops[rows], active, None, repaired)
 
         # Each row is cut where its prompt ends, and the empty parts are dropped.
         cuts = _prompt_stops(table, starts, stops, first_position)
@@ -54,13 +58,22 @@ class TokenSpans:
         rows, parts = np.nonzero(part_stops > part_starts)  # in token order
         is_prompt = (parts == 0)[:, None]
         prefill_active, decode_active = table.prefill_active[rows], table.decode_active[rows]
+        active = np.where(is_prompt, prefill_active, decode_active)
         return cls(
             rows,
             part_starts[rows, parts],
             part_stops[rows, parts],
-            active=np.where(is_prompt, prefill_active, decode_active),
+            active=active,
             kv_only=is_prompt & decode_active & ~prefill_active,
+            repaired=_repaired(table, rows, active),
         )
+
+
+def _repaired(table: RowTable, rows: Ints, active: Bools) -> Bools | None:
+    if not (table.has_stand_in.any() and table.is_repaired[rows].any()):  # true of dense steps
+        return None
+    repaired: Bools = ~active & table.is_repaired[rows, None] & table.has_stand_in
+    return repaired
 
 
 def _prompt_stops(table: RowTable, starts: Ints, stops: Ints, first_position: Ints) -> Ints:

@@ -6,10 +6,12 @@ call never returns.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from vllm.distributed import get_tensor_model_parallel_rank
 
+from pruning.repair import RepairError
 from server.engine.elastic.model import ElasticCausalLM
 from server.engine.elastic.out_of_memory import is_out_of_memory
 from server.engine.worker_extension import WorkerExtension
@@ -37,6 +39,39 @@ class ElasticWorkerExtension(WorkerExtension):
             if is_out_of_memory(error):
                 raise
             return 0, _reason(error)
+
+    def fathom_load_stand_ins(self, path: str) -> str:
+        """Load repair maps; return what is wrong with them, empty where nothing is."""
+        try:
+            self._elastic_model().load_stand_ins(Path(path))
+        except (RepairError, OSError) as error:
+            return str(error)
+        return ""
+
+    def fathom_reset_repair(self, layers: list[int], keep_maps: bool) -> None:
+        """Begin a pass over the text from which the maps of ``layers`` are fitted."""
+        self._elastic_model().repair.reset(layers, keep_maps=keep_maps)
+
+    def fathom_fit_repair(self, layer: int) -> str:
+        """Fit the map of one layer; return what prevents it, empty where nothing does."""
+        if get_tensor_model_parallel_rank() != 0:  # all ranks have the same stream
+            return ""
+        model = self._elastic_model()
+        try:
+            model.repair.fit_layer(layer, model.stream_dtype)
+        except RepairError as error:
+            return str(error)
+        return ""
+
+    def fathom_save_repair(self, path: str, provenance: dict[str, Any]) -> str:
+        """Write the maps that were fitted; return what prevents it, empty where nothing does."""
+        if get_tensor_model_parallel_rank() != 0:
+            return ""
+        try:
+            self._elastic_model().repair.save(Path(path), **provenance)
+        except (RepairError, OSError) as error:
+            return str(error)
+        return ""
 
     def fathom_reset_importance(self) -> None:
         self._elastic_model().importance.reset()

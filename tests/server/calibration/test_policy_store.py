@@ -34,6 +34,7 @@ def store(directory: Path, fingerprint: str = FINGERPRINT, num_layers: int = 4) 
     return PolicyStore(
         StateDirectory(directory),
         PlanFile(fingerprint, num_layers),
+        repair_key={"model": "sha256:model"},
         plan_key={"model": "m"},
         quality_key={"model": "m"},
         speed_key={"model": "m", "hardware": "h"},

@@ -319,6 +319,15 @@ def test_module_prints_the_table() -> None:
     assert printed.stderr == ""
 
 
+def test_repair_needs_an_engine_that_skips_layers() -> None:
+    assert load_settings({}).repair == "none"
+    assert load_settings({"repair": "closed-form"}).repair == "closed-form"
+    assert problems(repair="closed-form", engine="dedicated") == [
+        "repair: got 'closed-form', allowed: none with the engine 'dedicated', which serves layers "
+        "that are cut out"
+    ]
+
+
 def test_memory_shares() -> None:
     given = {"engine": "dedicated", "memory_shares": "full=0.75,half=0.25"}
     assert load_settings(given).memory_shares == {"full": 0.75, "half": 0.25}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,9 +32,10 @@ namespaces = st.one_of(
     st.just(EVERYONE),
     st.builds(CacheNamespace, st.sampled_from(["client", "address"]), hostile),
 )
+repairs = st.sampled_from([None, "sha256:aa", "sha256:bb"])
 selections = st.one_of(
-    layer_sets.map(lambda layers: LayerSelection(layers, layers)),
-    st.builds(LayerSelection, layer_sets, layer_sets),
+    st.builds(lambda layers, repair: LayerSelection(layers, layers, repair), layer_sets, repairs),
+    st.builds(LayerSelection, layer_sets, layer_sets, repairs),
 )
 
 
@@ -42,6 +44,10 @@ def test_salts_are_equal_for_the_same_layers_in_the_same_namespace_alone(
     layers: LayerSelection, namespace: CacheNamespace, others: LayerSelection, other: CacheNamespace
 ) -> None:
     are_uniform = all(each.prefill_skips == each.decode_skips for each in (layers, others))
+    # Where no layer is skipped, nothing stands in for one.
+    layers, others = (
+        each if each.prefill_skips else replace(each, repair=None) for each in (layers, others)
+    )
     may_share = are_uniform and (layers, namespace) == (others, other)
     assert (cache_salt(layers, namespace) == cache_salt(others, other)) == may_share
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from pruning.repair import LayerMap
 from server.engine.base import LayerSelection
 
 
@@ -52,13 +53,19 @@ def generate(model: Any, prompt_ids: Sequence[int], num_tokens: int) -> list[int
 
 @torch.inference_mode()
 def logits_with_skips(
-    model: Any, token_ids: Sequence[int], num_context: int, layers: LayerSelection
+    model: Any,
+    token_ids: Sequence[int],
+    num_context: int,
+    layers: LayerSelection,
+    maps: Mapping[int, LayerMap] | None = None,
 ) -> torch.Tensor:
     """Return logits [num_tokens, vocab_size] where each token skips the layers of its kind.
 
     No cache: every layer is run on all tokens, so that all of them have keys and values there,
-    and its output is kept for those that run it.
+    and its output is kept for those that run it. The others keep what they had, or get what
+    ``maps`` make of it.
     """
+    maps = {} if maps is None else maps
     is_context = (torch.arange(len(token_ids)) < num_context)[None, :, None]
 
     def hook(index: int) -> Callable[..., torch.Tensor]:
@@ -67,7 +74,8 @@ def logits_with_skips(
             torch.tensor(index not in layers.prefill_skips),
             torch.tensor(index not in layers.decode_skips),
         )
-        return lambda layer, args, output: torch.where(runs, output, args[0])
+        stand_in = maps.get(index, lambda states: states)
+        return lambda layer, args, output: torch.where(runs, output, stand_in(args[0]))
 
     with ExitStack() as hooks:
         for index, layer in enumerate(model.model.layers):
@@ -81,10 +89,11 @@ def generate_with_skips(
     prompt_ids: Sequence[int],
     num_tokens: int,
     layers: LayerSelection,
+    maps: Mapping[int, LayerMap] | None = None,
 ) -> list[int]:
     """Return greedy tokens where prompt and generated tokens may skip different layers."""
     ids = list(prompt_ids)
     for _ in range(num_tokens):
-        logits = logits_with_skips(model, ids, len(prompt_ids), layers)
+        logits = logits_with_skips(model, ids, len(prompt_ids), layers, maps)
         ids.append(int(logits[-1].argmax()))
     return ids[len(prompt_ids) :]

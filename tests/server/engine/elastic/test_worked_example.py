@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from server.engine.elastic.metadata_fields import FieldKind, fields_of
 from server.engine.elastic.payload import Payload
 from server.engine.elastic.residual_stream import ResidualStream
 from server.engine.elastic.row_table import RowTable
-from server.engine.elastic.step import ElasticStep, TokenSubset, Whole
+from server.engine.elastic.step import ElasticStep, TokenIndices, TokenSubset, Whole
 
 NUM_LAYERS = 4
 # Rows A, B, C: the layers they skip, the length of their prompts, the tokens that their requests
@@ -137,6 +138,60 @@ def test_layers_with_the_same_active_tokens_run_together() -> None:
     hidden, _ = stream.parts()
     assert ran == [([0], [0, 1, 2, 3, 4]), ([1, 2], [0, 2, 3, 4]), ([3], [0, 1, 4])]
     assert hidden.flatten().tolist() == [3, 2, 2, 2, 3], "once for each time it was run"
+
+
+def test_stand_ins_repair_the_tokens_that_skip_their_layer() -> None:
+    """Row B is repaired in layers 1 and 2, row C in none, for it does not ask; layer 0 has none."""
+    table = RowTable(len(ROWS), NUM_LAYERS)
+    table.has_stand_in[[1, 2, 3]] = True
+    for row, (layers, num_prompt, _, _) in enumerate(ROWS):
+        repair = "sha256:maps" if row == 1 else None
+        table.put(row, Payload(replace(layers, repair=repair)), range(num_prompt))
+    example = ElasticStep(PlainBuilder(), metadata(), table)
+    assert [example.repaired_tokens(layer) for layer in (0, 3)] == [Whole.NONE, Whole.NONE]
+    repaired = example.repaired_tokens(1)
+    assert isinstance(repaired, TokenIndices)
+    assert repaired.tokens.tolist() == [1]
+    assert example.repaired_tokens(2) is repaired, "the same tokens"
+
+    ran: list[tuple[list[int], list[int]]] = []
+
+    def run(layers: Any, positions: Any, hidden: Any, residual: Any) -> Any:
+        ran.append((list(layers), positions.tolist()))
+        return hidden + 1, residual
+
+    stream = ResidualStream(run, torch.arange(5), torch.zeros(5, 1), torch.ones(5, 1))
+    for layer in range(NUM_LAYERS):
+        stand_in = torch.tensor([[float(layer)]])
+        stream.add(layer, example.active_tokens(layer), stand_in, example.repaired_tokens(layer))
+    hidden, residual = stream.parts()
+    assert ran == [([0], [0, 1, 2, 3, 4]), ([1, 2], [0, 2, 3, 4]), ([3], [0, 1, 4])]
+    # Token 1 is 2 after layer 0; it is doubled, then tripled, and layer 3 adds 1.
+    assert (hidden + residual).flatten().tolist() == [4, 13, 3, 3, 4]
+
+
+def test_a_layer_that_all_tokens_skip_is_repaired_whole() -> None:
+    table = RowTable(len(ROWS), NUM_LAYERS)
+    table.has_stand_in[1] = True
+    for row in range(len(ROWS)):
+        table.put(row, Payload(LayerSelection((1,), (1,), "sha256:maps")), range(2))
+    example = ElasticStep(PlainBuilder(), metadata(), table)
+    assert example.is_uniform
+    assert example.repaired_tokens(1) is Whole.ALL
+    table.put(0, Payload(LayerSelection((1,), (1,))), range(2))
+    mixed = ElasticStep(PlainBuilder(), metadata(), table)
+    assert not mixed.is_uniform, "one row does not ask for repair"
+    assert isinstance(mixed.repaired_tokens(1), TokenIndices)
+
+
+def test_rows_that_move_keep_their_repair() -> None:
+    table = RowTable(4, NUM_LAYERS)
+    table.put(0, Payload(LayerSelection((1,), (1,), "sha256:maps")), range(2))
+    table.move(0, 3)
+    table.swap(3, 1)
+    assert table.is_repaired.tolist() == [True, True, False, False]
+    table.clear(1)
+    assert table.is_repaired.tolist() == [True, False, False, False]
 
 
 def test_field_that_cannot_be_cut_is_an_error() -> None:

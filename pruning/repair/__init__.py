@@ -1,0 +1,32 @@
+"""Repair: a linear map for each layer that stands in for it where it is skipped.
+
+A skipped layer turns the residual stream x into x + x M instead of x. M is fitted in closed form
+on the dense model's activations, so that one map for each layer serves every depth.
+"""
+
+from __future__ import annotations
+
+from pruning.repair.errors import RepairError
+from pruning.repair.fit import FittedMap, check_fit_tokens, fit_map, min_fit_tokens
+from pruning.repair.gram import GramEstimator, layers_at_a_time
+from pruning.repair.maps import LayerMap, RepairMaps
+from pruning.repair.storage import load_maps, maps_fingerprint, save_maps
+from pruning.repair.transformers_fit import fit_repair
+from pruning.repair.windows import split_windows
+
+__all__ = [
+    "FittedMap",
+    "GramEstimator",
+    "LayerMap",
+    "RepairError",
+    "RepairMaps",
+    "check_fit_tokens",
+    "fit_map",
+    "fit_repair",
+    "layers_at_a_time",
+    "load_maps",
+    "maps_fingerprint",
+    "min_fit_tokens",
+    "save_maps",
+    "split_windows",
+]

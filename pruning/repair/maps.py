@@ -1,0 +1,87 @@
+"""The maps of a model's layers, with their provenance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pruning.repair.errors import RepairError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMap:
+    """What stands in for one layer: it turns x, [..., hidden], into x + x ``weight``.
+
+    ``weight`` is [hidden, hidden]; ``ridge`` and ``unexplained`` as in
+    :class:`pruning.repair.fit.FittedMap`.
+    """
+
+    weight: torch.Tensor
+    ridge: float
+    unexplained: float
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        return states + states @ self.weight.to(states)
+
+
+@dataclass(frozen=True, slots=True)
+class RepairMaps:
+    """A map for each of some layers of a model, fitted on ``num_tokens`` tokens of a text.
+
+    Raises :class:`RepairError` for values that make no maps.
+    """
+
+    layers: Mapping[int, LayerMap]
+    num_layers: int
+    model_fingerprint: str
+    text_fingerprint: str
+    num_tokens: int
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise RepairError("layers: got none, allowed: at least one")
+        sizes = {len(layer_map.weight) for layer_map in self.layers.values()}
+        for layer, layer_map in self.layers.items():
+            weight = layer_map.weight
+            if not 0 <= layer < self.num_layers:
+                raise RepairError(f"layers: got layer {layer}, allowed: 0 to {self.num_layers - 1}")
+            if weight.ndim != 2 or weight.shape[0] != weight.shape[1] or len(sizes) > 1:
+                raise RepairError(
+                    f"layer {layer}: got a map of shape {list(weight.shape)}, allowed: "
+                    "[hidden, hidden], the same for all layers"
+                )
+            if not bool(weight.isfinite().all()):
+                raise RepairError(f"layer {layer}: its map holds a NaN or an infinity")
+            for name in ("ridge", "unexplained"):
+                value = getattr(layer_map, name)
+                if not math.isfinite(value):
+                    raise RepairError(f"layer {layer}: {name}: got {value}, allowed: a number")
+        if self.num_tokens < 1:
+            raise RepairError(f"num_tokens: got {self.num_tokens}, allowed: 1 or more")
+
+    @property
+    def hidden_size(self) -> int:
+        return len(next(iter(self.layers.values())).weight)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the maps take."""
+        return sum(m.weight.numel() * m.weight.element_size() for m in self.layers.values())
+
+    def check_model(self, fingerprint: str, num_layers: int, hidden_size: int) -> None:
+        """Raise :class:`RepairError` unless the maps were fitted for this model."""
+        for name, found, allowed in (
+            ("num_layers", self.num_layers, num_layers),
+            ("hidden_size", self.hidden_size, hidden_size),
+            ("model_fingerprint", self.model_fingerprint, fingerprint),
+        ):
+            if found != allowed:
+                raise RepairError(
+                    f"{name}: the maps are of a model with {found}, allowed: {allowed}, that of "
+                    "this model"
+                )

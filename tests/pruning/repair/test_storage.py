@@ -1,0 +1,123 @@
+"""Files of maps: what is written is what is read, and nothing else is."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pruning.repair import LayerMap, RepairError, RepairMaps, load_maps, save_maps
+
+
+@pytest.fixture
+def maps() -> RepairMaps:
+    generator = torch.Generator().manual_seed(0)
+    return RepairMaps(
+        layers={
+            layer: LayerMap(torch.randn(6, 6, generator=generator), 10.0**-layer, 0.25 * layer)
+            for layer in (0, 2, 11)
+        },
+        num_layers=12,
+        model_fingerprint="sha256:aa",
+        text_fingerprint="sha256:bb",
+        num_tokens=1000,
+    )
+
+
+@pytest.fixture
+def path(maps: RepairMaps, tmp_path: Path) -> Path:
+    path = tmp_path / "repair.safetensors"
+    save_maps(maps, path)
+    return path
+
+
+def test_round_trip(maps: RepairMaps, path: Path) -> None:
+    loaded = load_maps(path)
+    assert loaded.layers.keys() == maps.layers.keys()
+    for layer, layer_map in maps.layers.items():
+        assert torch.equal(loaded.layers[layer].weight, layer_map.weight)
+        assert loaded.layers[layer].ridge == layer_map.ridge
+        assert loaded.layers[layer].unexplained == layer_map.unexplained
+    assert replace(loaded, layers=maps.layers) == maps
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert (loaded.hidden_size, loaded.num_bytes) == (6, 3 * 36 * 4)
+
+
+def test_bfloat16_is_kept_as_it_is(maps: RepairMaps, tmp_path: Path) -> None:
+    narrow = LayerMap(maps.layers[0].weight.bfloat16(), 1.0, 0.5)
+    save_maps(replace(maps, layers={0: narrow}), tmp_path / "narrow")
+    loaded = load_maps(tmp_path / "narrow")
+    assert torch.equal(loaded.layers[0].weight, narrow.weight)
+    assert loaded.layers[0].weight.dtype == torch.bfloat16
+
+
+def test_every_truncation_is_refused(path: Path) -> None:
+    data = path.read_bytes()
+    for length in range(0, len(data), 7):
+        path.write_bytes(data[:length])
+        with pytest.raises(RepairError, match=re.escape(str(path))):
+            load_maps(path)
+
+
+def test_every_flipped_bit_is_noticed(path: Path) -> None:
+    data = path.read_bytes()
+    for offset in range(0, len(data), 5):
+        path.write_bytes(data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :])
+        with pytest.raises(RepairError, match=re.escape(str(path))):
+            load_maps(path)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    other = tmp_path / "model.safetensors"
+    save_file({"weight": torch.ones(2, 2)}, other)
+    with pytest.raises(RepairError, match=f"{re.escape(str(other))}: not a file of repair maps"):
+        load_maps(other)
+    other.write_text("no safetensors at all, though long enough")
+    with pytest.raises(RepairError, match=f"{re.escape(str(other))}: not a safetensors file"):
+        load_maps(other)
+    with pytest.raises(FileNotFoundError):
+        load_maps(tmp_path / "absent")
+
+
+def test_another_format_is_refused(
+    maps: RepairMaps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as later:
+        later.setattr("pruning.repair.storage.FORMAT_VERSION", 2)
+        save_maps(maps, tmp_path / "later")
+    with pytest.raises(RepairError, match="later: format_version: found 2, allowed: 1"):
+        load_maps(tmp_path / "later")
+
+
+def test_maps_of_another_model_are_refused(maps: RepairMaps) -> None:
+    maps.check_model("sha256:aa", 12, 6)
+    with pytest.raises(
+        RepairError, match="num_layers: the maps are of a model with 12, allowed: 8"
+    ):
+        maps.check_model("sha256:aa", 8, 6)
+    with pytest.raises(RepairError, match="hidden_size: the maps are of a model with 6, allowed"):
+        maps.check_model("sha256:aa", 12, 8)
+    with pytest.raises(RepairError, match="model_fingerprint: the maps are of a model with sha256"):
+        maps.check_model("sha256:cc", 12, 6)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({}, "layers: got none"),
+        ({12: torch.ones(2, 2)}, "layers: got layer 12, allowed: 0 to 11"),
+        ({1: torch.ones(2, 3)}, "layer 1: got a map of shape [2, 3], allowed: [hidden, hidden]"),
+        ({1: torch.ones(2, 2), 2: torch.ones(3, 3)}, "layer 1: got a map of shape [2, 2]"),
+        ({1: torch.tensor([[1, math.nan], [0, 0]])}, "layer 1: its map holds a NaN or an infinity"),
+    ],
+)
+def test_what_makes_no_maps_is_refused(
+    maps: RepairMaps, layers: dict[int, torch.Tensor], message: str
+) -> None:
+    with pytest.raises(RepairError, match=re.escape(message)):
+        replace(maps, layers={i: LayerMap(weight, 1.0, 0.5) for i, weight in layers.items()})

@@ -1,0 +1,262 @@
+"""Greedy float32 tokens of the elastic engine with repair, against transformers with its maps."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pruning.quality import quality_of_windows, token_statistics
+from pruning.repair import LayerMap, RepairError, RepairMaps, fit_repair, load_maps, save_maps
+from server.engine.base import LayerSelection
+from server.errors import FailedPrecondition
+from tests.conftest import data_path
+from tests.server.engine.elastic import reference
+from tests.server.engine.elastic.running_engine import RunningEngine, running_engine
+
+NUM_TOKENS = 32
+ORDER = (2, 3, 1, 4, 0)
+NUM_LAYERS = len(ORDER)
+
+
+@dataclass(frozen=True)
+class Case:
+    prompt: list[int]
+    layers: LayerSelection
+    expected: list[int]
+
+
+@pytest.fixture(scope="module")
+def dense(stories_model: Path) -> Any:
+    return reference.load(stories_model)
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return list(json.loads(data_path("text/tinystories_1000.json").read_text("utf-8"))[:40])
+
+
+@pytest.fixture(scope="module")
+def engine(stories_model: Path) -> Iterator[RunningEngine]:
+    with running_engine(stories_model) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def maps(dense: Any, engine: RunningEngine, texts: list[str]) -> RepairMaps:
+    """Maps of all layers but one, so that there is a layer that nothing stands in for."""
+    windows = [torch.tensor(engine.engine.tokenize(text)[:128]) for text in texts[6:]]
+    fitted = fit_repair(dense, windows, model_fingerprint="sha256:aa", text_fingerprint="sha256:b")
+    return replace(fitted, layers={i: m for i, m in fitted.layers.items() if i != ORDER[2]})
+
+
+@pytest.fixture(scope="module")
+def path(maps: RepairMaps, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("maps") / "repair.safetensors"
+    save_maps(maps, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def repair(engine: RunningEngine, path: Path) -> str:
+    """The fingerprint of the maps, which the engine has loaded."""
+    return engine.run(engine.engine.install_repair(path))
+
+
+def selection(prefill_depth: int, decode_depth: int, repair: str | None) -> LayerSelection:
+    prefill, decode = (
+        tuple(sorted(ORDER[: NUM_LAYERS - depth])) for depth in (prefill_depth, decode_depth)
+    )
+    return LayerSelection(prefill, decode, repair)
+
+
+@pytest.fixture(scope="module")
+def cases(
+    engine: RunningEngine, dense: Any, texts: list[str], maps: RepairMaps, repair: str
+) -> list[Case]:
+    """Every pair of depths with repair, and every depth without, as transformers generates."""
+    prompts = [engine.engine.tokenize(text)[: 5 + 11 * n] for n, text in enumerate(texts[:6])]
+    depths = range(1, NUM_LAYERS + 1)
+    selections = [selection(a, b, repair) for a, b in itertools.product(depths, repeat=2)]
+    selections += [selection(depth, depth, None) for depth in depths]
+    return [
+        Case(
+            prompt,
+            layers,
+            reference.generate_with_skips(
+                dense, prompt, NUM_TOKENS, layers, maps.layers if layers.repair else None
+            ),
+        )
+        for prompt, layers in zip(itertools.cycle(prompts), selections, strict=False)
+    ]
+
+
+def generated(engine: RunningEngine, cases: list[Case]) -> list[list[int]]:
+    return engine.generate(
+        [case.prompt for case in cases], [case.layers for case in cases], NUM_TOKENS
+    )
+
+
+def test_every_pair_of_depths_alone(engine: RunningEngine, cases: list[Case]) -> None:
+    for case in cases:
+        assert generated(engine, [case]) == [case.expected], case.layers
+
+
+def test_all_mixed_in_one_batch(engine: RunningEngine, cases: list[Case]) -> None:
+    shuffled = random.Random(0).sample(cases, len(cases))
+    assert generated(engine, shuffled) == [case.expected for case in shuffled]
+
+
+def test_chunked_prefill_and_preemption(stories_model: Path, path: Path, cases: list[Case]) -> None:
+    """Prompts are cut into chunks, and requests that need more memory are recomputed."""
+    settings = {
+        "max_num_batched_tokens": 48,
+        "enable_chunked_prefill": True,
+        "num_gpu_blocks_override": 9,
+        "block_size": 32,
+    }
+    with running_engine(
+        stories_model, max_num_seqs=8, max_context=128, engine_args=settings
+    ) as small:
+        small.run(small.engine.install_repair(path))
+        assert generated(small, cases) == [case.expected for case in cases]
+
+
+def test_requests_with_and_without_repair_share_no_prefix(
+    engine: RunningEngine, dense: Any, texts: list[str], maps: RepairMaps, repair: str
+) -> None:
+    """Keys and values behind a skipped layer depend on what stood in for it."""
+    prompt = engine.engine.tokenize(texts[0])[:100]
+    layers = selection(2, 2, repair)
+    without = replace(layers, repair=None)
+    expected = {
+        layers: reference.generate_with_skips(dense, prompt, NUM_TOKENS, layers, maps.layers),
+        without: reference.generate_with_skips(dense, prompt, NUM_TOKENS, without),
+    }
+    assert expected[layers] != expected[without]
+    for chosen in (layers, without, layers, without):
+        assert engine.generate([prompt], [chosen], NUM_TOKENS) == [expected[chosen]]
+
+
+def test_quality_is_measured_with_repair(
+    engine: RunningEngine, dense: Any, texts: list[str], maps: RepairMaps, repair: str
+) -> None:
+    windows = [engine.engine.tokenize(text)[:96] for text in texts[:4]]
+    selections = [selection(3, 3, repair), selection(3, 3, None), selection(2, 4, repair)]
+    measured = engine.run(
+        engine.engine.measure_quality(windows, selections, lambda done, total: None)
+    )
+    for layers, quality in zip(selections, measured, strict=True):
+        sums = []
+        for window in windows:
+            half = len(window) // 2
+            logits = reference.logits_with_skips(
+                dense, window, half, layers, maps.layers if layers.repair else None
+            )
+            whole = reference.logits_with_skips(dense, window, half, LayerSelection())
+            scored = slice(half - 1, len(window) - 1)
+            targets = torch.tensor(window[half:])
+            sums.append(token_statistics(logits[scored], whole[scored], targets).tolist())
+        expected = quality_of_windows(sums)
+        assert quality.perplexity == pytest.approx(expected.perplexity, rel=1e-4), layers
+        assert quality.kl_nats == pytest.approx(expected.kl_nats, rel=1e-3), layers
+    assert measured[0].perplexity < measured[1].perplexity
+
+
+def test_the_engine_fits_what_transformers_fits(
+    engine: RunningEngine, dense: Any, texts: list[str], tmp_path: Path
+) -> None:
+    windows = [engine.engine.tokenize(text)[:128] for text in texts]
+    done: list[tuple[int, int]] = []
+    engine.run(
+        engine.engine.fit_repair(
+            windows,
+            tmp_path / "fitted",
+            model_fingerprint="sha256:aa",
+            text_fingerprint="sha256:bb",
+            progress=lambda *counts: done.append(counts),
+        )
+    )
+    fitted = load_maps(tmp_path / "fitted")
+    expected = fit_repair(
+        dense,
+        [torch.tensor(window) for window in windows],
+        model_fingerprint="sha256:aa",
+        text_fingerprint="sha256:bb",
+    )
+    total = sum(map(len, windows))
+    assert done[-1] == (total, total)
+    assert replace(fitted, layers=expected.layers) == expected
+    for layer, layer_map in expected.layers.items():
+        assert fitted.layers[layer].ridge == layer_map.ridge
+        assert fitted.layers[layer].unexplained == pytest.approx(layer_map.unexplained, rel=1e-3)
+        difference = (fitted.layers[layer].weight - layer_map.weight).norm()
+        assert difference < 0.01 * layer_map.weight.norm(), layer
+
+
+def test_too_little_text_to_fit_is_refused(engine: RunningEngine, tmp_path: Path) -> None:
+    def fit(windows: list[list[int]]) -> None:
+        engine.run(
+            engine.engine.fit_repair(
+                windows,
+                tmp_path / "fitted",
+                model_fingerprint="sha256:aa",
+                text_fingerprint="sha256:bb",
+                progress=lambda *_: None,
+            )
+        )
+
+    with pytest.raises(RepairError, match="text: got 1 text windows, allowed: 2 or more"):
+        fit([[1, 2, 3]])
+    with pytest.raises(RepairError, match="text: got 100 tokens to fit repair on, allowed: 128"):
+        fit([list(range(1, 101)), [1, 2, 3]])
+    with pytest.raises(RepairError, match=r"fitted|No such file"):
+        engine.run(
+            engine.engine.fit_repair(
+                [list(range(1, 129)), [5, 6, 7]] * 2,
+                tmp_path / "absent" / "fitted",
+                model_fingerprint="sha256:aa",
+                text_fingerprint="sha256:bb",
+                progress=lambda *_: None,
+            )
+        )
+
+
+def test_maps_that_are_not_loaded_are_refused(engine: RunningEngine, repair: str) -> None:
+    layers = LayerSelection((1,), (1,), "sha256:others")
+    with pytest.raises(
+        FailedPrecondition, match=f"maps sha256:others, but the engine has {repair}"
+    ):
+        engine.generate([[1, 2, 3]], [layers], 1)
+    with pytest.raises(FailedPrecondition, match="maps sha256:others"):
+        engine.run(engine.engine.score("one", [1, 2, 3], 1, layers))
+    with pytest.raises(FailedPrecondition, match="maps sha256:others"):
+        engine.run(engine.engine.measure_quality([[1, 2, 3]], [layers], lambda *_: None))
+
+
+def test_maps_that_do_not_fit_leave_the_old_ones(
+    engine: RunningEngine, path: Path, cases: list[Case], tmp_path: Path
+) -> None:
+    foreign = tmp_path / "foreign"
+    save_maps(
+        RepairMaps({0: LayerMap(torch.ones(8, 8), 1.0, 0.5)}, NUM_LAYERS, "a", "b", 1), foreign
+    )
+    damaged = tmp_path / "damaged"
+    data = path.read_bytes()
+    damaged.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    for file, problem in [
+        (foreign, "hidden_size: the maps are of a model with 8, allowed: 64"),
+        (damaged, "sha256: the maps are not what was written"),
+    ]:
+        with pytest.raises(RepairError, match=problem):
+            engine.run(engine.engine.install_repair(file))
+    with pytest.raises(FileNotFoundError):
+        engine.run(engine.engine.install_repair(tmp_path / "absent"))
+    assert generated(engine, cases[:3]) == [case.expected for case in cases[:3]]
