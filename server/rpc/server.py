@@ -26,7 +26,6 @@ from server.rpc.message_size import check_size
 from server.rpc.reflection import enable_reflection
 from server.rpc.tls import ServerTls
 from server.serving.service import Service
-from server.serving.service_state import State
 
 INFERENCE: str = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 CONTROL: str = control_pb2.DESCRIPTOR.services_by_name["Control"].full_name
@@ -40,7 +39,7 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class RpcServer:
-    """The server of a :class:`Service` in any state; health follows the state."""
+    """The server of a :class:`Service` in any state; health follows it."""
 
     def __init__(
         self,
@@ -102,7 +101,7 @@ class RpcServer:
             allowed = f"a port that gRPC can listen on at {self._host}"
             raise InvalidArgument("port", self._wanted_port, allowed) from None
         await self._health.set(CONTROL, _SERVING)
-        await self._publish(self._service.state)
+        await self._publish(self._service.is_healthy)
         await self._server.start()
         self._following.start()
 
@@ -124,13 +123,13 @@ class RpcServer:
         self._service.metrics.count_request(record.method, record.depth, record.code)
 
     async def _follow(self) -> None:
-        state = self._service.state
+        is_healthy = self._service.is_healthy
         while True:
-            await self._publish(state)
-            state = await self._service.state_after(state)
+            await self._publish(is_healthy)
+            is_healthy = await self._service.health_after(is_healthy)
 
-    async def _publish(self, state: State) -> None:
-        status = _SERVING if state is State.SERVING else _NOT_SERVING
+    async def _publish(self, is_healthy: bool) -> None:
+        status = _SERVING if is_healthy else _NOT_SERVING
         for name in ("", INFERENCE):
             await self._health.set(name, status)
 
