@@ -31,6 +31,7 @@ _NAMES = {
     "vllm.distributed": ("get_pp_group", "get_tensor_model_parallel_rank"),
     "vllm.forward_context": ("ForwardContext", "get_forward_context", "set_forward_context"),
     "vllm.platforms": ("current_platform",),
+    "vllm.sampling_params": ("SamplingParams._all_stop_token_ids",),
     "vllm.sequence": ("IntermediateTensors",),
     "vllm.v1.attention.backend": (
         "AttentionBackend",

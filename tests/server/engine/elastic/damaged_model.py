@@ -17,7 +17,8 @@ NUM_ROWS = 520
 def damaged_model(source: Path, directory: Path) -> Path:
     """Write ``source``, which is stories260K, with a NaN in layer 2 of its 5 layers.
 
-    The embedding gets 8 rows without a token, and the tokenizer marks words.
+    The embedding gets 8 rows without a token, the tokenizer marks words, and the generation config
+    names an end of text that is no token.
     """
     auto: Any = AutoModelForCausalLM
     model = auto.from_pretrained(source, dtype=torch.float32)
@@ -36,4 +37,6 @@ def damaged_model(source: Path, directory: Path) -> Path:
         "split": False,
     }
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+    ends = {"eos_token_id": [2, NUM_ROWS, 1 << 40]}
+    (directory / "generation_config.json").write_text(json.dumps(ends))
     return directory

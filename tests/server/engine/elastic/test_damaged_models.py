@@ -57,6 +57,13 @@ def test_quality_that_is_not_finite_names_the_depth(engine: RunningEngine) -> No
         engine.run(engine.engine.measure_quality(windows, [DENSE], lambda *_: None))
 
 
+def test_an_end_of_text_that_is_no_token_does_not_end_the_engine(engine: RunningEngine) -> None:
+    plain = generate(engine, SOUND)
+    assert generate(engine, SOUND, min_tokens=4) == plain
+    assert generate(engine, SOUND, min_tokens=4, stop_token_ids=(plain[0],))[0] != plain[0]
+    assert engine.engine.is_alive
+
+
 def test_ids_without_a_token_do_not_end_the_engine(engine: RunningEngine) -> None:
     assert engine.engine.model.vocab_size == 512, "which is what requests are checked by"
     scores = engine.run(engine.engine.score("score", [1, 403, 515, 407], 1, SOUND))
