@@ -217,6 +217,7 @@ def make_service(settings: Settings, engine: Engine, metrics: Metrics) -> Servic
         auto_rules=auto_rules(settings),
         grace_seconds=settings.grace_seconds,
         version=VERSION,
+        checks_results=True,
     )
 
 

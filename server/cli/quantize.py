@@ -81,7 +81,11 @@ def _quantize(settings: Settings, out: Path, overwrite: bool) -> None:
     from pruning.surgery import SurgeryError
     from pruning.text import TextError
     from server.model.inputs import StartError, calibration_texts, refused_as
-    from server.model.quantized import calibration_windows, checked_quantization
+    from server.model.quantized import (
+        calibration_windows,
+        checked_quantization,
+        warn_if_not_served_here,
+    )
     from server.model.source import find_model
 
     with refused_as("model", CheckpointError, QuantizationError, SurgeryError):
@@ -92,6 +96,7 @@ def _quantize(settings: Settings, out: Path, overwrite: bool) -> None:
         texts = calibration_texts(settings)
     with refused_as("calibration", TextError), refused_as("model", CheckpointError):
         windows = calibration_windows(settings, source.directory, texts)
+        warn_if_not_served_here(quantization, source.directory)
     is_local = source.directory == Path(settings.model or "").expanduser()
     with ProgressReport(Console(stderr=True)) as report:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -49,16 +50,27 @@ class ChatTemplate:
 
     def _check_complete(self, messages: Sequence[Message], form: Form, rendered: str) -> None:
         """Raise :class:`InvalidArgument` for the first message whose text is not rendered."""
-        for i, message in enumerate(messages):
-            if message["content"].strip() in rendered:
-                continue
-            # The template may have changed the text: what counts is whether it renders any.
-            marked = [*messages[:i], {**message, "content": _MARK}, *messages[i + 1 :]]
-            if _MARK not in self._apply(marked, form).lower():
+        missing = [
+            i for i, message in enumerate(messages) if message["content"].strip() not in rendered
+        ]
+        if not missing:
+            return
+        # The template may have changed the texts: what counts is whether it renders any. All are
+        # looked for at once: a chat of a thousand messages is not rendered a thousand times.
+        nonce = secrets.token_hex(8)  # so that no message has a mark already
+        marks = {i: f"{_MARK}{nonce}n{i}e" for i in missing}
+        marked = [
+            {**message, "content": marks.get(i, message["content"])}
+            for i, message in enumerate(messages)
+        ]
+        rendered = self._apply(marked, form).lower()
+        for i, mark in marks.items():
+            if mark not in rendered:
                 raise InvalidArgument(
                     f"chat.messages[{i}].content",
-                    message["content"],
-                    f"none: the model's chat template leaves out this {message['role']} message",
+                    messages[i]["content"],
+                    "none: the model's chat template leaves out this "
+                    f"{messages[i]['role']} message",
                 )
 
     def _refusal(self, messages: Sequence[Message], problems: Sequence[Exception]) -> FathomError:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from pruning.checkpoint import CheckpointError, read_config, tensor_names, weight_files
 from pruning.checkpoint_file import read_object
-from server.engine.elastic.compatibility import is_for_cpu
+from server.engine.elastic.compatibility import is_for_cpu, packed_weights_problem
 from server.errors import InvalidArgument
 
 _SECTIONS = ("quantization_config", "compression_config")
@@ -27,8 +27,9 @@ _SMALL_FLOATS = "auto, bfloat16 or float16 with quantized weights, whose kernels
 def check_loadable(directory: Path, dtype: str, engine_args: Mapping[str, Any]) -> None:
     """Raise where vLLM on this machine cannot load the quantized weights in ``directory``.
 
-    Nothing is said of weights that are not quantized, and of methods other than GPTQ and AWQ
-    nothing that goes beyond their configuration being well-formed.
+    Nothing is said of weights that are not quantized. Of methods other than GPTQ and AWQ, only a
+    configuration that is not well-formed is refused, and weights packed in 4 bits where vLLM has
+    no kernel for them.
 
     Raises:
         CheckpointError: It cannot; the message names the file, the field and what is allowed.
@@ -47,6 +48,8 @@ def check_loadable(directory: Path, dtype: str, engine_args: Mapping[str, Any]) 
     if not isinstance(method, str):
         _refuse(path, "quant_method", method, "the name of a method, such as gptq or awq")
     if method not in ("gptq", "awq"):
+        if _packs_integers(rules) and (reason := packed_weights_problem()):
+            _refuse(path, "quant_method", method, f"none with packed integers: {reason}")
         return
     if not is_packed:
         raise CheckpointError(
@@ -59,8 +62,18 @@ def check_loadable(directory: Path, dtype: str, engine_args: Mapping[str, Any]) 
         _check_awq(path, rules)
     if dtype == "float32":
         raise InvalidArgument("dtype", dtype, _SMALL_FLOATS)
-    if reason := experts_problem(tensors):
+    if reason := packed_weights_problem() or experts_problem(tensors):
         _refuse(path, "quant_method", method, f"none: {reason}")
+
+
+def serving_problem(bits: int, tensors: set[str]) -> str | None:
+    """Return why a model of these tensors, quantized with GPTQ, cannot be served on this machine.
+
+    None where it can be.
+    """
+    if bits != 4 and is_for_cpu():
+        return f"vLLM has its kernel for weights of {bits} bits for GPUs alone"
+    return packed_weights_problem() or experts_problem(tensors)
 
 
 def experts_problem(tensors: set[str]) -> str | None:
@@ -75,6 +88,14 @@ def experts_problem(tensors: set[str]) -> str | None:
         "this is a mixture of experts, and vLLM's kernels for quantized experts need a GPU, or a "
         "CPU with AMX"
     )
+
+
+def _packs_integers(rules: Mapping[str, Any]) -> bool:
+    """Return whether a configuration of compressed-tensors has weights for the kernel of GPTQ."""
+    groups = rules.get("config_groups")
+    values = groups.values() if isinstance(groups, dict) else ()
+    sections = (rules, *(group for group in values if isinstance(group, dict)))
+    return any(section.get("format") == "pack-quantized" for section in sections)
 
 
 def _rules(directory: Path, *, with_old_files: bool) -> tuple[Path, dict[str, Any] | None]:

@@ -97,15 +97,24 @@ class VllmClient:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _prepare_outputs(self, llm: AsyncLLM) -> None:
-        """Change how vLLM makes text of requests' outputs, when they are added.
+        """Change what vLLM makes of requests, when they are added.
 
         Prompts may end within a character, and texts of scored tokens are made here: vLLM's has
         no text for rows of the embedding that are no token, and fails with all of its requests.
+        Where tokens are not to end a text yet, the engine would die of an id for which there are
+        no logits, which a tokenizer or a generation config may have.
         """
         processor = llm.output_processor
+        num_logits = llm.model_config.get_vocab_size()
         add_request = processor.add_request
 
         def add(request: Any, *arguments: Any, **options: Any) -> None:
+            params = request.sampling_params
+            if params is not None and params.min_tokens:
+                # Read for min_tokens alone, in the engine's process, to which it goes next.
+                params._all_stop_token_ids = {
+                    token_id for token_id in params.all_stop_token_ids if token_id < num_logits
+                }
             add_request(request, *arguments, **options)
             state = processor.request_states[request.request_id]
             if state.logprobs_processor is not None:

@@ -6,6 +6,7 @@ are reported to the clients that send chats.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ _TOKENIZERS = (
     "spiece.model",
 )
 _TIKTOKEN = "*.tiktoken"
+_MAX_INT = 2**31 - 1  # of vLLM's arrays
 
 
 def check_companions(directory: Path, engine_args: Mapping[str, Any]) -> None:
@@ -140,12 +142,18 @@ def _is_template(value: Any) -> bool:
     )
 
 
+def _are_strings(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(item, str) for item in value)
+    )
+
+
 def _is_token_list(value: Any) -> bool:
     return _is_index(value) or (isinstance(value, list) and all(map(_is_index, value)))
 
 
 def _is_index(value: Any) -> bool:
-    return _is_integer(value) and value >= 0
+    return _is_integer(value) and 0 <= value <= _MAX_INT
 
 
 def _are_added_tokens(value: Any) -> bool:
@@ -161,7 +169,10 @@ _BOOLEAN: Check = (lambda value: isinstance(value, bool), "true or false")
 _STRING: Check = (lambda value: isinstance(value, str), "a string")
 _OBJECT: Check = (lambda value: isinstance(value, dict), "an object")
 _NUMBER: Check = (_is_number, "a number")
-_POSITIVE: Check = (lambda value: _is_number(value) and value > 0, "a number above 0")
+_POSITIVE: Check = (
+    lambda value: _is_number(value) and 0 < value < math.inf,
+    "a number above 0",
+)
 _SHARE: Check = (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1")
 _TOKEN: Check = (_is_token, 'a string, or an object with a string "content"')
 
@@ -198,8 +209,13 @@ _GENERATION: dict[str, Check] = {
     "max_new_tokens": _COUNT,
     "min_p": _SHARE,
     "repetition_penalty": _POSITIVE,
-    "temperature": (lambda value: _is_number(value) and value >= 0, "a number, 0 or more"),
-    "top_k": (lambda value: _is_integer(value) and value >= -1, "an integer, -1 or more"),
+    "min_new_tokens": _INDEX,
+    "stop_strings": (_are_strings, "a string, or a list of such"),
+    "temperature": (lambda value: _is_number(value) and 0 <= value <= 2, "a number from 0 to 2"),
+    "top_k": (
+        lambda value: _is_integer(value) and -1 <= value <= _MAX_INT,
+        f"an integer from -1 to {_MAX_INT}",
+    ),
     "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0, at most 1"),
 }
 _TOKENIZER: dict[str, Check] = {

@@ -13,7 +13,12 @@ from pruning.surgery import Export, export_checkpoint
 from server.config import Settings
 from server.file_hashes import FileHashes
 from server.model.inputs import calibration_texts
-from server.model.quantized import QuantizedModel, calibration_windows, checked_quantization
+from server.model.quantized import (
+    QuantizedModel,
+    calibration_windows,
+    checked_quantization,
+    warn_if_not_served_here,
+)
 from server.model.source import ModelSource
 
 # Called with (name of the work, done, total).
@@ -32,6 +37,8 @@ class Exporter:
         self._source = source
         self._fingerprint = fingerprint
         self._quantization = checked_quantization(settings, source.directory)
+        if self._quantization is not None:
+            warn_if_not_served_here(self._quantization, source.directory)
         is_local = source.directory == Path(settings.model or "").expanduser()
         self._base_model = source.directory.resolve().name if is_local else source.name
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from pruning.checkpoint import read_config
+from pruning.checkpoint import read_config, tensor_names, weight_files
 from pruning.fingerprint import file_sha256, text_fingerprint, token_fingerprint
 from pruning.quantization import (
     GroupSizeError,
@@ -30,6 +30,7 @@ from pruning.surgery.companions import companions_fingerprint
 from pruning.transformers_model import load_tokenizer
 from server.calibration.calibrator import WINDOW, text_windows
 from server.config import Settings
+from server.engine.quantized_checkpoint import serving_problem
 from server.errors import InvalidArgument
 from server.file_hashes import FileHashes
 from server.model.source import ModelSource
@@ -59,6 +60,15 @@ class CheckpointRecord:
 
     fingerprint: str
     files: dict[str, FileRecord]
+
+
+def warn_if_not_served_here(quantization: QuantizationSettings, directory: Path) -> None:
+    """Log a warning if this machine cannot serve what is about to be quantized for another one."""
+    tensors = set[str]().union(*map(tensor_names, weight_files(directory)))
+    if problem := serving_problem(quantization.bits, tensors):
+        logger.warning(
+            "a server on this machine will not be able to serve the quantized model: %s", problem
+        )
 
 
 class QuantizedModel:

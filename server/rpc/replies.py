@@ -173,6 +173,7 @@ def status_message(status: Status) -> control_pb2.GetStatusResponse:
         version=status.version,
         startup_phase=status.startup_phase,
         auto_level=status.auto_level,
+        problems=status.problems,
     )
 
 

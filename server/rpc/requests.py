@@ -35,6 +35,7 @@ _MAX_CHAT_MESSAGES, _MAX_ROLE_CHARACTERS = 1024, 64
 _MAX_LEVELS = 64
 
 _MAX_SEED = 2**63 - 1
+_MAX_TEMPERATURE = 2.0  # as in OpenAI's API; vLLM refuses what is above
 
 
 def generation(request: inference_pb2.GenerateRequest) -> Generation:
@@ -182,7 +183,7 @@ def _sampling(request: inference_pb2.GenerateRequest) -> SamplingOptions:
     if sampling.HasField("seed") and sampling.seed < 0:
         raise InvalidArgument("sampling.seed", sampling.seed, f"0 to {_MAX_SEED}")
     return SamplingOptions(
-        temperature=_number(sampling, "temperature", "sampling", 0.0),
+        temperature=_number(sampling, "temperature", "sampling", 0.0, _MAX_TEMPERATURE),
         top_p=_number(sampling, "top_p", "sampling", 0.0, 1.0, above_low=True),
         top_k=sampling.top_k if sampling.HasField("top_k") else None,
         min_p=_number(sampling, "min_p", "sampling", 0.0, 1.0),

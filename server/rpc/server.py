@@ -40,7 +40,7 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class RpcServer:
-    """The server of a :class:`Service` in any state; health follows the state."""
+    """The server of a :class:`Service` in any state; health follows it."""
 
     def __init__(
         self,
@@ -103,22 +103,24 @@ class RpcServer:
             allowed = f"a port that gRPC can listen on at {self._host}"
             raise InvalidArgument("port", self._wanted_port, allowed) from None
         await self._health.set(CONTROL, _SERVING)
-        await self._publish(self._service.state)
+        await self._publish(self._service.is_healthy)
         await self._server.start()
         self._following.start()
 
     async def leave(self) -> None:
         """Turn health to NOT_SERVING, for good, while calls are still taken."""
         self._is_leaving = True
-        await self._publish(self._service.state)
+        await self._publish(self._service.is_healthy)
 
     def not_ready(self) -> str:
         """Return why health is NOT_SERVING; empty if it is SERVING."""
         if self._is_leaving:
             return "the server is being stopped"
         match self._service.state:
-            case State.SERVING:
+            case State.SERVING if self._service.is_healthy:
                 return ""
+            case State.SERVING:
+                return "; ".join(self._service.status().problems)
             case State.STARTING:
                 return f"the server is starting: {self._service.status().startup_phase}"
             case state:
@@ -145,14 +147,13 @@ class RpcServer:
             metrics.count_served(record.served.reason)
 
     async def _follow(self) -> None:
-        state = self._service.state
+        is_healthy = self._service.is_healthy
         while True:
-            await self._publish(state)
-            state = await self._service.state_after(state)
+            await self._publish(is_healthy)
+            is_healthy = await self._service.health_after(is_healthy)
 
-    async def _publish(self, state: State) -> None:
-        is_serving = state is State.SERVING and not self._is_leaving
-        status = _SERVING if is_serving else _NOT_SERVING
+    async def _publish(self, is_healthy: bool) -> None:
+        status = _SERVING if is_healthy and not self._is_leaving else _NOT_SERVING
         for name in ("", INFERENCE):
             await self._health.set(name, status)
 

@@ -29,6 +29,11 @@ class Admitted:
     num_tokens: int = 0
     is_waiting: bool = True
 
+    @property
+    def title(self) -> str:
+        """What the log calls the request."""
+        return f"request {self.request_id} of client {self.client or 'unknown'}"
+
 
 @dataclass(slots=True)
 class _Share:

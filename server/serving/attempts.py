@@ -46,10 +46,9 @@ class Attempts:
         self._restarter.note_death(self._num_restarts)
         if self._num_made >= _MAX_ATTEMPTS:
             logger.error(
-                "request %s of client %s was running in %d engines when they died: it is the "
-                "likely cause, and is not run again",
-                self._admitted.request_id,
-                self._admitted.client or "unknown",
+                "%s was running in %d engines when they died: it is the likely cause, and is not "
+                "run again",
+                self._admitted.title,
                 self._num_made,
             )
         elif self._may_repeat and not has_begun:

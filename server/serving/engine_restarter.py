@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from server.background import BackgroundTask
@@ -31,11 +31,13 @@ class EngineRestarter:
         poll_seconds: float,
         first_delay: float,
         max_delay: float,
+        on_restarted: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine = engine
         self._state = state
         self._queue = queue
         self._metrics = metrics
+        self._on_restarted = on_restarted
         self._num_restarts = 0
         self._resumed = asyncio.Event()
         self._supervisor = Supervisor(
@@ -115,6 +117,7 @@ class EngineRestarter:
     def _count_restart(self) -> None:
         self._num_restarts += 1
         self._metrics.count_engine_restart()
+        self._on_restarted()
 
     def _restarted(self) -> None:
         if not self._engine.restarts_itself:  # else it has counted

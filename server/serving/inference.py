@@ -34,6 +34,7 @@ from server.serving.fair_queue import Claim, FairQueue, Slot
 from server.serving.prompts import PromptReader
 from server.serving.request_account import RequestAccount
 from server.serving.request_runner import RequestRunner
+from server.serving.result_check import ResultCheck
 from server.serving.sampling import checked_sampling
 from server.serving.service_state import ServiceState
 from server.telemetry.metrics import Metrics
@@ -56,6 +57,7 @@ class Inference:
         prompts: PromptReader,
         queue: FairQueue,
         restarter: EngineRestarter,
+        results: ResultCheck,
         auto: AutoDepth,
         metrics: Metrics,
         *,
@@ -71,6 +73,7 @@ class Inference:
         self._prompts = prompts
         self._queue = queue
         self._restarter = restarter
+        self._results = results
         self._auto = auto
         self._metrics = metrics
         self._max_buffered_tokens = max_buffered_tokens
@@ -126,8 +129,9 @@ class Inference:
                     max_buffered_tokens=self._max_buffered_tokens,
                 )
                 try:
-                    async with aclosing(runner.events(preface)) as events:
-                        yield events
+                    with self._results.watching(layers, served.decode_layers, admitted.title):
+                        async with aclosing(runner.events(preface)) as events:
+                            yield events
                 finally:
                     self._metrics.end(served.decode_layers, time.monotonic() - arrived)
 
@@ -146,13 +150,14 @@ class Inference:
                 while True:
                     attempts.begin()
                     try:
-                        scores = await self._engine.score(
-                            admitted.engine_id,
-                            context_ids + ids,
-                            len(context_ids) or 1,
-                            layers,
-                            self._cache_namespace(),
-                        )
+                        with self._results.watching(layers, served.decode_layers, admitted.title):
+                            scores = await self._engine.score(
+                                admitted.engine_id,
+                                context_ids + ids,
+                                len(context_ids) or 1,
+                                layers,
+                                self._cache_namespace(),
+                            )
                         return ScoringResult(tuple(scores), served)
                     except EngineDead as error:
                         await attempts.survive(error)

@@ -45,7 +45,7 @@ class RequestAccount:
         self._count(num_tokens)
 
     def next_step(self, num_tokens: int, *, seconds: float) -> None:
-        self._metrics.observe_gap(self._depth, seconds, num_tokens)
+        self._metrics.observe_inter_token_latency(self._depth, seconds, num_tokens)
         self._auto.observe(seconds, num_tokens)
         self._count(num_tokens)
 

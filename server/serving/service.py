@@ -22,6 +22,7 @@ from server.serving.fair_queue import FairQueue
 from server.serving.inference import Inference
 from server.serving.load_follower import LoadFollower
 from server.serving.prompts import PromptReader
+from server.serving.result_check import ResultCheck
 from server.serving.service_state import ServiceState, State, Status
 from server.telemetry.metrics import Metrics
 
@@ -52,6 +53,7 @@ class Service:
         auto_rules: AutoRules | None = None,
         max_logprobs: int = 20,
         version: str = "",
+        checks_results: bool = False,
         poll_seconds: float = 1.0,
         first_restart_delay: float = 0.5,
         max_restart_delay: float = 30.0,
@@ -64,6 +66,8 @@ class Service:
         ``share_prefix_cache``: clients trust each other, and share what is cached. An engine that
         does not answer for ``engine_timeout_seconds`` is started again, and one that does nothing
         at all after ``engine_stall_seconds``; 0: never. ``max_logprobs`` is the engine's limit.
+        ``checks_results``: the levels are checked for results that are not finite when the
+        service opens, and when the engine was restarted.
         """
         self.metrics = metrics
         self._engine = engine
@@ -77,7 +81,8 @@ class Service:
         self._version = version
         self._state = ServiceState(metrics)
         self._model: ModelInfo | None = None
-        self._in_force = PolicyInForce(metrics, self._set_num_slots)
+        self._in_force = PolicyInForce(metrics, self._follow_policy)
+        self._results = ResultCheck(engine, self._state, metrics)
         self._updates: PolicyUpdates | None = None
         self._restarter = EngineRestarter(
             engine,
@@ -89,6 +94,7 @@ class Service:
             poll_seconds=poll_seconds,
             first_delay=first_restart_delay,
             max_delay=max_restart_delay,
+            on_restarted=self._results.engine_restarted,
         )
         self._auto = AutoDepth(auto_rules or AutoRules())
         self.inference = Inference(
@@ -99,6 +105,7 @@ class Service:
             self._prompts,
             self._queue,
             self._restarter,
+            self._results,
             self._auto,
             metrics,
             max_buffered_tokens=max_buffered_tokens,
@@ -110,6 +117,8 @@ class Service:
             BackgroundTask("automatic depth", follower.run),
             *self._restarter.tasks(),
         ]
+        if checks_results:
+            self._tasks.append(self._results.task())
         metrics.watch_engine(lambda: engine.is_alive, self._load, engine.can_run)
 
     # State
@@ -121,6 +130,15 @@ class Service:
     async def state_after(self, seen: State) -> State:
         """Return the state as soon as it is not ``seen``; states that were brief are missed."""
         return await self._state.state_after(seen)
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether requests are served, and the default depth gives results."""
+        return self._state.is_healthy
+
+    async def health_after(self, seen: bool) -> bool:
+        """Return :attr:`is_healthy` as soon as it is not ``seen``."""
+        return await self._state.health_after(seen)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Name what the start is doing meanwhile, and record how long it took."""
@@ -195,6 +213,7 @@ class Service:
             num_engine_restarts=self._restarter.num_restarts,
             version=self._version,
             auto_level=self._in_force.policy.present_level if self._in_force.is_known else "",
+            problems=self._state.problems,
         )
 
     # Model and policy
@@ -264,8 +283,10 @@ class Service:
             load = LoadInfo(0, 0)
         return LoadInfo(load.num_running, load.num_waiting + self._queue.num_waiting)
 
-    def _set_num_slots(self, policy: DepthPolicy) -> None:
-        """Give the queue as many slots as the engines of a policy run requests at a time."""
+    def _follow_policy(self, policy: DepthPolicy) -> None:
+        """Check the policy's levels; give the queue as many slots as its engines run requests."""
+        selections = policy.level_selections()
+        self._results.follow(selections.values(), selections[policy.default_level])
         if self._max_running is not None:
             num_engines = 1 if policy.any_depth else len({*policy.level_selections().values()})
             self._queue.set_num_slots(self._max_running * num_engines)

@@ -42,6 +42,8 @@ class Status:
     version: str
     # The level that requests get now if they leave the depth to the server; empty until known.
     auto_level: str
+    # What is wrong with depths that the server has checked, one sentence each.
+    problems: tuple[str, ...] = ()
 
 
 class ServiceState:
@@ -53,6 +55,8 @@ class ServiceState:
         self._changed = asyncio.Event()
         self._created = time.monotonic()
         self._is_closing = False
+        self._is_damaged = False
+        self.problems: tuple[str, ...] = ()
         self.startup_phase = "initializing"
         self.startup_seconds: dict[str, float] = {}
 
@@ -69,8 +73,29 @@ class ServiceState:
         if state is not self._state:
             logger.info("%s", state.value)
             self._state = state
-            self._changed.set()
-            self._changed = asyncio.Event()
+            self._tell_change()
+
+    def set_problems(self, problems: tuple[str, ...], *, is_damaged: bool) -> None:
+        """Say what is wrong with some depths; ``is_damaged``: with the default one, too."""
+        self.problems = problems
+        if is_damaged is not self._is_damaged:
+            self._is_damaged = is_damaged
+            self._tell_change()
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether requests are served, and the default depth gives results."""
+        return self._state is State.SERVING and not self._is_damaged
+
+    async def health_after(self, seen: bool) -> bool:
+        """Return :attr:`is_healthy` as soon as it is not ``seen``."""
+        while self.is_healthy is seen:
+            await self._changed.wait()
+        return self.is_healthy
+
+    def _tell_change(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def drain(self, *, for_good: bool) -> None:
         """Enter DRAINING; ``for_good``: no :meth:`require_draining` succeeds any more."""

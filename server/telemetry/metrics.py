@@ -154,6 +154,12 @@ class Metrics:
             ["direction"],
             registry=self.registry,
         )
+        self._non_finite_results = Counter(
+            "fathom_non_finite_results_total",
+            "Requests that ended because the model computed what is not a finite number.",
+            ["depth"],
+            registry=self.registry,
+        )
         for direction in ("down", "up"):
             self._policy_changes.labels(direction)
         self._rate = _TokenRate(clock)
@@ -185,7 +191,7 @@ class Metrics:
         self._generation_layers.inc(depth * num_tokens)
         self._rate.add(str(depth), num_tokens)
 
-    def observe_gap(self, depth: int, seconds: float, num_tokens: int) -> None:
+    def observe_inter_token_latency(self, depth: int, seconds: float, num_tokens: int) -> None:
         """Count the inter-token latency of a step that came ``seconds`` after the one before."""
         for _ in range(num_tokens):
             self._inter_token_latency.labels(depth).observe(seconds / num_tokens)
@@ -216,6 +222,10 @@ class Metrics:
     def count_policy_change(self, *, down: bool) -> None:
         """Count a change of automatic depth, down or up."""
         self._policy_changes.labels("down" if down else "up").inc()
+
+    def count_non_finite_result(self, depth: int) -> None:
+        """Count a request that ended because of values that are not finite."""
+        self._non_finite_results.labels(depth).inc()
 
     def set_startup(self, phase: str, seconds: float) -> None:
         """Set how long a phase of the start took."""

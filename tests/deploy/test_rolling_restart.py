@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,7 +90,7 @@ def replicas(tmp_path: Path) -> Iterator[list[RunningServer]]:
 
 
 def started(directory: Path, state: Path, port: int | None = None) -> RunningServer:
-    settings: dict[str, object] = {} if port is None else {"port": port}
+    settings: dict[str, Any] = {} if port is None else {"port": port}
     return RunningServer(
         directory,
         state_dir=state,

@@ -87,12 +87,12 @@ CASES: dict[str, tuple[Change, str, str]] = {
     "a negative temperature": (
         lambda r: setattr(r.sampling, "temperature", -1),
         INVALID,
-        "sampling.temperature: got -1.0, allowed: 0 or more",
+        "sampling.temperature: got -1.0, allowed: 0 to 2",
     ),
     "a temperature that is no number": (
         lambda r: setattr(r.sampling, "temperature", math.nan),
         INVALID,
-        "sampling.temperature: got nan, allowed: 0 or more",
+        "sampling.temperature: got nan, allowed: 0 to 2",
     ),
     "top_p 0": (
         lambda r: setattr(r.sampling, "top_p", 0.0),

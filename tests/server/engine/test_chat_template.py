@@ -46,6 +46,30 @@ def test_changed_texts_are_not_taken_for_lost_ones() -> None:
     assert rendered(template) == "BE BRIEF.;WHAT IS 2 + 3?;"
 
 
+def test_a_text_like_a_mark_does_not_hide_one_that_is_left_out() -> None:
+    template = "{% for m in messages[1:] %}{{ m['content'] }}{% endfor %}"
+    chat = [{"role": "user", "content": text} for text in ("lost", "fathommark fathommark0")]
+    with pytest.raises(InvalidArgument, match=r"chat\.messages\[0\]\.content: got 'lost'"):
+        rendered(template, chat)
+
+
+@pytest.mark.parametrize("num_messages", [1, 1024])
+def test_a_chat_is_rendered_twice_at_most_however_many_texts_the_template_changes(
+    num_messages: int,
+) -> None:
+    tokenizer = tokenizer_with("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}")
+    applied: list[int] = []
+    apply = tokenizer._tokenizer.apply_chat_template
+
+    def counted(chat: list[Any], **options: Any) -> Any:
+        applied.append(len(chat))
+        return apply(chat, **options)
+
+    tokenizer._tokenizer.apply_chat_template = counted
+    tokenizer.tokenize_chat([{"role": "user", "content": "abc"}] * num_messages)
+    assert applied == [num_messages] * 2
+
+
 @pytest.mark.parametrize(
     ("template", "field"),
     [

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,12 @@ from safetensors.torch import save_file
 
 from pruning.checkpoint import CheckpointError
 from server.engine import quantized_checkpoint
-from server.engine.quantized_checkpoint import check_loadable, experts_problem
+from server.engine.elastic import compatibility
+from server.engine.quantized_checkpoint import (
+    check_loadable,
+    experts_problem,
+    serving_problem,
+)
 from server.errors import InvalidArgument
 
 GPTQ: dict[str, Any] = {
@@ -23,9 +31,15 @@ GPTQ: dict[str, Any] = {
     "desc_act": False,
     "sym": True,
 }
+COMPRESSED: dict[str, Any] = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 AWQ: dict[str, Any] = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
 LAYER = "model.layers.0.mlp.down_proj"
 EXPERT = "model.layers.0.mlp.experts.0.down_proj"
+
+
+@pytest.fixture(autouse=True)
+def cpu_with_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
 
 
 def checkpoint(
@@ -152,6 +166,64 @@ def test_layouts_of_older_tools(tmp_path: Path) -> None:
     assert "found nothing, allowed: how the weights, which are packed" in refusal(model)
 
 
+@pytest.mark.parametrize(
+    ("rules", "allowed"),
+    [
+        (GPTQ, "none: "),
+        (AWQ, "none: "),
+        (COMPRESSED, "none with packed integers: "),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"group_0": COMPRESSED}},
+            "none with packed integers: ",
+        ),
+    ],
+)
+def test_packed_weights_on_a_cpu_without_avx512(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rules: dict[str, Any], allowed: str
+) -> None:
+    model = checkpoint(tmp_path / "model", rules)
+    check_loadable(model, "auto", {})
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    monkeypatch.setattr(compatibility, "is_for_cpu", lambda: True)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    assert refusal(model) == (
+        f"{model / 'config.json'}: quantization_config.quant_method: found "
+        f"'{rules['quant_method']}', allowed: {allowed}vLLM's kernel for weights of 4 bits needs "
+        "a GPU, or a CPU with AVX-512"
+    )
+    problem = serving_problem(4, {f"{LAYER}.weight"})
+    assert problem == "vLLM's kernel for weights of 4 bits needs a GPU, or a CPU with AVX-512"
+    # The other builds of vLLM are one for all of their processors.
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    check_loadable(model, "auto", {})
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(compatibility, "is_for_cpu", lambda: False)
+    check_loadable(model, "auto", {})
+    assert serving_problem(4, {f"{LAYER}.weight"}) is None
+
+
+def test_other_formats_of_compressed_tensors_need_no_such_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    rules = {**COMPRESSED, "format": "int-quantized", "config_groups": {"group_0": {"a": 1}}}
+    check_loadable(checkpoint(tmp_path / "model", rules, packed=False), "auto", {})
+
+
+def test_the_rule_is_that_of_vllm() -> None:
+    """The kernel is there where it is said to be, and missing where it is said to be missing."""
+    script = (
+        "import torch, vllm\n"
+        "from vllm.platforms import current_platform\n"
+        "from server.engine.elastic.compatibility import is_for_cpu, packed_weights_problem\n"
+        "current_platform.import_kernels()\n"
+        "name = 'cpu_gemm_wna16' if is_for_cpu() else 'gptq_gemm'\n"
+        "print(hasattr(torch.ops._C, name) == (packed_weights_problem() is None))"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert found.stdout.endswith("True\n"), found.stderr
+
+
 def test_float32(tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", GPTQ)
     with pytest.raises(InvalidArgument, match=re.escape("dtype: got 'float32', allowed: auto,")):
@@ -166,6 +238,11 @@ def test_quantized_experts_without_amx(tmp_path: Path, monkeypatch: pytest.Monke
         model
     )
     assert experts_problem({f"{LAYER}.weight"}) is None
+    assert serving_problem(4, {f"{LAYER}.weight"}) is None
+    problem = serving_problem(4, {f"{EXPERT}.weight"})
+    assert problem is not None
+    assert problem.startswith("this is a mixture of experts")
+    assert serving_problem(8, set()) == "vLLM has its kernel for weights of 8 bits for GPUs alone"
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     check_loadable(model, "auto", {})
     monkeypatch.setattr(quantized_checkpoint, "is_for_cpu", lambda: False)

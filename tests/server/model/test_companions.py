@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -92,10 +93,17 @@ FIELDS: list[tuple[str, str, Any, str]] = [
     ("config.json", "eos_token_id", "</s>", "the number of a token, or a list of such"),
     ("config.json", "tie_word_embeddings", "yes", "true or false"),
     ("config.json", "dtype", 16, "a string"),
-    ("generation_config.json", "temperature", -0.5, "a number, 0 or more"),
-    ("generation_config.json", "temperature", "hot", "a number, 0 or more"),
+    ("generation_config.json", "temperature", -0.5, "a number from 0 to 2"),
+    ("generation_config.json", "temperature", "hot", "a number from 0 to 2"),
+    ("generation_config.json", "temperature", 2.5, "a number from 0 to 2"),
+    ("generation_config.json", "min_new_tokens", "3", "an integer, 0 or more"),
+    ("generation_config.json", "stop_strings", 5, "a string, or a list of such"),
+    ("generation_config.json", "stop_strings", ["a", 5], "a string, or a list of such"),
+    ("generation_config.json", "top_k", 2**31, "an integer from -1 to 2147483647"),
+    ("generation_config.json", "repetition_penalty", math.inf, "a number above 0"),
+    ("generation_config.json", "eos_token_id", 2**64, "the number of a token, or a list"),
     ("generation_config.json", "top_p", 1.5, "a number above 0, at most 1"),
-    ("generation_config.json", "top_k", 2.5, "an integer, -1 or more"),
+    ("generation_config.json", "top_k", 2.5, "an integer from -1 to 2147483647"),
     ("generation_config.json", "repetition_penalty", 0, "a number above 0"),
     ("generation_config.json", "eos_token_id", [1, "2"], "the number of a token, or a list"),
     ("generation_config.json", "eos_token_id", -1, "the number of a token, or a list"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import platform
 import re
 import shutil
 from collections.abc import Callable
@@ -11,17 +12,26 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from pruning.fingerprint import model_fingerprint
 from pruning.quantization import QuantizationFailed, plan_of_base
 from server.config import Settings, load_settings
+from server.engine.elastic import compatibility
 from server.model import inputs
+from server.model.exporter import Exporter
 from server.model.inputs import StartError, calibration_texts, read_inputs
 from server.model.quantized import QuantizedModel, checked_quantization
 from server.model.source import find_model
 from server.state import StateError
 from tests.pruning.quantization.test_checkpoint import worker_of
 from tests.pruning.surgery.exporting import plan_of
+
+
+@pytest.fixture(autouse=True)
+def cpu_with_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what is refused without vLLM's kernel go on to the point of the tests."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
 
 
 def settings_of(model: Path, state: Path, **others: object) -> Settings:
@@ -221,6 +231,22 @@ def test_what_cannot_be_served(small: Path, small_quantized: Path, tmp_path: Pat
 def test_group_size_that_does_not_fit(stories_model: Path, tmp_path: Path) -> None:
     found = refusal(stories_model, tmp_path / "state")
     assert "down_proj.weight: got 172 in-features, allowed: multiples of 32" in found
+
+
+def test_a_cpu_without_the_kernel(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    monkeypatch.setattr(compatibility, "is_for_cpu", lambda: True)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    problem = "vLLM's kernel for weights of 4 bits needs a GPU, or a CPU with AVX-512"
+    found = refusal(small, tmp_path / "state")
+    assert found == f"quantize: got 'gptq-4bit', allowed: nothing here: {problem}"
+    # What is written for another machine is written, with a warning.
+    settings = settings_of(small, tmp_path / "state")
+    Exporter(settings, find_model(settings.model), model_fingerprint(small))
+    expected = f"a server on this machine will not be able to serve the quantized model: {problem}"
+    assert caplog.messages == [expected]
 
 
 def test_experts_that_cannot_be_served(

@@ -142,18 +142,19 @@ CASES: list[tuple[Change, grpc.StatusCode, str]] = [
     (
         set_sampling(temperature=-1),
         INVALID,
-        "sampling.temperature: got -1.0, allowed: 0 or more",
+        "sampling.temperature: got -1.0, allowed: 0 to 2",
     ),
     (
         set_sampling(temperature=math.nan),
         INVALID,
-        "sampling.temperature: got nan, allowed: 0 or more",
+        "sampling.temperature: got nan, allowed: 0 to 2",
     ),
     (
         set_sampling(temperature=math.inf),
         INVALID,
-        "sampling.temperature: got inf, allowed: 0 or more",
+        "sampling.temperature: got inf, allowed: 0 to 2",
     ),
+    (set_sampling(temperature=2.1), INVALID, "sampling.temperature: got 2.1, allowed: 0 to 2"),
     (
         set_sampling(top_p=0),
         INVALID,

@@ -69,7 +69,7 @@ def test_counters_and_histograms_by_depth(metrics: Metrics, server: MetricsServe
     metrics.count_request("fathom.v1.Inference/Generate", "4", "OK")
     metrics.begin(4, 10, queue=0.02, first_token=0.2)
     metrics.add_tokens(4, 1)
-    metrics.observe_gap(4, 0.06, 3)
+    metrics.observe_inter_token_latency(4, 0.06, 3)
     metrics.add_tokens(4, 3)
     metrics.end(4, 0.26)
     samples = scrape(server)

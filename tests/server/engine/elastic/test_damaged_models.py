@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from server.engine.base import GenerationRequest, LayerSelection, SamplingOptions
 from server.errors import InvalidArgument, NonFiniteResult
+from tests.server.engine.elastic.damaged_model import NUM_ROWS, damaged_model
 from tests.server.engine.elastic.running_engine import RunningEngine, running_engine
 
 DENSE = LayerSelection()
 SOUND = LayerSelection((2,), (2,))
-# Rows of the embedding; the tokenizer has 512 tokens.
-NUM_ROWS = 520
 
 
 @pytest.fixture(scope="module")
@@ -27,24 +22,7 @@ def engine(
     stories_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningEngine]:
     """Layer 2 has a NaN, the embedding 8 rows without a token, and the tokenizer marks words."""
-    directory = tmp_path_factory.mktemp("models") / "damaged"
-    auto: Any = AutoModelForCausalLM
-    model = auto.from_pretrained(stories_model, dtype=torch.float32)
-    model.resize_token_embeddings(NUM_ROWS, mean_resizing=False)
-    with torch.no_grad():
-        model.model.layers[2].mlp.down_proj.weight[0, 0] = torch.nan
-        # What is generated then is as often a row without a token as not.
-        model.get_input_embeddings().weight[512:] = model.get_input_embeddings().weight[400:408]
-    model.save_pretrained(directory)
-    shutil.copy(stories_model / "tokenizer_config.json", directory)
-    tokenizer = json.loads((stories_model / "tokenizer.json").read_text("utf-8"))
-    tokenizer["pre_tokenizer"] = {
-        "type": "Metaspace",
-        "replacement": "▁",
-        "prepend_scheme": "always",
-        "split": False,
-    }
-    (directory / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+    directory = damaged_model(stories_model, tmp_path_factory.mktemp("models") / "damaged")
     with running_engine(directory) as running:
         yield running
 
@@ -77,6 +55,13 @@ def test_quality_that_is_not_finite_names_the_depth(engine: RunningEngine) -> No
     windows = [list(range(3, 40)), list(range(50, 87))]
     with pytest.raises(NonFiniteResult, match="at depth 5 "):
         engine.run(engine.engine.measure_quality(windows, [DENSE], lambda *_: None))
+
+
+def test_an_end_of_text_that_is_no_token_does_not_end_the_engine(engine: RunningEngine) -> None:
+    plain = generate(engine, SOUND)
+    assert generate(engine, SOUND, min_tokens=4) == plain
+    assert generate(engine, SOUND, min_tokens=4, stop_token_ids=(plain[0],))[0] != plain[0]
+    assert engine.engine.is_alive
 
 
 def test_ids_without_a_token_do_not_end_the_engine(engine: RunningEngine) -> None:

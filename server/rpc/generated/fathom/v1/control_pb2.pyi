@@ -105,7 +105,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("state", "num_running", "num_waiting", "uptime_seconds", "startup_seconds", "num_engine_restarts", "version", "startup_phase", "auto_level")
+    __slots__ = ("state", "num_running", "num_waiting", "uptime_seconds", "startup_seconds", "num_engine_restarts", "version", "startup_phase", "auto_level", "problems")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[GetStatusResponse.State]
@@ -134,6 +134,7 @@ class GetStatusResponse(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STARTUP_PHASE_FIELD_NUMBER: _ClassVar[int]
     AUTO_LEVEL_FIELD_NUMBER: _ClassVar[int]
+    PROBLEMS_FIELD_NUMBER: _ClassVar[int]
     state: GetStatusResponse.State
     num_running: int
     num_waiting: int
@@ -143,7 +144,8 @@ class GetStatusResponse(_message.Message):
     version: str
     startup_phase: str
     auto_level: str
-    def __init__(self, state: _Optional[_Union[GetStatusResponse.State, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., startup_seconds: _Optional[_Mapping[str, float]] = ..., num_engine_restarts: _Optional[int] = ..., version: _Optional[str] = ..., startup_phase: _Optional[str] = ..., auto_level: _Optional[str] = ...) -> None: ...
+    problems: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, state: _Optional[_Union[GetStatusResponse.State, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., startup_seconds: _Optional[_Mapping[str, float]] = ..., num_engine_restarts: _Optional[int] = ..., version: _Optional[str] = ..., startup_phase: _Optional[str] = ..., auto_level: _Optional[str] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("grace_seconds",)
