@@ -56,13 +56,14 @@ class Damaged:
         return list(status.problems)
 
     async def generate(self, depth: int) -> inference_pb2.GenerateResponse:
-        return await self.client.inference.Generate(
+        response: inference_pb2.GenerateResponse = await self.client.inference.Generate(
             inference_pb2.GenerateRequest(
                 prompt="Once upon a time",
                 depth=common_pb2.Depth(layers=depth),
                 stop=inference_pb2.StopConditions(max_tokens=4),
             )
         )
+        return response
 
     def count(self, depth: int) -> float | None:
         registry = self.service.metrics.registry
