@@ -202,8 +202,10 @@ def test_a_token_that_the_model_does_not_know(small: Path, tmp_path: Path) -> No
     config = json.loads((source / "config.json").read_bytes())
     (source / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
     found = refusal(source, tmp_path / "state")
-    assert found.startswith("calibration: its tokenizer makes token ")
-    assert found.endswith("allowed: below 100, the vocab_size of config.json")
+    assert found.startswith("calibration: text 1 (")
+    assert found.endswith(
+        "allowed: 0 to 99, the model's vocabulary; its tokenizer has more tokens than the model"
+    )
 
 
 # What a server is started with
