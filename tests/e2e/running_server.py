@@ -37,13 +37,13 @@ T = TypeVar("T")
 class RunningServer:
     """The process, where it listens, and what it has written so far."""
 
-    def __init__(
-        self, directory: Path, *, variables: Mapping[str, str] | None = None, **settings: object
-    ) -> None:
+    def __init__(self, directory: Path, **settings: object) -> None:
         """Start; ``directory`` gets the log and, unless it is set, the state directory.
 
-        ``variables`` of its environment are others than those of this process.
+        ``variables`` are those of its environment that differ from this process's.
         """
+        variables = settings.pop("variables", {})
+        assert isinstance(variables, dict)
         directory.mkdir(parents=True, exist_ok=True)
         free_port, metrics_port = free_ports(2)
         self.port = int(str(settings.pop("port", free_port)))
@@ -62,7 +62,7 @@ class RunningServer:
                 [FATHOM, "serve", *flags(chosen)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment(**(variables or {})),
+                env=environment(**variables),
                 cwd=directory,
             )
 
@@ -163,11 +163,9 @@ class Scrape:
 
 
 @contextmanager
-def running_server(
-    directory: Path, *, variables: Mapping[str, str] | None = None, **settings: object
-) -> Iterator[RunningServer]:
+def running_server(directory: Path, **settings: object) -> Iterator[RunningServer]:
     """Yield a server that serves, and stop it."""
-    server = RunningServer(directory, variables=variables, **settings)
+    server = RunningServer(directory, **settings)
     try:
         server.wait_until_serving()
         yield server
