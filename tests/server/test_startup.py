@@ -279,6 +279,21 @@ class SearchedRepairingEngine(RepairingEngine):
         return await super().measure_quality(windows, selections, progress)
 
 
+class FixedDepths(ToyEngine):
+    name = "dedicated"
+    serves_any_depth = False
+
+
+async def test_a_search_with_an_engine_that_runs_levels_alone(tmp_path: Path) -> None:
+    start = Start(tmp_path, engine=FixedDepths(), metric="greedy_kl")
+    with pytest.raises(
+        StartError,
+        match=r"^metric: got 'greedy_kl', allowed: block_influence, reverse_order, sequential; ",
+    ):
+        await start.startup.run()
+    await start.service.close()
+
+
 async def test_a_search_counts_on_the_repair_that_is_served(tmp_path: Path) -> None:
     engine = SearchedRepairingEngine()
     start = Start(tmp_path, engine=engine, repair="closed-form", metric="single_removal_kl")
