@@ -16,7 +16,8 @@ from pruning.text import TextError
 from server.calibration.calibrator import Calibrator, Progress
 from server.calibration.offline_plan import kept_plan
 from server.calibration.policy_store import PolicyStore
-from server.calibration.state_keys import policy_store
+from server.calibration.served_metrics import searches
+from server.calibration.state_keys import policy_store, search_store
 from server.calibration.versions import measuring_versions
 from server.config import Settings
 from server.depth.levels import DepthPair
@@ -32,6 +33,7 @@ _MAX_LAYERS_FOR_EVERY_DEPTH = 16
 
 _WORK = {
     "importance": "Ranking the layers",
+    "search": "Searching for the layers to leave out",
     "repair": "Fitting what stands in for skipped layers",
     "levels": "Starting the engines of the levels",
     "quality": "Measuring quality",
@@ -69,7 +71,8 @@ class Startup:
         await self._load_model()
         with refused_as("model"), refused_as("the engine has died while measuring", EngineDead):
             calibrator, store = self._calibrator(), self._policy_store()
-            plan = await self._plan(calibrator, store)
+            repair = await self._fitted_repair(calibrator, store)
+            plan = await self._plan(calibrator, store, repair)
             policy = DepthPolicy(
                 plan,
                 self._inputs.levels,
@@ -79,7 +82,8 @@ class Startup:
             if not policy.any_depth:
                 with self._service.phase("levels"):
                     await calibrator.prepare(policy, self._on_progress)
-            policy = await self._repair(policy, calibrator, store)
+            if repair is not None:
+                policy = await self._repair(policy, repair, calibrator, store)
             policy = await self._measure(policy, calibrator, store)
         self._service.open(policy, calibrator, store)
         # An operator who has set others with SetLevels may look for them here.
@@ -109,29 +113,39 @@ class Startup:
         ):
             await self._engine.start()
 
-    async def _plan(self, calibrator: Calibrator, store: PolicyStore) -> Plan:
+    async def _plan(self, calibrator: Calibrator, store: PolicyStore, repair: str | None) -> Plan:
         """Return the plan that the settings name, that is kept, or that is measured now."""
         with self._service.phase("plan"):
             plan = self._inputs.plan
             if plan is None and not self._engine.serves_any_depth:
-                # Such an engine loads a model only to rank its layers: any kept plan will do.
-                inputs = self._inputs
-                plan = kept_plan(self._settings, inputs.fingerprint, inputs.tokenizer, inputs.texts)
-            return plan or await store.plan(lambda: calibrator.measure_plan(self._on_progress))
+                # Such an engine loads a model only to rank its layers: any kept plan of the metric
+                # will do.
+                inputs, settings = self._inputs, self._settings
+                plan = kept_plan(
+                    settings, inputs.fingerprint, inputs.tokenizer, inputs.texts, settings.metric
+                )
+            return plan or await store.plan(
+                lambda: calibrator.measure_plan(self._on_progress, repair=repair)
+            )
 
-    async def _repair(
-        self, policy: DepthPolicy, calibrator: Calibrator, store: PolicyStore
-    ) -> DepthPolicy:
-        """Return the policy with repair, where that brings its levels closer to the dense model."""
+    async def _fitted_repair(self, calibrator: Calibrator, store: PolicyStore) -> str | None:
+        """Install repair maps in the engine, if they are wanted; return their fingerprint."""
         if self._settings.repair == "none":
-            return policy
+            return None
         engine = self._engine
         assert isinstance(engine, RepairsLayers), "the settings have been checked"
         with self._service.phase("repair"), refused_as("repair", RepairError, OSError):
             path = await store.repair(
                 lambda path: calibrator.fit_repair(engine, path, self._on_progress)
             )
-            repaired = policy.with_repair(await engine.install_repair(path))
+            return await engine.install_repair(path)
+
+    async def _repair(
+        self, policy: DepthPolicy, repair: str, calibrator: Calibrator, store: PolicyStore
+    ) -> DepthPolicy:
+        """Return the policy with repair, where that brings its levels closer to the dense model."""
+        repaired = policy.with_repair(repair)
+        with self._service.phase("repair"):
             pruned = [level.depths for level in policy.levels if level.depths != policy.dense]
             losses = [await self._loss(of, pruned, calibrator, store) for of in (policy, repaired)]
         without, with_repair = losses
@@ -144,6 +158,8 @@ class Startup:
                 with_repair,
                 without,
             )
+            if self._inputs.plan is None and searches(policy.plan.metric):
+                logger.warning("the search for the layers to leave out has counted on repair")
             return policy
         logger.info(
             "repair: the levels are %.3f nats from the dense model, %.3f without it",
@@ -203,6 +219,14 @@ class Startup:
             held_out_texts=inputs.held_out_texts,
             max_held_out_tokens=settings.quality_tokens,
             every_depth=every_depth,
+            metric=settings.metric,
+            search_tokens=settings.search_tokens,
+            search_store=search_store(
+                settings,
+                self._engine.model,
+                fingerprint=inputs.fingerprint,
+                tokenizer=inputs.tokenizer,
+            ),
         )
 
     def _policy_store(self) -> PolicyStore:

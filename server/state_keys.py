@@ -6,7 +6,8 @@ its key, or is compared when the entry is read:
 | entry | what it is | what it depends on |
 |---|---|---|
 | ``hash-*`` | SHA-256 of one file | path, size, times and inode of the file |
-| ``plan-*`` | ranking of the layers | model, tokenizer, calibration text and number of tokens, data type, context, vLLM's arguments; one that transformers has measured does not depend on vLLM's arguments |
+| ``plan-*`` | ranking of the layers | model, tokenizer, calibration text and number of tokens, metric, data type, context, vLLM's arguments; one by a search also on the tokens that it may run and on repair; one that transformers has measured does not depend on vLLM's arguments |
+| ``search-*`` | divergence from the dense model, by the layers that are left out | model, tokenizer, token ids of the text, repair maps, data type, context, vLLM's arguments |
 | ``quality-*`` | perplexity and the like, by the layers that are left out | as a plan, with the held-out text |
 | ``repair-*`` | maps that stand in for skipped layers | as a plan; it is compared with its digest |
 | ``speed-*`` | tokens per second, by the layers that are left out | as quality, and hardware, versions of packages, requests at a time |
@@ -33,8 +34,8 @@ from typing import Any
 
 Key = dict[str, object]
 
-_HASH, _PLAN, _QUALITY, _REPAIR, _SPEED, _QUANTIZED, _CHECKPOINT = (
-    {"method": method} for method in (1, 1, 1, 1, 1, 3, 1)
+_HASH, _PLAN, _SEARCH, _QUALITY, _REPAIR, _SPEED, _QUANTIZED, _CHECKPOINT = (
+    {"method": method} for method in (1, 1, 1, 1, 1, 1, 3, 1)
 )
 
 
@@ -54,13 +55,48 @@ class Measuring:
     engine_args: Mapping[str, Any] = field(default_factory=dict)
 
 
-def plan_key(measuring: Measuring, *, text: str, num_tokens: int) -> Key:
-    """Return the key of a plan that an engine has measured; ``text`` is a fingerprint."""
-    return {**_PLAN, **asdict(measuring), "text": text, "num_tokens": num_tokens}
+def plan_key(
+    measuring: Measuring,
+    *,
+    text: str,
+    num_tokens: int,
+    metric: str,
+    search_tokens: int,
+    repair: str,
+) -> Key:
+    """Return the key of a plan that an engine has measured; ``text`` is a fingerprint.
+
+    ``search_tokens`` is 0, and ``repair`` is none, for a metric that does not search.
+    """
+    return {
+        **_PLAN,
+        **asdict(measuring),
+        "text": text,
+        "num_tokens": num_tokens,
+        "metric": metric,
+        "search_tokens": search_tokens,
+        "repair": repair,
+    }
+
+
+def search_key(measuring: Measuring, *, tokens: str, repair: str) -> Key:
+    """Return the key of what searches have found.
+
+    ``tokens`` is the fingerprint of the token ids that layers were compared on, ``repair`` that
+    of the maps that stood in for skipped layers; empty: nothing did.
+    """
+    return {**_SEARCH, **asdict(measuring), "tokens": tokens, "repair": repair}
 
 
 def transformers_plan_key(
-    *, model: str, tokenizer: str, dtype: str, max_context: int, text: str, num_tokens: int
+    *,
+    model: str,
+    tokenizer: str,
+    dtype: str,
+    max_context: int,
+    text: str,
+    num_tokens: int,
+    metric: str,
 ) -> Key:
     """Return the key of a plan that transformers has measured."""
     return {
@@ -72,6 +108,7 @@ def transformers_plan_key(
         "max_context": max_context,
         "text": text,
         "num_tokens": num_tokens,
+        "metric": metric,
     }
 
 

@@ -13,9 +13,15 @@ from typing import Protocol
 
 from pruning.fingerprint import text_fingerprint
 from pruning.importance import ImportanceError
+from pruning.metrics import Evidence
+from pruning.metrics.names import BLOCK_INFLUENCE
 from pruning.plan import Plan
 from pruning.quality import Quality, QualityError
 from pruning.text import TextError, token_windows
+from server.calibration.layer_search import LayerSearch, search_text_tokens
+from server.calibration.search_store import SearchStore
+from server.calibration.served_metrics import find_metric, searches
+from server.config.depth import DEFAULT_SEARCH_TOKENS
 from server.depth.levels import DepthPair
 from server.depth.policy import DepthPolicy, Speed
 from server.engine.base import (
@@ -30,9 +36,13 @@ from server.errors import FailedPrecondition, InvalidArgument
 # The longest window of calibration and quality text, in tokens.
 WINDOW = 512
 
+# That of the text that a search compares layers on. It is little, so its windows are shorter, and
+# more documents are among them.
+_SEARCH_WINDOW = 256
+
 # The shortest window: a token, and one that it predicts.
 _MIN_WINDOW = 2
-_MIN_HELD_OUT_TOKENS = 2 * _MIN_WINDOW
+_MIN_TOKENS_OF_TWO_WINDOWS = 2 * _MIN_WINDOW
 _NUM_CHARACTERS_SHOWN = 40
 
 NUM_STREAMS = 8
@@ -45,8 +55,8 @@ _ROUNDS = 2
 class Progress:
     """Progress of a measurement.
 
-    ``phase`` is importance, repair, levels, quality or speed; in the phase levels, engines are
-    started for them.
+    ``phase`` is importance, search, repair, levels, quality or speed; in the phase levels,
+    engines are started for them.
     """
 
     phase: str
@@ -76,11 +86,16 @@ class Calibrator:
         held_out_texts: Sequence[str],
         max_held_out_tokens: int,
         every_depth: bool,
+        metric: str = BLOCK_INFLUENCE,
+        search_tokens: int = DEFAULT_SEARCH_TOKENS,
+        search_store: SearchStore | None = None,
     ) -> None:
         """Measure with an engine that has been started.
 
         ``every_depth``: whether quality is measured at all depths rather than at the levels
-        alone. Raises :class:`FailedPrecondition` where the held-out text has no tokens.
+        alone. Layers are ranked by ``metric``; one that searches may run ``search_tokens``
+        through the engine, and ``search_store`` keeps what it finds. Raises
+        :class:`FailedPrecondition` where the held-out text has no tokens.
         """
         self._engine = engine
         self._model_fingerprint = model_fingerprint
@@ -89,34 +104,58 @@ class Calibrator:
         self._texts = texts
         self._max_tokens = max_tokens
         self._every_depth = every_depth
+        self._metric = metric
+        self._search_tokens = search_tokens
+        self._search_store = search_store
         try:
-            self._held_out = self._held_out_windows(held_out_texts, max_held_out_tokens)
+            self._held_out = self._two_windows_or_more(held_out_texts, max_held_out_tokens)
         except TextError as error:
             raise FailedPrecondition(f"the held-out text: {error}") from None
 
     async def measure_plan(
-        self, on_progress: OnProgress, texts: Sequence[str] = (), max_tokens: int | None = None
+        self,
+        on_progress: OnProgress,
+        texts: Sequence[str] = (),
+        max_tokens: int | None = None,
+        metric: str | None = None,
+        *,
+        repair: str | None = None,
     ) -> Plan:
         """Rank the layers on ``texts``, or on those of the server where there are none.
 
+        They are ranked by ``metric``, or by the server's; Block Influence is measured in any
+        case. ``repair`` is the fingerprint of the maps that stand in for skipped layers.
+
         Raises :class:`InvalidArgument` for texts that give no tokens or none that the model
-        knows, and for too few tokens to measure on.
+        knows, for too few tokens to measure on, and for an unknown metric;
+        :class:`FailedPrecondition` for a search that the engine cannot do, or not within its
+        tokens.
         """
+        chosen = find_metric(self._metric if metric is None else metric, self._engine)
         max_tokens = self._max_tokens if max_tokens is None else max_tokens
         if max_tokens < 2:
             raise InvalidArgument("max_tokens", max_tokens, "2 or more")
         windows = await asyncio.to_thread(self._calibration_windows, texts, max_tokens)
+        search = None
+        if searches(chosen.name):  # what is refused is refused before anything is measured
+            search = await self._layer_search(texts, max_tokens, repair, on_progress)
         with _measuring():
             importance = await self._engine.measure_importance(
                 windows, _report(on_progress, "importance")
             )
-        return Plan.from_importance(
+        plan = Plan.from_importance(
             importance,
             model_fingerprint=self._model_fingerprint,
             text_fingerprint=text_fingerprint(texts or self._texts),
             tokenizer_fingerprint=self._tokenizer_fingerprint,
             versions=self._versions,
         )
+        if search is not None:
+            with _measuring():
+                return plan.ranked_by(chosen.name, await search.rank(chosen))
+        if chosen.name == BLOCK_INFLUENCE:
+            return plan
+        return plan.ranked_by(chosen.name, chosen.rank(Evidence(plan.num_layers)))
 
     async def fit_repair(self, engine: RepairsLayers, path: Path, on_progress: OnProgress) -> None:
         """Fit repair maps on the server's calibration text, and write them to ``path``.
@@ -226,25 +265,41 @@ class Calibrator:
         )
         return sum([len(delta.token_ids) async for delta in self._engine.generate(request)])
 
-    def _calibration_windows(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-        try:
-            return self._windows(texts or self._texts, max_tokens)
-        except TextError as error:
-            if texts:
-                raise InvalidArgument(
-                    "texts", list(texts), f"texts with tokens ({error})"
-                ) from None
-            raise FailedPrecondition(f"the calibration text: {error}") from None
+    async def _layer_search(
+        self, texts: Sequence[str], max_tokens: int, repair: str | None, on_progress: OnProgress
+    ) -> LayerSearch:
+        wanted = search_text_tokens(self._engine.model.num_layers, self._search_tokens)
+        windows = await asyncio.to_thread(self._search_windows, texts, min(wanted, max_tokens))
+        store = self._search_store
+        return LayerSearch(
+            self._engine,
+            windows,
+            max_tokens=self._search_tokens,
+            repair=repair,
+            kept=None if store is None else store.on(windows, repair),
+            progress=_report(on_progress, "search"),
+        )
 
-    def _held_out_windows(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-        """Return two windows or more, as a standard error needs: shorter ones of little text."""
-        windows = self._windows(texts, max_tokens)
+    def _calibration_windows(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+        with _calibrating_on(texts):
+            return self._windows(texts or self._texts, max_tokens)
+
+    def _search_windows(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+        with _calibrating_on(texts):
+            return self._two_windows_or_more(texts or self._texts, max_tokens, _SEARCH_WINDOW)
+
+    def _two_windows_or_more(
+        self, texts: Sequence[str], max_tokens: int, window: int = WINDOW
+    ) -> list[list[int]]:
+        """Return as many windows as a standard error needs: shorter ones of little text."""
+        windows = self._windows(texts, max_tokens, window)
         if len(windows) > 1:
             return windows
         num_tokens = len(windows[0]) - len(self._engine.tokenize(""))
-        if num_tokens < _MIN_HELD_OUT_TOKENS:
+        if num_tokens < _MIN_TOKENS_OF_TWO_WINDOWS:
             raise TextError(
-                f"{num_tokens} tokens of it can be used, allowed: {_MIN_HELD_OUT_TOKENS} or more"
+                f"{num_tokens} tokens of it can be used, allowed: {_MIN_TOKENS_OF_TWO_WINDOWS} or "
+                "more"
             )
         return self._windows(texts, max_tokens, window=(num_tokens + 1) // 2)
 
@@ -313,6 +368,17 @@ def text_windows(
 
 def _report(on_progress: OnProgress, phase: str) -> Callable[[int, int], None]:
     return lambda done, total: on_progress(Progress(phase, done, total))
+
+
+@contextmanager
+def _calibrating_on(texts: Sequence[str]) -> Iterator[None]:
+    """Refuse ``texts``, or where there are none those of the server, if they are no use."""
+    try:
+        yield
+    except TextError as error:
+        if texts:
+            raise InvalidArgument("texts", list(texts), f"texts with tokens ({error})") from None
+        raise FailedPrecondition(f"the calibration text: {error}") from None
 
 
 @contextmanager

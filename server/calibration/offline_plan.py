@@ -26,11 +26,16 @@ logger = logging.getLogger(__name__)
 
 
 def kept_plan(
-    settings: Settings, fingerprint: str, tokenizer: str, texts: Sequence[str]
+    settings: Settings,
+    fingerprint: str,
+    tokenizer: str,
+    texts: Sequence[str],
+    metric: str | None = None,
 ) -> Plan | None:
     """Return the newest plan in the state directory of this model on these texts.
 
-    ``fingerprint`` is that of the model, ``tokenizer`` that of its tokenizer.
+    ``fingerprint`` is that of the model, ``tokenizer`` that of its tokenizer. Only plans of
+    ``metric`` count; None: those of every metric.
 
     Servers keep one for each data type, context and number of tokens, on which a ranking
     depends little.
@@ -44,7 +49,7 @@ def kept_plan(
             logger.warning("%s is not used: %s", path, error)
             continue
         made_for = (plan.model_fingerprint, plan.tokenizer_fingerprint, plan.text_fingerprint)
-        if made_for == wanted:
+        if made_for == wanted and metric in (None, plan.metric):
             found.append((plan.created_at, path, plan))
     if not found:
         return None
@@ -100,6 +105,7 @@ def measured_plan(
         max_context=max_context,
         text=plan.text_fingerprint,
         num_tokens=settings.calibration_tokens,
+        metric=plan.metric,
     )
     StateDirectory(settings.state_dir).save("plan", key, PlanFile(fingerprint, num_layers), plan)
     return plan

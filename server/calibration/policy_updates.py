@@ -46,18 +46,23 @@ class PolicyUpdates:
         return self._updating.locked()
 
     async def calibrate(
-        self, texts: Sequence[str] = (), max_tokens: int | None = None
+        self,
+        texts: Sequence[str] = (),
+        max_tokens: int | None = None,
+        metric: str | None = None,
     ) -> AsyncGenerator[Progress | Plan, None]:
         """Rank the layers anew and measure the levels; yield progress, then the plan in force.
 
-        Closing the iterator before the plan came leaves everything as it was. Raises
-        :class:`InvalidArgument` for texts that cannot be measured on, :class:`EngineDead` where
-        the engine dies, and :class:`FailedPrecondition` while another measurement runs and where
-        there is not the memory for the engines of the new plan beside the present ones.
+        ``metric`` is what they are ranked by; None: what the settings say. Closing the iterator
+        before the plan came leaves everything as it was. Raises :class:`InvalidArgument` for
+        texts that cannot be measured on and for an unknown metric, :class:`EngineDead` where the
+        engine dies, and :class:`FailedPrecondition` while another measurement runs, for a search
+        that the engine cannot do, and where there is not the memory for the engines of the new
+        plan beside the present ones.
         """
         async with self._update():
             queue: asyncio.Queue[Progress | None] = asyncio.Queue()
-            task = asyncio.create_task(self._calibrate(texts, max_tokens, queue.put_nowait))
+            task = asyncio.create_task(self._calibrate(texts, max_tokens, metric, queue.put_nowait))
             task.add_done_callback(lambda _: queue.put_nowait(None))
             try:
                 while (progress := await queue.get()) is not None:
@@ -103,9 +108,15 @@ class PolicyUpdates:
             yield
 
     async def _calibrate(
-        self, texts: Sequence[str], max_tokens: int | None, on_progress: OnProgress
+        self,
+        texts: Sequence[str],
+        max_tokens: int | None,
+        metric: str | None,
+        on_progress: OnProgress,
     ) -> Plan:
-        plan = await self._calibrator.measure_plan(on_progress, texts, max_tokens)
+        plan = await self._calibrator.measure_plan(
+            on_progress, texts, max_tokens, metric, repair=self._in_force.policy.repair
+        )
         policy = self._in_force.policy.with_plan(plan)
         async with self._prepared(policy, on_progress):
             policy = await self._measured(policy, on_progress)

@@ -1,4 +1,4 @@
-"""The store of a server's plan and measurements, under the keys of what they depend on."""
+"""The stores of a server's plan and measurements, under the keys of what they depend on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pruning.fingerprint import text_fingerprint
 from server.calibration.hardware import describe_hardware
 from server.calibration.policy_store import PlanFile, PolicyStore
+from server.calibration.search_store import SearchStore
+from server.calibration.served_metrics import searches
 from server.calibration.versions import measuring_versions
 from server.config import Settings
 from server.engine.base import ModelInfo
@@ -36,14 +38,7 @@ def policy_store(
 
     ``fingerprint`` is that of the model, ``tokenizer`` that of its tokenizer.
     """
-    measuring = Measuring(
-        model=fingerprint,
-        tokenizer=tokenizer,
-        engine=settings.engine,
-        dtype=model.dtype,
-        max_context=model.max_context,
-        engine_args=settings.engine_args,
-    )
+    measuring = _measuring(settings, model, fingerprint, tokenizer)
     held_out = text_fingerprint(held_out_texts)
     return PolicyStore(
         StateDirectory(settings.state_dir),
@@ -64,9 +59,36 @@ def policy_store(
     )
 
 
+def search_store(
+    settings: Settings, model: ModelInfo, *, fingerprint: str, tokenizer: str
+) -> SearchStore:
+    """Return the store of searches; the arguments are those of :func:`policy_store`."""
+    measuring = _measuring(settings, model, fingerprint, tokenizer)
+    return SearchStore(StateDirectory(settings.state_dir), measuring)
+
+
+def _measuring(settings: Settings, model: ModelInfo, fingerprint: str, tokenizer: str) -> Measuring:
+    return Measuring(
+        model=fingerprint,
+        tokenizer=tokenizer,
+        engine=settings.engine,
+        dtype=model.dtype,
+        max_context=model.max_context,
+        engine_args=settings.engine_args,
+    )
+
+
 def _plan_key(settings: Settings, measuring: Measuring, text: str) -> Key:
     if settings.engine == "elastic":
-        return plan_key(measuring, text=text, num_tokens=settings.calibration_tokens)
+        does_search = searches(settings.metric)
+        return plan_key(
+            measuring,
+            text=text,
+            num_tokens=settings.calibration_tokens,
+            metric=settings.metric,
+            search_tokens=settings.search_tokens if does_search else 0,
+            repair=settings.repair if does_search else "none",
+        )
     return transformers_plan_key(
         model=measuring.model,
         tokenizer=measuring.tokenizer,
@@ -74,4 +96,5 @@ def _plan_key(settings: Settings, measuring: Measuring, text: str) -> Key:
         max_context=measuring.max_context,
         text=text,
         num_tokens=settings.calibration_tokens,
+        metric=settings.metric,
     )

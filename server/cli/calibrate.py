@@ -31,6 +31,12 @@ def calibrate(
         int | None,
         typer.Option(help="Tokens to rank the layers on.", min=0, max=2**32 - 1),
     ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="What to rank the layers by, such as greedy_kl; none: the server's setting."
+        ),
+    ] = None,
     max_characters: Annotated[
         int, typer.Option(help="Characters of --text to send at most.", min=1)
     ] = 2_000_000,
@@ -42,7 +48,7 @@ def calibrate(
         report_problem(f"--text: {error}")
         sys.exit(2)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    request = control_pb2.CalibrateRequest(texts=texts, max_tokens=max_tokens)
+    request = control_pb2.CalibrateRequest(texts=texts, max_tokens=max_tokens, metric=metric)
     with connected(connection) as client, ProgressReport(Console(stderr=True)) as report:
         plan = None
         for response in client.calibrate(request):
@@ -56,18 +62,20 @@ def calibrate(
     console = Console(highlight=False)
     console.print(_table(plan))
     order = ", ".join(map(str, plan.removal_order))
+    console.print(f"Ranked by {plan.metric}")
     console.print(f"Removal order: {order}", soft_wrap=True)
 
 
 def _table(plan: common_pb2.Plan) -> Table:
     removed = {layer: position for position, layer in enumerate(plan.removal_order, start=1)}
     table = Table(title=f"Block influence on {plan.num_tokens} tokens", title_justify="left")
-    for heading in ("Layer", "Influence", "Removed"):
+    for heading in ("Layer", "Influence", *plan.other_scores, "Removed"):
         table.add_column(heading, justify="right")
     for layer in plan.layers:
         table.add_row(
             str(layer.layer),
             f"{layer.score:.4f} ± {layer.stderr:.4f}",
+            *(f"{other.scores[layer.layer]:.4f}" for other in plan.other_scores.values()),
             str(removed[layer.layer]),
         )
     return table

@@ -21,6 +21,12 @@ from server.config.errors import conflict, not_allowed
 from server.config.values import names_from, pairs_from
 from server.depth.levels import LevelSpec
 
+# Those of pruning.metrics whose evidence the engines measure.
+ServedMetric = Literal[
+    "block_influence", "reverse_order", "sequential", "single_removal_kl", "greedy_kl"
+]
+DEFAULT_SEARCH_TOKENS = 1 << 19
+
 _LEVEL_ALLOWED = (
     "a number of layers (1 or more), a prune ratio (0.0 to less than 1, with a decimal point), "
     "or {depth: ..., prefill_depth: ...} of these"
@@ -88,6 +94,16 @@ class DepthSettings(BaseModel):
     plan: FilePath | None = Field(
         None,
         description="Plan file to use instead of a calibration; that of another model is refused.",
+    )
+    metric: ServedMetric = Field(
+        "block_influence",
+        description="What the layers are ranked by where no plan is given or kept; "
+        "`single_removal_kl` and `greedy_kl` search with the elastic engine.",
+    )
+    search_tokens: Annotated[int, Ge(1024)] = Field(
+        DEFAULT_SEARCH_TOKENS,
+        description="Tokens that such a search may run through the model in all; more of them "
+        "compare layers on more text.",
     )
     repair: Literal["none", "closed-form"] = Field(
         "none",

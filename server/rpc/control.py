@@ -33,8 +33,9 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
         self, request: pb.CalibrateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
         max_tokens = request.max_tokens if request.HasField("max_tokens") else None
+        metric = request.metric if request.HasField("metric") else None
         with self._service.updating() as updates:
-            async with aclosing(updates.calibrate(request.texts, max_tokens)) as events:
+            async with aclosing(updates.calibrate(request.texts, max_tokens, metric)) as events:
                 async for event in events:
                     response = pb.CalibrateResponse()
                     if isinstance(event, Progress):

@@ -117,11 +117,12 @@ class ServiceState:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Name what the start is doing meanwhile, and record how long it took."""
+        """Name what the start is doing meanwhile, and record how long it took in all."""
         self.startup_phase = name
         started = time.monotonic()
         yield
-        self.startup_seconds[name] = time.monotonic() - started
+        before = self.startup_seconds.get(name, 0.0)
+        self.startup_seconds[name] = before + time.monotonic() - started
         self._metrics.set_startup(name, self.startup_seconds[name])
 
     def require_started(self) -> None:

@@ -32,6 +32,7 @@ from server.serving.service_state import State
 from server.startup import Startup
 from server.telemetry.metrics import Metrics
 from server.telemetry.progress import ProgressReport
+from tests.server.calibration.searched_engine import SearchedEngine, greedy_order
 from tests.server.rpc.conftest import LEVELS
 from tests.server.rpc.toy_engine import NUM_LAYERS, ToyEngine
 
@@ -219,6 +220,98 @@ async def test_too_little_text_to_fit_repair_is_refused(tmp_path: Path) -> None:
     start = Start(tmp_path, "short", engine=engine, repair="closed-form")
     with pytest.raises(StartError, match=r"^repair: text: got 6 tokens to fit repair on, allowed"):
         await start.startup.run()
+    await start.service.close()
+
+
+async def test_a_search_that_dies_goes_on_at_the_next_start(tmp_path: Path) -> None:
+    engine = SearchedEngine(num_lives=4)
+    first = Start(tmp_path, engine=engine, metric="greedy_kl")
+    with pytest.raises(StartError, match=r"^the engine has died while measuring: killed$"):
+        await first.startup.run()
+    await first.service.close()
+
+    again = SearchedEngine()
+    start = Start(tmp_path, engine=again, metric="greedy_kl")
+    await start.startup.run()
+    plan = start.service.policy.plan
+    await start.service.close()
+    assert plan.metric == "greedy_kl"
+    assert list(plan.removal_order[: NUM_LAYERS // 2]) == greedy_order(NUM_LAYERS // 2)
+    assert len(engine.measured) > NUM_LAYERS
+    # The last call is for the quality of the depths.
+    searched = [layers for call in again.calls[:-1] for layers in call]
+    assert searched
+    assert not set(engine.measured) & set(searched)
+
+    third = Start(tmp_path, engine=SearchedEngine(), metric="greedy_kl")
+    await third.startup.run()
+    assert third.service.policy.plan == plan
+    assert third.engine.num_steps == 0
+    await third.service.close()
+
+
+async def test_another_metric_makes_another_plan(tmp_path: Path) -> None:
+    orders = []
+    for metric in ("sequential", "reverse_order", "block_influence", "sequential"):
+        start = Start(tmp_path, metric=metric)
+        await start.startup.run()
+        assert start.service.policy.plan.metric == metric
+        orders.append(start.service.policy.plan.removal_order)
+        await start.service.close()
+    assert orders[0] == orders[3] == orders[1][::-1] != orders[2]
+    assert len(list(tmp_path.glob("plan-*.json"))) == 3
+
+
+class SearchedRepairingEngine(RepairingEngine):
+    """Records with which repair the layers were left out in each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.repairs: list[set[str | None]] = []
+
+    async def measure_quality(
+        self,
+        windows: Sequence[Sequence[int]],
+        selections: Sequence[LayerSelection],
+        progress: ProgressCallback,
+    ) -> list[Quality]:
+        self.repairs.append({layers.repair for layers in selections})
+        return await super().measure_quality(windows, selections, progress)
+
+
+class FixedDepths(ToyEngine):
+    name = "dedicated"
+    serves_any_depth = False
+
+
+async def test_a_search_with_an_engine_that_runs_levels_alone(tmp_path: Path) -> None:
+    start = Start(tmp_path, engine=FixedDepths(), metric="greedy_kl")
+    with pytest.raises(
+        StartError,
+        match=r"^metric: got 'greedy_kl', allowed: block_influence, reverse_order, sequential; ",
+    ):
+        await start.startup.run()
+    await start.service.close()
+
+
+async def test_a_search_counts_on_the_repair_that_is_served(tmp_path: Path) -> None:
+    engine = SearchedRepairingEngine()
+    start = Start(tmp_path, engine=engine, repair="closed-form", metric="single_removal_kl")
+    await start.startup.run()
+    assert start.service.policy.plan.metric == "single_removal_kl"
+    assert start.service.policy.repair == engine.installed is not None
+    assert engine.repairs[0] == {engine.installed}, "the search comes first"
+    await start.service.close()
+
+
+async def test_a_search_that_counted_on_repair_in_vain_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = RepairingEngine(remaining=1.5)
+    start = Start(tmp_path, engine=engine, repair="closed-form", metric="single_removal_kl")
+    await start.startup.run()
+    assert start.service.policy.repair is None
+    assert "the search for the layers to leave out has counted on repair" in caplog.text
     await start.service.close()
 
 

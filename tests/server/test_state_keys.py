@@ -34,10 +34,21 @@ def measured(make: Make) -> Make:
 
 
 KINDS: dict[str, tuple[Make, dict[str, Any]]] = {
-    "plan": (measured(state_keys.plan_key), {**MEASURING, **TEXT}),
+    "plan": (
+        measured(state_keys.plan_key),
+        {**MEASURING, **TEXT, "metric": "m", "search_tokens": 9, "repair": "none"},
+    ),
+    "search": (measured(state_keys.search_key), {**MEASURING, "tokens": "t", "repair": "r"}),
     "transformers plan": (
         state_keys.transformers_plan_key,
-        {"model": "m", "tokenizer": "t", "dtype": "float32", "max_context": 64, **TEXT},
+        {
+            "model": "m",
+            "tokenizer": "t",
+            "dtype": "float32",
+            "max_context": 64,
+            "metric": "m",
+            **TEXT,
+        },
     ),
     "quality": (measured(state_keys.quality_key), {**MEASURING, **TEXT}),
     "repair": (measured(state_keys.repair_key), {**MEASURING, **TEXT}),
@@ -116,5 +127,5 @@ def test_every_kind_of_entry_is_described() -> None:
             )
     assert state_keys.__doc__ is not None
     described = set(re.findall(r"^\| ``(\w+)-\*`` \|", state_keys.__doc__, re.MULTILINE))
-    expected = {"hash", "plan", "repair", "quality", "speed", "quantized", "checkpoint"}
+    expected = {"hash", "plan", "search", "repair", "quality", "speed", "quantized", "checkpoint"}
     assert kinds == described == expected

@@ -14,6 +14,7 @@ from server.depth.levels import DepthPair
 from server.depth.policy import DepthPolicy
 from server.engine.base import LayerSelection, ProgressCallback
 from server.errors import FailedPrecondition, InvalidArgument
+from tests.server.calibration.searched_engine import SearchedEngine, greedy_order
 from tests.server.rpc.conftest import LEVELS, make_plan
 from tests.server.rpc.toy_engine import BOS, MODEL, ToyEngine
 
@@ -99,6 +100,40 @@ async def test_the_text_decides_the_fingerprint(engine: RecordingEngine) -> None
     given = await calibrator.measure_plan(ignore, ["something else"])
     again = await calibrator.measure_plan(ignore)
     assert own.text_fingerprint == again.text_fingerprint != given.text_fingerprint
+
+
+async def test_orders_that_need_no_measurement_carry_block_influence(
+    engine: RecordingEngine,
+) -> None:
+    calibrator = make_calibrator(engine)
+    influence = await calibrator.measure_plan(ignore)
+    plan = await calibrator.measure_plan(ignore, metric="sequential")
+    assert plan.metric == "sequential"
+    assert plan.removal_order == tuple(range(8))
+    assert plan.other_scores == {"sequential": tuple(map(float, range(8)))}
+    assert (plan.scores, plan.stderrs) == (influence.scores, influence.stderrs)
+
+
+async def test_a_search_carries_block_influence_and_its_own_scores() -> None:
+    engine = SearchedEngine()
+    await engine.start()
+    seen: list[Progress] = []
+    plan = await make_calibrator(engine).measure_plan(
+        seen.append, metric="greedy_kl", repair="sha256:maps"
+    )
+    assert plan.metric == "greedy_kl"
+    assert list(plan.removal_order[:4]) == greedy_order(4)
+    assert plan.other_scores.keys() == {"greedy_kl"}
+    assert plan.num_tokens == 1200 + 4, "Block Influence is measured on all of the text"
+    assert {progress.phase for progress in seen} == {"importance", "search"}
+    assert {layers.repair for layers in engine.measured} == {"sha256:maps"}
+
+
+async def test_text_that_is_too_little_for_a_search(engine: RecordingEngine) -> None:
+    calibrator = make_calibrator(engine)
+    with pytest.raises(InvalidArgument, match=r"^texts: got \['abc'\].*3 tokens of it can be used"):
+        await calibrator.measure_plan(ignore, ["abc"], metric="greedy_kl")
+    assert engine.windows == [], "nothing is measured before that is known"
 
 
 async def test_what_cannot_be_measured(engine: RecordingEngine) -> None:

@@ -93,6 +93,17 @@ def test_calibrate_prints_the_plan_and_the_server_serves_on(server: Server, tmp_
     assert server.fathom("generate", "Once", "--depth", "3").returncode == 0
 
 
+def test_calibrate_by_a_search_in_the_engine_that_serves(server: Server) -> None:
+    result = server.fathom("calibrate", "--metric", "greedy_kl", "--max-tokens", "256")
+    assert result.returncode == 0, result.stderr
+    assert "search: 100 %" in result.stderr
+    assert "Ranked by greedy_kl" in result.stdout
+    assert "greedy_kl" in result.stdout.splitlines()[2], "the scores have a column"
+    result = server.fathom("calibrate", "--metric", "greedy")
+    assert result.returncode == 1
+    assert "INVALID_ARGUMENT: metric: got 'greedy', allowed: block_influence, " in result.stderr
+
+
 def test_calibrate_with_a_text_that_is_empty(server: Server, tmp_path: Path) -> None:
     text = tmp_path / "empty.txt"
     text.touch()

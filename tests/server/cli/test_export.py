@@ -186,6 +186,8 @@ def test_plan_that_a_server_keeps_is_found(
         state.save("plan", {"n": number}, PlanFile(kept.model_fingerprint, 5), kept)
     (tmp_path / "plan-damaged.json").write_text("{")
     assert kept_plan(settings, fingerprint, "sha256:tokenizer", texts) == wanted
+    for metric, found in (("block_influence", wanted), ("greedy_kl", None)):
+        assert kept_plan(settings, fingerprint, "sha256:tokenizer", texts, metric) == found
     assert "plan-damaged.json is not used: " in caplog.text
     assert kept_plan(settings, "sha256:3", "sha256:tokenizer", texts) is None
 

@@ -108,6 +108,40 @@ async def test_running_requests_keep_their_layers(
     assert deployment.engine.requests[-1].layers != running.layers
 
 
+async def test_calibrate_by_another_metric(deployment: Deployment) -> None:
+    request = control_pb2.CalibrateRequest(metric="single_removal_kl")
+    *events, last = [event async for event in deployment.client.control.Calibrate(request)]
+    phases = dict.fromkeys(event.progress.phase for event in events)
+    assert list(phases) == ["importance", "search", "quality", "speed"]
+    plan = last.plan
+    assert plan.metric == "single_removal_kl"
+    # To the toy all layers are alike, and of equal ones the deeper goes first.
+    assert list(plan.other_scores["single_removal_kl"].scores) == [0.01] * 8
+    assert list(plan.removal_order) == [7, 6, 5, 4, 3, 2, 1, 0]
+    assert len({layer.score for layer in plan.layers}) == 8, "Block Influence is measured as well"
+    answer = await deployment.client.control.GetPlan(control_pb2.GetPlanRequest())
+    assert answer.plan == plan
+    assert deployment.saved[-1].plan.metric == "single_removal_kl"
+
+    calls = deployment.client.control
+    *_, last = [event async for event in calls.Calibrate(control_pb2.CalibrateRequest())]
+    assert (last.plan.metric, dict(last.plan.other_scores)) == ("block_influence", {})
+
+
+@pytest.mark.parametrize("metric", ["", "greedy", "norm"])
+async def test_calibrate_by_a_metric_that_no_server_has(
+    deployment: Deployment, metric: str
+) -> None:
+    call = deployment.client.control.Calibrate(control_pb2.CalibrateRequest(metric=metric))
+    error = await failure(call.read())
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert message_of(error).startswith(
+        f"metric: got '{metric}', allowed: block_influence, reverse_order, sequential, "
+        "single_removal_kl, greedy_kl"
+    )
+    assert deployment.service.policy.plan.removal_order == REMOVAL_ORDER
+
+
 async def test_a_cancelled_calibration_changes_nothing(deployment: Deployment) -> None:
     deployment.engine.gate.clear()
     call = deployment.client.control.Calibrate(control_pb2.CalibrateRequest())

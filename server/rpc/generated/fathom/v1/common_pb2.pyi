@@ -88,7 +88,7 @@ class Speed(_message.Message):
     def __init__(self, tokens_per_second: _Optional[float] = ..., speedup: _Optional[float] = ..., num_streams: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("removal_order", "layers", "metric", "model_fingerprint", "text_fingerprint", "num_tokens", "created_at", "versions")
+    __slots__ = ("removal_order", "layers", "metric", "model_fingerprint", "text_fingerprint", "num_tokens", "created_at", "versions", "other_scores")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -96,6 +96,13 @@ class Plan(_message.Message):
         key: str
         value: str
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class OtherScoresEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: LayerScores
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[LayerScores, _Mapping]] = ...) -> None: ...
     REMOVAL_ORDER_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     METRIC_FIELD_NUMBER: _ClassVar[int]
@@ -104,6 +111,7 @@ class Plan(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    OTHER_SCORES_FIELD_NUMBER: _ClassVar[int]
     removal_order: _containers.RepeatedScalarFieldContainer[int]
     layers: _containers.RepeatedCompositeFieldContainer[LayerImportance]
     metric: str
@@ -112,7 +120,14 @@ class Plan(_message.Message):
     num_tokens: int
     created_at: float
     versions: _containers.ScalarMap[str, str]
-    def __init__(self, removal_order: _Optional[_Iterable[int]] = ..., layers: _Optional[_Iterable[_Union[LayerImportance, _Mapping]]] = ..., metric: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., text_fingerprint: _Optional[str] = ..., num_tokens: _Optional[int] = ..., created_at: _Optional[float] = ..., versions: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    other_scores: _containers.MessageMap[str, LayerScores]
+    def __init__(self, removal_order: _Optional[_Iterable[int]] = ..., layers: _Optional[_Iterable[_Union[LayerImportance, _Mapping]]] = ..., metric: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., text_fingerprint: _Optional[str] = ..., num_tokens: _Optional[int] = ..., created_at: _Optional[float] = ..., versions: _Optional[_Mapping[str, str]] = ..., other_scores: _Optional[_Mapping[str, LayerScores]] = ...) -> None: ...
+
+class LayerScores(_message.Message):
+    __slots__ = ("scores",)
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    scores: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, scores: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class LayerImportance(_message.Message):
     __slots__ = ("layer", "score", "stderr")
