@@ -15,7 +15,7 @@ from server.serving.service_state import ServiceState
 from server.telemetry.metrics import Metrics
 
 # Tokens of the server's own prompt, at most.
-_MAX_TOKENS = 32
+MAX_CHECK_TOKENS = 32
 # A depth that was found sound is not checked again earlier, however often requests fail at it.
 _RECHECK_SECONDS = 60.0
 
@@ -108,7 +108,7 @@ class ResultCheck:
 
     async def _check(self, layers: LayerSelection) -> None:
         model = self._engine.model
-        num_tokens = max(2, min(_MAX_TOKENS, model.max_context - 1))
+        num_tokens = max(2, min(MAX_CHECK_TOKENS, model.max_context - 1))
         token_ids = [model.vocab_size * i // num_tokens for i in range(num_tokens)]
         self._num_checks += 1
         try:
