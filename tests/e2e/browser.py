@@ -8,9 +8,9 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -21,10 +21,11 @@ _KEYS = {"Tab": ("Tab", 9, ""), "Enter": ("Enter", 13, "\r")}
 class Browser:
     """One page of the browser."""
 
-    def __init__(self, commands: int, answers: int) -> None:
+    def __init__(self, commands: IO[bytes], answers: IO[bytes]) -> None:
         """``commands`` and ``answers`` are ends of pipes; messages in them end with a zero byte."""
-        self._commands = os.fdopen(commands, "wb", buffering=0)
-        self._answers = os.fdopen(answers, "rb")
+        self._commands = commands
+        self._answers = answers
+        self._received = bytearray()
         self._num_sent = 0
         self._session = ""
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
@@ -34,8 +35,6 @@ class Browser:
     def close(self) -> None:
         self._session = ""
         self._call("Browser.close")
-        self._commands.close()
-        self._answers.close()
 
     def show(self, width: int, *, dark: bool = False) -> None:
         """Make the window ``width`` pixels wide, light or dark."""
@@ -109,11 +108,13 @@ class Browser:
                 return result
 
     def _message(self) -> bytes:
-        message = bytearray()
-        while (byte := self._answers.read(1)) != b"\0":
-            assert byte, "the browser has ended"
-            message += byte
-        return bytes(message)
+        while (end := self._received.find(0)) < 0:
+            received = self._answers.read(1 << 16)
+            assert received, "the browser has ended"
+            self._received += received
+        message = bytes(self._received[:end])
+        del self._received[: end + 1]
+        return message
 
 
 @contextmanager
@@ -122,25 +123,31 @@ def browser(directory: Path) -> Iterator[Browser]:
     program = shutil.which("chromium")
     if program is None:
         pytest.skip("chromium is absent; .ci/install installs it where it can")
-    read_end, commands = os.pipe()
-    answers, write_end = os.pipe()
-    # The browser reads its commands from descriptor 3 and writes its answers to 4.
-    process = subprocess.Popen(
-        [
-            *("sh", "-c", f'exec "$0" "$@" 3<&{read_end} 4>&{write_end}'),
-            *(program, "--headless=new", "--no-sandbox", "--disable-gpu"),
-            *("--disable-dev-shm-usage", "--remote-debugging-pipe", "--hide-scrollbars"),
-            f"--user-data-dir={directory}",
-        ],
-        pass_fds=(read_end, write_end),
-        stderr=subprocess.DEVNULL,
-    )
-    os.close(read_end)
-    os.close(write_end)
-    try:
+    with ExitStack() as stack:
+        ends = [stack.enter_context(os.fdopen(end, mode, 0)) for end, mode in _pipe_ends()]
+        read_end, commands, answers, write_end = ends
+        # The browser reads its commands from descriptor 3 and writes its answers to 4.
+        redirect = f'exec "$0" "$@" 3<&{read_end.fileno()} 4>&{write_end.fileno()}'
+        process = subprocess.Popen(
+            [
+                *("bash", "-c", redirect),
+                *(program, "--headless=new", "--no-sandbox", "--disable-gpu"),
+                *("--disable-dev-shm-usage", "--remote-debugging-pipe", "--hide-scrollbars"),
+                f"--user-data-dir={directory / 'profile'}",
+            ],
+            pass_fds=(read_end.fileno(), write_end.fileno()),
+            stderr=subprocess.DEVNULL,
+        )
+        stack.callback(process.wait)
+        stack.callback(process.terminate)
+        read_end.close()
+        write_end.close()
         page = Browser(commands, answers)
         yield page
         page.close()
-    finally:
-        process.terminate()
-        process.wait()
+
+
+def _pipe_ends() -> list[tuple[int, str]]:
+    """Return the ends of two pipes: where commands are read and written, and answers."""
+    (read_end, commands), (answers, write_end) = os.pipe(), os.pipe()
+    return [(read_end, "rb"), (commands, "wb"), (answers, "rb"), (write_end, "wb")]
