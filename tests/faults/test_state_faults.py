@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -12,12 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.calls import assert_generates
-from tests.e2e.running_server import (
-    PATIENCE,
-    RunningServer,
-    measurements_in,
-    running_server,
-)
+from tests.e2e.running_server import measurements_in, running_server
 
 
 @contextmanager
@@ -61,13 +55,6 @@ def no_directory(path: Path) -> Iterator[Path]:
     yield path / "state"
 
 
-def readiness(server: RunningServer) -> list[str]:
-    """Return the lines of what a server answers to the probe, which must be good."""
-    url = server.metrics_url.replace("/metrics", "/readyz")
-    with urllib.request.urlopen(url, timeout=PATIENCE) as response:
-        return str(response.read().decode()).splitlines()
-
-
 @pytest.mark.parametrize(
     "trouble",
     [full_disk, read_only_disk, no_directory],
@@ -89,7 +76,7 @@ def test_it_says_so_and_serves(
             line for line in server.log.splitlines() if " WARNING " in line and str(state) in line
         ]
         assert any("plan-" in line and "cannot be kept" in line for line in warnings), server.log
-        first, warning = readiness(server)
+        first, warning = server.readiness()
         assert (first, warning.partition(" ")[0]) == ("ok", "warning:")
         assert warning.startswith(f"warning: state_dir: {state}") or "not a directory" in warning
         assert warning.removeprefix("warning: ") in server.log
@@ -107,7 +94,7 @@ def test_a_disk_that_forbids_exec_keeps_all_but_compiled_code(tmp_path: Path) ->
             assert_generates(client)
         assert "its volume forbids exec" in server.log
         assert "compiled one layer for" in server.log
-        assert readiness(server) == [
+        assert server.readiness() == [
             "ok",
             f"warning: state_dir: {state} is on a volume that forbids exec, so no compiled code is "
             "kept in it",

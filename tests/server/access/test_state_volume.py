@@ -18,7 +18,15 @@ def volume(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     """A volume of its own, mounted with the options of an indirect parameter."""
     directory, mount = tmp_path / "volume", shutil.which("mount")
     directory.mkdir()
-    command = [str(mount), "-t", "tmpfs", "-o", f"mode=700,{request.param}", "fathom", directory]
+    command = [
+        str(mount),
+        "-t",
+        "tmpfs",
+        "-o",
+        f"mode=700,{request.param}",
+        "fathom",
+        str(directory),
+    ]
     if mount is None or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("a volume cannot be mounted here")
     yield directory

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ ASKED = {"prompt": "Once upon a time", "depth": 4, "max_tokens": 5}
 JSON = {"Content-Type": "application/json"}
 
 Answer = tuple[int, dict[str, Any], http.client.HTTPMessage]
-Send = Callable[..., Awaitable[Answer]]
+Send = Callable[..., Coroutine[Any, Any, Answer]]
 
 
 @asynccontextmanager
@@ -38,13 +38,13 @@ async def page(
     deployment: Deployment,
     records: list[CallRecord] | None = None,
     authenticator: Authenticator | None = None,
-    **settings: str,
+    settings: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Send]:
     """Yield what sends a request to /prompt and returns the status, the answer and the headers."""
     observers = [] if records is None else [records.append]
     prompts = PagePrompts(deployment.service, authenticator or Authenticator(), observers)
     probes = Probes()
-    probes.prompt_box = PromptBox(probes.loop, prompts.backend(load_settings(settings)))
+    probes.prompt_box = PromptBox(probes.loop, prompts.backend(load_settings(settings or {})))
     server = MetricsServer(deployment.metrics, "127.0.0.1", 0, probes)
 
     def send(
@@ -205,7 +205,7 @@ async def test_other_methods(deployment: Deployment, method: str) -> None:
 async def test_where_it_is_off(
     deployment: Deployment, settings: dict[str, str], problem: str
 ) -> None:
-    async with page(deployment, **settings) as send:
+    async with page(deployment, settings=settings) as send:
         status, answer, _ = await send()
         assert status == 403
         assert answer["error"].startswith(problem)
@@ -216,7 +216,7 @@ async def test_where_it_is_off(
 
 async def test_always_takes_any_name(deployment: Deployment) -> None:
     settings = {"page_prompts": "always", "metrics_host": "0.0.0.0"}
-    async with page(deployment, **settings) as send:
+    async with page(deployment, settings=settings) as send:
         status, _, _ = await send(Host="fathom.example")
         assert status == 200
         status, _, _ = await send(Host="fathom.example", Origin="http://other.example")
