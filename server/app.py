@@ -16,6 +16,7 @@ import psutil
 
 from server.access.exposure import allows_anonymous_control, check_exposure
 from server.access.state_protection import protect_state
+from server.access.state_volume import StateVolume
 from server.background import BackgroundTask
 from server.config import Settings, warn_of_old_names
 from server.engine.base import Engine
@@ -24,6 +25,7 @@ from server.engine.elastic.engine import ElasticEngine
 from server.engine.elastic.engine_arguments import ElasticConfig
 from server.engine.fork_server import start_fork_server
 from server.model.inputs import Inputs, StartError, auto_rules, read_inputs, refused_as
+from server.page_prompts import PagePrompts
 from server.reload import Reload, SettingsFile, access_files
 from server.rpc.access import Access
 from server.rpc.interceptors import Observer
@@ -38,6 +40,7 @@ from server.telemetry.logs import Logs
 from server.telemetry.metrics import Metrics
 from server.telemetry.metrics_port import MetricsPort
 from server.telemetry.progress import ProgressReport
+from server.telemetry.prompt_box import PromptBox
 from server.telemetry.request_log import log_request
 from server.telemetry.tracing import open_tracing
 from server.version import VERSION
@@ -91,6 +94,8 @@ class Application:
                 "trust_remote_code is on: code that comes with the model runs with all rights "
                 "of this server"
             )
+        state_volume = StateVolume(settings.state_dir)
+        await asyncio.to_thread(state_volume.look)
         started = time.monotonic()
         inputs = await asyncio.to_thread(read_inputs, settings)
         inputs_seconds = time.monotonic() - started
@@ -120,6 +125,11 @@ class Application:
             with refused_as("port"):
                 await rpc_server.start()
             probes.not_ready = rpc_server.not_ready
+            probes.warnings = lambda: [*filter(None, [state_volume.problem]), *access.problems]
+            page_prompts = PagePrompts(
+                service, access.authenticator, [rpc_server.count, *observers]
+            )
+            probes.prompt_box = PromptBox(probes.loop, page_prompts.backend(settings))
             start_fork_server()  # what it takes long for is done by the time it is needed
             stack.push_async_callback(engine.shutdown)
             stack.push_async_callback(service.close)
@@ -127,6 +137,7 @@ class Application:
             for name, work in (
                 ("the watch on certificates and clients", access.follow),
                 ("the wait for the metrics port", metrics_port.follow),
+                ("the watch on the volume of the state", state_volume.follow),
             ):
                 task = BackgroundTask(name, work)
                 task.start()
@@ -152,6 +163,10 @@ class Application:
                 service=service,
                 set_log_level=self._logs.set_level,
             )
+            probes.warnings = lambda: [
+                *filter(None, [reload.problem, state_volume.problem]),
+                *access.problems,
+            ]
             reloading = BackgroundTask(
                 "the reload of settings", lambda: reload.follow(self._hangup)
             )

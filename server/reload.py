@@ -78,6 +78,8 @@ class Reload:
         self._set_log_level = set_log_level
         self._retry_seconds = retry_seconds
         self._running = asyncio.Lock()
+        # What is wrong with the settings as they are now; empty if nothing is.
+        self.problem = ""
 
     async def follow(self, asked: asyncio.Event) -> None:
         """Read the settings again whenever ``asked`` is set, until cancelled.
@@ -90,7 +92,7 @@ class Reload:
             await asked.wait()
             asked.clear()
             try:
-                problem = await self.run(known_problem=problem)
+                problem = self.problem = await self.run(known_problem=problem)
             except BaseException:
                 asked.set()  # the next run of this task finds that there is something to do
                 raise

@@ -12,8 +12,11 @@ from server.errors import InvalidArgument
 def check_exposure(settings: Settings) -> None:
     """Raise :class:`InvalidArgument` if other machines could call without TLS or as anybody.
 
-    ``allow_plaintext`` and ``allow_anonymous`` permit that.
+    ``allow_plaintext`` and ``allow_anonymous`` permit that. The same holds for the page on the
+    port of the metrics, where it runs prompts.
     """
+    if settings.page_prompts == "always" and not is_loopback(settings.metrics_host):
+        _check_page(settings)
     if is_loopback(settings.host):
         return
     missing = []
@@ -25,6 +28,15 @@ def check_exposure(settings: Settings) -> None:
     if missing:
         allowed = f"a loopback address such as 127.0.0.1; others with {', and '.join(missing)}"
         raise InvalidArgument("host", settings.host, allowed)
+
+
+def _check_page(settings: Settings) -> None:
+    missing = [] if settings.allow_plaintext else ["allow_plaintext, because it has no TLS"]
+    if settings.clients is None and not settings.allow_anonymous:
+        missing.append("known clients (clients) or allow_anonymous")
+    if missing:
+        allowed = f"loopback or never; always beyond this machine takes {', and '.join(missing)}"
+        raise InvalidArgument("page_prompts", settings.page_prompts, allowed)
 
 
 def allows_anonymous_control(settings: Settings) -> bool:
@@ -40,6 +52,24 @@ def allows_anonymous_control(settings: Settings) -> bool:
             return False
         case "loopback":
             return is_loopback(settings.host)
+
+
+def page_prompts_problem(settings: Settings) -> str:
+    """Return why the page on the port of the metrics runs no prompts; empty if it does."""
+    match settings.page_prompts:
+        case "never":
+            return "prompts are off: page_prompts is never"
+        case "loopback" if not is_loopback(settings.metrics_host):
+            return (
+                "prompts are off: other machines can reach this page, and page_prompts is loopback"
+            )
+        case _ if settings.tls_client_ca is not None:
+            return (
+                "prompts are off: clients need certificates (tls_client_ca), and this page asks "
+                "for none"
+            )
+        case _:
+            return ""
 
 
 def is_loopback(host: str) -> bool:

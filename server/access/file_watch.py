@@ -38,6 +38,11 @@ class FileWatch:
         self._problem = ""
         self._known = self._latest = self._versions()
 
+    @property
+    def problem(self) -> str:
+        """What is wrong with the files as they are now; empty if nothing is."""
+        return self._problem
+
     def look(self) -> None:
         """Look once; read files that had changed at the last look and have not changed since."""
         before, self._latest = self._latest, self._versions()

@@ -44,6 +44,11 @@ class ListeningSettings(BaseModel):
         description="Whether callers may use Control where no clients are known: loopback: where "
         "'host' can be reached from this machine alone.",
     )
+    page_prompts: Literal["loopback", "always", "never"] = Field(
+        "loopback",
+        description="Whether the page on the port of the metrics runs prompts, for callers that "
+        "may use Inference; loopback: where 'metrics_host' can be reached from this machine alone.",
+    )
     max_message_bytes: Annotated[int, Ge(1024), Le(2**31 - 1)] | None = Field(
         None,
         description="Largest gRPC message that is accepted. None: 128 bytes for each token of "

@@ -95,6 +95,11 @@ class Access:
         )
         self._note_expiry()
 
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong with the files as they are now."""
+        return [watch.problem for watch in self._watches if watch.problem]
+
     async def follow(self, seconds: float = 1.0) -> None:
         """Read the files again whenever they change, until cancelled."""
         while True:

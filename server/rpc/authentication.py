@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import grpc
@@ -38,6 +39,17 @@ class Authenticator:
         """Replace the list of clients; running calls go on."""
         self._clients = clients
 
+    @property
+    def knows_clients(self) -> bool:
+        """Whether callers have to prove who they are."""
+        return self._clients is not None or self._requires_certificates
+
+    def by_token(self, token: str | None) -> Client | None:
+        """Return the client of a caller that can show no certificate; see :meth:`client`."""
+        if self._clients is None and self._requires_certificates:
+            raise Unauthenticated("clients prove who they are by certificates, over gRPC alone")
+        return self._client(token, [])
+
     def client(self, context: Context) -> Client | None:
         """Return the client that makes a call, None if there is no list of clients.
 
@@ -48,7 +60,11 @@ class Authenticator:
             # A certificate alone does not permit operating the server.
             permissions = frozenset({Permission.INFERENCE})
             return Client(names[0], permissions) if names else None
-        token = _token(context)
+        return self._client(_token(context), names)
+
+    def _client(self, token: str | None, names: Collection[str]) -> Client | None:
+        if self._clients is None:
+            return None
         if token is not None:
             client = self._clients.by_token(token)
             if client is None:

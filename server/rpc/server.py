@@ -67,7 +67,7 @@ class RpcServer:
         self._server = grpc.aio.server(
             interceptors=[
                 CallInterceptor(
-                    authenticator or Authenticator(), [self._count, *observers], self._check_size
+                    authenticator or Authenticator(), [self.count, *observers], self._check_size
                 )
             ],
             options=_options(max_message_bytes, max_concurrent_streams, max_connection_age_seconds),
@@ -140,7 +140,8 @@ class RpcServer:
         if (message := _INFERENCE_REQUESTS.get(method)) is not None:
             check_size(data, message, self._service.model)
 
-    def _count(self, record: CallRecord) -> None:
+    def count(self, record: CallRecord) -> None:
+        """Count a call that has ended in the metrics."""
         metrics = self._service.metrics
         metrics.count_request(record.method, record.depth, record.code)
         if record.served is not None:

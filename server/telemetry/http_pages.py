@@ -8,6 +8,8 @@ from concurrent.futures import Future
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
+from server.telemetry.prompt_box import PromptBox
+
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
@@ -28,17 +30,26 @@ class Probes:
 
     def __init__(self) -> None:
         """Must be called in the event loop of the server."""
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         # Returns why the server takes no calls, or an empty text if it does.
         self.not_ready: Callable[[], str] = lambda: "the server is starting"
+        # Returns what does not keep the server from serving, but is wrong, one line each.
+        self.warnings: Callable[[], list[str]] = list
+        # Set once the service that runs prompts exists.
+        self.prompt_box: PromptBox | None = None
 
     def not_alive_problem(self) -> str:
         """Return why the server is not alive; empty if it is."""
         return self._asked(lambda: "")
 
-    def not_ready_problem(self) -> str:
-        """Return why the server is not ready for calls; empty if it is."""
-        return self._asked(self.not_ready)
+    def readiness(self) -> str:
+        """Return why the server is not ready, or "ok", and what else is wrong, each on a line."""
+
+        def told() -> str:
+            warnings = [f"warning: {' '.join(each.split())}" for each in self.warnings()]
+            return "\n".join([self.not_ready() or "ok", *warnings])
+
+        return self._asked(told)
 
     def _asked(self, question: Callable[[], str]) -> str:
         answer: Future[str] = Future()
@@ -47,7 +58,7 @@ class Probes:
             answer.set_result(question())
 
         try:
-            self._loop.call_soon_threadsafe(put)
+            self.loop.call_soon_threadsafe(put)
         except RuntimeError:  # the loop is closed
             return "the server has ended"
         try:
@@ -57,15 +68,20 @@ class Probes:
 
 
 def with_pages(metrics: WSGIApplication, probes: Probes) -> WSGIApplication:
-    """Return an application with /, /livez and /readyz beside those of ``metrics``."""
+    """Return an application with /, /prompt, /livez and /readyz beside those of ``metrics``."""
     page = files(__package__).joinpath("page.html").read_bytes()
 
     def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         match environ["PATH_INFO"]:
             case "/livez":
-                return _probed(probes.not_alive_problem(), start_response)
+                problem = probes.not_alive_problem()
+                return _probed(problem or "ok", start_response, is_good=not problem)
             case "/readyz":
-                return _probed(probes.not_ready_problem(), start_response)
+                told = probes.readiness()
+                is_ready = told.partition("\n")[0] == "ok"
+                return _probed(told, start_response, is_good=is_ready)
+            case "/prompt" if probes.prompt_box is not None:
+                return probes.prompt_box(environ, start_response)
             case "/":
                 headers = [
                     ("Content-Type", "text/html; charset=utf-8"),
@@ -81,7 +97,7 @@ def with_pages(metrics: WSGIApplication, probes: Probes) -> WSGIApplication:
     return answer
 
 
-def _probed(problem: str, start_response: StartResponse) -> Iterable[bytes]:
-    status = "503 Service Unavailable" if problem else "200 OK"
+def _probed(told: str, start_response: StartResponse, *, is_good: bool) -> Iterable[bytes]:
+    status = "200 OK" if is_good else "503 Service Unavailable"
     start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
-    return [f"{problem or 'ok'}\n".encode()]
+    return [f"{told}\n".encode()]

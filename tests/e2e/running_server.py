@@ -81,6 +81,12 @@ class RunningServer:
     def client(self, timeout: float = PATIENCE) -> Client:
         return Client(self.address, timeout=timeout)
 
+    def readiness(self) -> list[str]:
+        """Return the lines that a probe of a server that is ready gets."""
+        url = f"http://127.0.0.1:{self.metrics_port}/readyz"
+        with urllib.request.urlopen(url, timeout=PATIENCE) as response:
+            return str(response.read().decode()).splitlines()
+
     def wait_until_serving(self) -> None:
         """Raise AssertionError, with the log, for a server that ends before it serves."""
 

@@ -101,10 +101,16 @@ def test_a_life_with_everything_on(
     (directory / "fathom.yaml").write_text("levels: {full: 17}\n")
     server.process.send_signal(signal.SIGHUP)
     server.wait_for("levels.full.depth: got 17, allowed: 1 to 16")
+    assert server.readiness() == ["ok", "warning: levels.full.depth: got 17, allowed: 1 to 16"]
     with server.client() as client:
         assert [level.name for level in client.get_model().levels] == ["full", "third"]
 
-    # Files are read again without a signal.
+    # Files are read again without a signal; one that goes is missed, and stays in force.
+    (directory / "clients").unlink()
+    server.wait_for("what was read before stays in force")
+    assert any(
+        f"warning: clients: got '{directory}/clients'" in line for line in server.readiness()
+    )
     (directory / "clients").write_text(f"bob inference {BOB}\n")
     server.wait_for("have been read again", times=2)  # once on the first signal
     with server.client() as client, pytest.raises(CallError, match="UNAUTHENTICATED"):

@@ -15,26 +15,37 @@ from tests.e2e.running_server import measurements_in, running_server
 
 
 @contextmanager
-def full_disk(directory: Path) -> Iterator[Path]:
-    """A disk of its own without a free byte."""
+def disk(directory: Path, options: str) -> Iterator[Path]:
+    """A disk of its own, mounted with these options."""
     mount = shutil.which("mount")
     directory.mkdir()
     if (
         mount is None
         or subprocess.run(
-            [mount, "-t", "tmpfs", "-o", "size=64k,mode=755", "fathom-test", directory],
+            [mount, "-t", "tmpfs", "-o", f"mode=755,{options}", "fathom-test", directory],
             capture_output=True,
             check=False,
         ).returncode
     ):
         pytest.skip("a disk cannot be mounted here")
     try:
+        yield directory
+    finally:
+        subprocess.run(["umount", directory], check=True)
+
+
+@contextmanager
+def full_disk(directory: Path) -> Iterator[Path]:
+    """A disk of its own without a free byte."""
+    with disk(directory, "size=64k"):
         (directory / "filler").write_bytes(bytes(64 * 1024))
         with pytest.raises(OSError, match="No space left"):
             (directory / "more").write_bytes(b"x")
         yield directory
-    finally:
-        subprocess.run(["umount", directory], check=True)
+
+
+def read_only_disk(directory: Path) -> AbstractContextManager[Path]:
+    return disk(directory, "size=16m,ro")
 
 
 @contextmanager
@@ -44,7 +55,11 @@ def no_directory(path: Path) -> Iterator[Path]:
     yield path / "state"
 
 
-@pytest.mark.parametrize("trouble", [full_disk, no_directory], ids=["full disk", "no directory"])
+@pytest.mark.parametrize(
+    "trouble",
+    [full_disk, read_only_disk, no_directory],
+    ids=["full disk", "read-only disk", "no directory"],
+)
 def test_it_says_so_and_serves(
     trouble: Callable[[Path], AbstractContextManager[Path]], tmp_path: Path
 ) -> None:
@@ -61,4 +76,29 @@ def test_it_says_so_and_serves(
             line for line in server.log.splitlines() if " WARNING " in line and str(state) in line
         ]
         assert any("plan-" in line and "cannot be kept" in line for line in warnings), server.log
+        first, warning = server.readiness()
+        assert (first, warning.partition(" ")[0]) == ("ok", "warning:")
+        assert warning.startswith(f"warning: state_dir: {state}") or "not a directory" in warning
+        assert warning.removeprefix("warning: ") in server.log
+        assert "Traceback" not in server.log
+
+
+def test_a_disk_that_forbids_exec_keeps_all_but_compiled_code(tmp_path: Path) -> None:
+    with (
+        disk(tmp_path / "state", "size=64m,noexec") as state,
+        running_server(
+            tmp_path / "server", state_dir=state, quality_depths="levels", compile_layers=True
+        ) as server,
+    ):
+        with server.client() as client:
+            assert_generates(client)
+        assert "its volume forbids exec" in server.log
+        assert "compiled one layer for" in server.log
+        assert server.readiness() == [
+            "ok",
+            f"warning: state_dir: {state} is on a volume that forbids exec, so no compiled code is "
+            "kept in it",
+        ]
+        assert list(state.glob("plan-*.json"))
+        assert not list((state / "compiled").iterdir())
         assert "Traceback" not in server.log

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import tempfile
@@ -99,12 +100,17 @@ def prepare_elastic_environment(compile_cache: Path | None = None) -> None:
 
 
 def _can_keep(directory: Path) -> bool:
-    """Return whether compiled code can be written there; torch would fail where it cannot."""
+    """Return whether compiled code can be written and run there; torch would fail if it cannot.
+
+    Where it cannot, torch compiles into a directory for temporary files.
+    """
     try:
         # The code is run, so nobody else may write there.
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(bytes(_COMPILED_BYTES))
+        if os.statvfs(directory).f_flag & os.ST_NOEXEC:
+            raise PermissionError(errno.EACCES, "its volume forbids exec", str(directory))
     except OSError as error:
         logger.warning("%s cannot keep compiled code for the next start: %s", directory, error)
         return False

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from server.access.exposure import allows_anonymous_control, check_exposure, is_loopback
+from server.access.exposure import (
+    allows_anonymous_control,
+    check_exposure,
+    is_loopback,
+    page_prompts_problem,
+)
 from server.config import load_settings
 from server.errors import InvalidArgument
 
@@ -76,3 +81,51 @@ def test_who_may_operate_without_being_known(
 ) -> None:
     settings = load_settings({"host": host, **setting})
     assert allows_anonymous_control(settings) is allowed
+
+
+@pytest.mark.parametrize(
+    ("page_prompts", "metrics_host", "problem"),
+    [
+        ("loopback", "127.0.0.1", ""),
+        ("loopback", "0.0.0.0", "other machines can reach this page"),
+        ("always", "0.0.0.0", ""),
+        ("never", "127.0.0.1", "page_prompts is never"),
+    ],
+)
+def test_where_the_page_runs_prompts(page_prompts: str, metrics_host: str, problem: str) -> None:
+    settings = load_settings({"page_prompts": page_prompts, "metrics_host": metrics_host})
+    found = page_prompts_problem(settings)
+    assert problem in found
+    assert bool(found) == bool(problem)
+
+
+def test_the_page_asks_for_no_certificate(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    names = "tls_certificate", "tls_key", "tls_client_ca", "clients"
+    settings = load_settings(dict.fromkeys(names, str(file)))
+    assert "certificates (tls_client_ca)" in page_prompts_problem(settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ([], ["allow_plaintext, because it has no TLS", "known clients (clients)"]),
+        (["allow_plaintext"], ["known clients (clients)"]),
+        (["allow_anonymous"], ["allow_plaintext, because it has no TLS"]),
+        (["allow_plaintext", "allow_anonymous"], []),
+        (["allow_plaintext", "clients"], []),
+    ],
+)
+def test_prompts_from_other_machines(given: list[str], missing: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    values = {name: "true" if name.startswith("allow") else str(file) for name in given}
+    beyond = {"page_prompts": "always", "metrics_host": "0.0.0.0"}
+    settings = load_settings({**beyond, **values})
+    if not missing:
+        check_exposure(settings)
+        return
+    with pytest.raises(InvalidArgument, match="page_prompts: got 'always'") as caught:
+        check_exposure(settings)
+    assert all(part in str(caught.value) for part in missing)

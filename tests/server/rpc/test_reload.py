@@ -16,7 +16,7 @@ from server.reload import Reload, access_files
 from server.rpc.client_tls import ClientTls
 from server.rpc.generated.fathom.v1 import control_pb2
 from tests.server.access.authority import Authority
-from tests.server.rpc.credentials import ALICE, CLIENTS, NOBODY, code_of, generate, written
+from tests.server.rpc.credentials import ALICE, CLIENTS, NOBODY, code_of, generate, until, written
 from tests.server.rpc.secured import Secured, secured
 
 LEVELS = "levels: {dense: 8, fast: 4, generative: {depth: 8, prefill_depth: 4}}\n"
@@ -223,6 +223,7 @@ async def test_settings_that_are_half_written_are_read_until_they_are_whole(
         asked.set()
         while not log.messages:
             await asyncio.sleep(0.01)
+        await until(lambda: each.reload.problem.startswith("config: no valid YAML"))
         each.path.write_text("levels: {dense: 8, thin: 2}\n")
         while "settings read again; changed: levels" not in log.messages:
             await asyncio.sleep(0.01)
@@ -230,6 +231,7 @@ async def test_settings_that_are_half_written_are_read_until_they_are_whole(
         assert first.startswith("config: no valid YAML")
         assert others == ["settings read again; changed: levels"]
         assert each.levels == {"dense": (8, 8), "thin": (2, 2)}
+        await until(lambda: not each.reload.problem)
         following.cancel()
 
 
@@ -256,4 +258,6 @@ async def test_a_file_that_stays_and_breaks_does_not_hold_back_the_settings(
         await each.with_settings(f"{base}levels: {{dense: 8, thin: 2}}\n")
         assert reports(log) == ["settings read again; changed: levels"]
         assert each.levels == {"dense": (8, 8), "thin": (2, 2)}
+        await until(lambda: bool(each.server.access.problems))
+        assert each.server.access.problems[0].startswith(f"clients: {clients}, line 1: got ")
         assert await each.server.use(generate, token=ALICE)

@@ -50,6 +50,16 @@ async def test_a_server_is_alive_before_it_is_ready(server: MetricsServer, probe
     )
 
 
+async def test_what_is_wrong_comes_below(server: MetricsServer, probes: Probes) -> None:
+    probes.warnings = lambda: ["levels: got 99,\n allowed: 1 to 8", "state_dir: full"]
+    wrong = "warning: levels: got 99, allowed: 1 to 8\nwarning: state_dir: full\n"
+    answer = await asyncio.to_thread(get, server, "/readyz")
+    assert answer == (503, f"the server is starting\n{wrong}")
+    probes.not_ready = lambda: ""
+    assert await asyncio.to_thread(get, server, "/readyz") == (200, f"ok\n{wrong}")
+    assert await asyncio.to_thread(get, server, "/livez") == (200, "ok\n")
+
+
 def test_a_server_whose_loop_hangs_is_not_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_pages, "_LOOP_SECONDS", 0.1)
     loop = asyncio.new_event_loop()
