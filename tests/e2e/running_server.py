@@ -9,7 +9,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -116,8 +116,13 @@ class RunningServer:
         return Path(shutil.copytree(self.state_directory, directory / "state", ignore=ignored))
 
     def engine_processes(self) -> list[psutil.Process]:
-        """Return the children that run the model."""
-        return [child for child in self.children() if "EngineCore" in " ".join(child.cmdline())]
+        """Return the children that run the model, without those that have just ended."""
+        engines = []
+        for child in self.children():
+            with suppress(psutil.NoSuchProcess):
+                if "EngineCore" in " ".join(child.cmdline()):
+                    engines.append(child)
+        return engines
 
     def stop(self) -> int:
         """Send SIGTERM, and return the exit code."""
