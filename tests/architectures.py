@@ -82,7 +82,15 @@ def architecture_table() -> str:
         if architecture.refusal is not None:
             refused.setdefault(architecture.refusal, []).append(architecture.name)
     notes = [f"- {', '.join(names)}: `{message}`" for message, names in refused.items()]
-    return "\n".join([*lines, "", "What vLLM 0.32 for CPU says where it runs none:", "", *notes])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "What vLLM 0.32 for CPU says of architectures that it does not run:",
+            "",
+            *notes,
+        ]
+    )
 
 
 def baichuan(position_embedding: str) -> Any:

@@ -8,7 +8,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # Where it is told, never reckoned with: when a plan was made, and when a call came. And it is what
 # the validity of certificates is about.
-ALLOWED = {"pruning/plan.py", "server/calls/call_record.py", "server/access/certificates.py"}
+ALLOWED = {
+    "pruning/plan.py",
+    "server/access/certificates.py",
+    "server/calls/call_record.py",
+    # Files have the time of day of their last change. Where it jumps, a file is hashed once more.
+    "server/file_hashes.py",
+}
 MODULES = {"time", "datetime", "date", "datetime.datetime", "datetime.date"}
 TIMES_OF_DAY = {"time", "time_ns", "now", "utcnow", "today", "localtime"}
 
