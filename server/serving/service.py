@@ -288,5 +288,5 @@ class Service:
         selections = policy.level_selections()
         self._results.follow(selections.values(), selections[policy.default_level])
         if self._max_running is not None:
-            num_engines = 1 if policy.any_depth else len({*policy.level_selections().values()})
+            num_engines = 1 if policy.any_depth else len({*selections.values()})
             self._queue.set_num_slots(self._max_running * num_engines)
