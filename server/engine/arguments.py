@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from pruning.weights import weight_bytes
 from server.engine.environment import check_directories
-from server.engine.ranks import Ranks, bind_to_cores
+from server.engine.ranks import ONE_PROCESS, Ranks, bind_to_cores
 from server.engine.start_failure import reason_of
 from server.errors import InvalidArgument
 
@@ -57,7 +57,7 @@ class EngineConfig:
     dtype: DtypeName = "auto"
     max_context: int | None = None
     max_num_seqs: int = 256
-    ranks: Ranks = Ranks()
+    ranks: Ranks = ONE_PROCESS
     # CPU only, of all ranks together; None: a quarter of the free memory, at most 4 GiB.
     kv_cache_gib: float | None = None
     trust_remote_code: bool = False
@@ -88,7 +88,13 @@ def base_arguments(config: EngineConfig) -> dict[str, Any]:
 def cpu_arguments(
     config: EngineConfig, *, quantized: bool, kv_cache_bytes: int | None = None
 ) -> dict[str, Any]:
-    """Return the additional arguments for a CPU."""
+    """Return the additional arguments for a CPU.
+
+    Raises :class:`InvalidArgument` for ranks that vLLM cannot start here.
+    """
+    if config.ranks.backend == "ray":
+        allowed = "mp or none on CPU: vLLM knows no CPU as a resource of a Ray cluster"
+        raise InvalidArgument("distributed_executor_backend", "ray", allowed)
     if kv_cache_bytes is None:
         kv_cache_bytes = cpu_kv_cache_bytes(config.kv_cache_gib)
     arguments: dict[str, Any] = {
@@ -146,8 +152,8 @@ def check_kv_cache(config: VllmConfig, given_gib: float | None) -> None:
         raise InvalidArgument(
             "kv_cache_gib",
             cache.kv_cache_memory_bytes * num_ranks / GIB if given_gib is None else given_gib,
-            f"at least {needed * num_ranks / GIB:.3g} for a context of {model.max_model_len} tokens; "
-            "or set a smaller max_context",
+            f"at least {needed * num_ranks / GIB:.3g} for a context of {model.max_model_len} "
+            "tokens; or set a smaller max_context",
         )
 
 

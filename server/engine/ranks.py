@@ -47,6 +47,9 @@ class Ranks:
         return None
 
 
+ONE_PROCESS = Ranks()
+
+
 class CoreBinding:
     """The cores that vLLM binds each rank's threads to, in the variable that it reads.
 
@@ -86,5 +89,4 @@ _BOUND = CoreBinding()
 
 def bind_to_cores(ranks: Ranks) -> None:
     """Give each rank its part of this process's cores; see :meth:`CoreBinding.choose`."""
-    if ranks.backend != "ray":
-        _BOUND.choose(ranks, sorted(os.sched_getaffinity(0)))
+    _BOUND.choose(ranks, sorted(os.sched_getaffinity(0)))

@@ -12,6 +12,7 @@ import torch
 
 from server.engine.elastic.engine import ElasticEngine
 from server.engine.elastic.engine_arguments import ElasticConfig
+from server.engine.ranks import Ranks
 from server.errors import InvalidArgument
 
 
@@ -88,6 +89,24 @@ def test_pipeline_parallel_is_refused_on_cpu(demo_model: Path) -> None:
     engine = ElasticEngine(ElasticConfig(model=demo_model, name="demo", ranks=ranks))
     message = "^pipeline_parallel_size: got 2, allowed: 1: .*use tensor_parallel_size"
     with pytest.raises(InvalidArgument, match=message):
+        asyncio.run(engine.start())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only a CPU cannot be in a Ray cluster")
+def test_ray_is_refused_on_cpu(demo_model: Path) -> None:
+    ranks = Ranks(tensor_parallel_size=2, backend="ray")
+    engine = ElasticEngine(ElasticConfig(model=demo_model, name="demo", ranks=ranks))
+    with pytest.raises(InvalidArgument, match=r"^distributed_executor_backend: got 'ray', al"):
+        asyncio.run(engine.start())
+
+
+def test_heads_that_cannot_be_divided_are_refused(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    ranks = Ranks(tensor_parallel_size=3)
+    engine = ElasticEngine(ElasticConfig(model=demo_model, name="demo", ranks=ranks))
+    with pytest.raises(InvalidArgument, match=r"^tensor_parallel_size: got 3, .*heads \(4\)"):
         asyncio.run(engine.start())
 
 

@@ -31,9 +31,8 @@ ORDER = (2, 3, 1, 4, 0)
 NUM_LAYERS = len(ORDER)
 
 pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.device_count() < 2
-    or not torch.cuda.is_available()
-    and len(os.sched_getaffinity(0)) < 2,
+    (torch.cuda.is_available() and torch.cuda.device_count() < 2)
+    or (not torch.cuda.is_available() and len(os.sched_getaffinity(0)) < 2),
     reason="two ranks need two GPUs, or two cores",
 )
 
@@ -74,9 +73,7 @@ def test_pairs_of_depths_with_and_without_repair_in_one_batch(
     """The maps are fitted by the two ranks together, and both apply them."""
     path = tmp_path / "maps.safetensors"
     fingerprints = {"model_fingerprint": "sha256:aa", "text_fingerprint": "sha256:bb"}
-    engine.run(
-        engine.engine.fit_repair(windows, path, progress=lambda *_: None, **fingerprints)
-    )
+    engine.run(engine.engine.fit_repair(windows, path, progress=lambda *_: None, **fingerprints))
     maps = load_maps(path)
     expected = fit_repair(dense, [torch.tensor(window) for window in windows], **fingerprints)
     assert maps.num_tokens == expected.num_tokens
