@@ -61,13 +61,13 @@ def test_a_replica_that_drains_gets_no_more_calls_and_none_fails(
     with grpc.insecure_channel(target, options) as channel:
         inference = inference_pb2_grpc.InferenceStub(channel)
 
-        def call() -> None:
-            assert len(inference.Generate(request, timeout=PATIENCE).token_ids) == 8
+        def call() -> bool:
+            return len(inference.Generate(request, timeout=PATIENCE).token_ids) == 8
 
         def call_on() -> None:
             while not stop.is_set():
                 try:
-                    call()
+                    assert call()
                 except grpc.RpcError as error:
                     failures.append(error)
 
@@ -75,7 +75,7 @@ def test_a_replica_that_drains_gets_no_more_calls_and_none_fails(
             return server.scrape().sum("fathom_requests_total", code="OK", depth="8")
 
         until(
-            lambda: call() is None and all(answered(server) for server in replicas),
+            lambda: call() and all(answered(server) for server in replicas),
             lambda: "one of the replicas gets no calls",
         )
         callers = [threading.Thread(target=call_on) for _ in range(2)]

@@ -83,14 +83,14 @@ def test_pairs_of_depths_with_and_without_repair_in_one_batch(
 
     repair = engine.run(engine.engine.install_repair(path))
     depths = itertools.product((1, 3, 5), repeat=2)
-    cases = [selection(*pair, how) for pair in depths for how in (None, repair)]
-    prompts = [windows[number][: 5 + 9 * number] for number in range(6)]
-    pairs = list(zip(itertools.cycle(prompts), cases, strict=False))
-    assert engine.generate(*map(list, zip(*pairs, strict=True)), NUM_TOKENS) == [
+    cases = [selection(a, b, how) for a, b in depths for how in (None, repair)]
+    prompts = [window[: 5 + 9 * number] for number, window in enumerate(windows[:6])]
+    prompts = list(itertools.islice(itertools.cycle(prompts), len(cases)))
+    assert engine.generate(prompts, cases, NUM_TOKENS) == [
         reference.generate_with_skips(
             dense, prompt, NUM_TOKENS, layers, maps.layers if layers.repair else None
         )
-        for prompt, layers in pairs
+        for prompt, layers in zip(prompts, cases, strict=True)
     ]
 
 
