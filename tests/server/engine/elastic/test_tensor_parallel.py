@@ -72,10 +72,22 @@ def test_pairs_of_depths_with_and_without_repair_in_one_batch(
 ) -> None:
     """The maps are fitted by the two ranks together, and both apply them."""
     path = tmp_path / "maps.safetensors"
-    fingerprints = {"model_fingerprint": "sha256:aa", "text_fingerprint": "sha256:bb"}
-    engine.run(engine.engine.fit_repair(windows, path, progress=lambda *_: None, **fingerprints))
+    engine.run(
+        engine.engine.fit_repair(
+            windows,
+            path,
+            model_fingerprint="sha256:aa",
+            text_fingerprint="sha256:bb",
+            progress=lambda *_: None,
+        )
+    )
     maps = load_maps(path)
-    expected = fit_repair(dense, [torch.tensor(window) for window in windows], **fingerprints)
+    expected = fit_repair(
+        dense,
+        [torch.tensor(window) for window in windows],
+        model_fingerprint="sha256:aa",
+        text_fingerprint="sha256:bb",
+    )
     assert maps.num_tokens == expected.num_tokens
     for layer, layer_map in expected.layers.items():
         difference = (maps.layers[layer].weight - layer_map.weight).norm()
