@@ -24,6 +24,7 @@ from server.engine.dedicated.engine import DedicatedConfig, DedicatedEngine
 from server.engine.elastic.engine import ElasticEngine
 from server.engine.elastic.engine_arguments import ElasticConfig
 from server.engine.fork_server import start_fork_server
+from server.engine.ranks import Ranks
 from server.model.inputs import Inputs, StartError, auto_rules, read_inputs, refused_as
 from server.page_prompts import PagePrompts
 from server.reload import Reload, SettingsFile, access_files
@@ -268,6 +269,11 @@ def _engine(settings: Settings, inputs: Inputs) -> Engine:
         "kv_cache_gib": settings.kv_cache_gib,
         "trust_remote_code": settings.trust_remote_code,
         "huge_pages": settings.huge_pages,
+        "ranks": Ranks(
+            settings.tensor_parallel_size,
+            settings.pipeline_parallel_size,
+            settings.distributed_executor_backend,
+        ),
         "engine_args": settings.engine_args,
     }
     if settings.engine == "elastic":

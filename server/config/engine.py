@@ -41,6 +41,21 @@ class EngineSettings(BaseModel):
         description="Whether engines on CPU move weights of 64 MiB and more into huge pages after "
         "they have loaded them, which takes Linux 6.1.",
     )
+    tensor_parallel_size: Annotated[int, Ge(1), Le(1024)] = Field(
+        1,
+        description="Processes over which every layer of the model is spread, each on a GPU or "
+        "on its part of the cores.",
+    )
+    pipeline_parallel_size: Annotated[int, Ge(1), Le(1024)] = Field(
+        1,
+        description="Groups of such processes that have a part of the layers each, one after the "
+        "other; on GPU alone.",
+    )
+    distributed_executor_backend: Literal["mp", "ray"] | None = Field(
+        None,
+        description="What starts these processes: mp on this machine alone, ray on the nodes of "
+        "a Ray cluster; none: what vLLM chooses.",
+    )
     max_num_seqs: Annotated[int, Ge(1), Le(65536)] = Field(
         256, description="Requests that run in one batch at most."
     )

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from pruning.weights import weight_bytes
 from server.engine.environment import check_directories
+from server.engine.ranks import ONE_PROCESS, Ranks, bind_to_cores
 from server.engine.start_failure import reason_of
 from server.errors import InvalidArgument
 
@@ -36,6 +37,9 @@ RESERVED: Mapping[str, str | None] = {
     "load_format": None,
     "max_model_len": "max_context",
     "max_num_seqs": "max_num_seqs",
+    "tensor_parallel_size": "tensor_parallel_size",
+    "pipeline_parallel_size": "pipeline_parallel_size",
+    "distributed_executor_backend": "distributed_executor_backend",
     "runner": None,
     "worker_extension_cls": None,
 }
@@ -53,7 +57,8 @@ class EngineConfig:
     dtype: DtypeName = "auto"
     max_context: int | None = None
     max_num_seqs: int = 256
-    # CPU only; None: a quarter of the free memory, at most 4 GiB.
+    ranks: Ranks = ONE_PROCESS
+    # CPU only, of all ranks together; None: a quarter of the free memory, at most 4 GiB.
     kv_cache_gib: float | None = None
     trust_remote_code: bool = False
     # Has an effect on CPUs alone, and not for small models.
@@ -70,6 +75,9 @@ def base_arguments(config: EngineConfig) -> dict[str, Any]:
         "max_model_len": config.max_context,
         "max_num_seqs": config.max_num_seqs,
         "trust_remote_code": config.trust_remote_code,
+        "tensor_parallel_size": config.ranks.tensor_parallel_size,
+        "pipeline_parallel_size": config.ranks.pipeline_parallel_size,
+        "distributed_executor_backend": config.ranks.backend,
         "load_format": "safetensors",
         "enable_prefix_caching": True,
         "use_tqdm_on_load": False,
@@ -80,14 +88,22 @@ def base_arguments(config: EngineConfig) -> dict[str, Any]:
 def cpu_arguments(
     config: EngineConfig, *, quantized: bool, kv_cache_bytes: int | None = None
 ) -> dict[str, Any]:
-    """Return the additional arguments for a CPU."""
+    """Return the additional arguments for a CPU.
+
+    Raises :class:`InvalidArgument` for ranks that vLLM cannot start here.
+    """
+    if config.ranks.backend == "ray":
+        allowed = "mp or none on CPU: vLLM knows no CPU as a resource of a Ray cluster"
+        raise InvalidArgument("distributed_executor_backend", "ray", allowed)
     if kv_cache_bytes is None:
         kv_cache_bytes = cpu_kv_cache_bytes(config.kv_cache_gib)
     arguments: dict[str, Any] = {
         "dtype": cpu_dtype(config.dtype, quantized=quantized),
-        "kv_cache_memory_bytes": kv_cache_bytes,
+        "kv_cache_memory_bytes": kv_cache_bytes // config.ranks.number,
     }
-    if config.engine_args.get("tensor_parallel_size", 1) == 1:
+    if config.ranks.number > 1:
+        bind_to_cores(config.ranks)
+    elif config.ranks.backend is None:
         arguments["distributed_executor_backend"] = IN_PROCESS_EXECUTOR
     return arguments
 
@@ -121,6 +137,7 @@ def check_kv_cache(config: VllmConfig, given_gib: float | None) -> None:
     cache, model = config.cache_config, config.model_config
     if cache.kv_cache_memory_bytes is None or model.get_sliding_window() is not None:
         return
+    num_ranks = config.parallel_config.world_size
     num_blocks = math.ceil(model.max_model_len / cache.block_size) + 1
     bytes_per_token = (
         2
@@ -129,13 +146,14 @@ def check_kv_cache(config: VllmConfig, given_gib: float | None) -> None:
         * model.get_head_size()
         * cast("torch.dtype", model.dtype).itemsize
     )
+    # Of one rank, which has a part of the heads and layers.
     needed = num_blocks * cache.block_size * bytes_per_token
     if needed > cache.kv_cache_memory_bytes and cache.num_gpu_blocks_override is None:
         raise InvalidArgument(
             "kv_cache_gib",
-            cache.kv_cache_memory_bytes / GIB if given_gib is None else given_gib,
-            f"at least {needed / GIB:.3g} for a context of {model.max_model_len} tokens; "
-            "or set a smaller max_context",
+            cache.kv_cache_memory_bytes * num_ranks / GIB if given_gib is None else given_gib,
+            f"at least {needed * num_ranks / GIB:.3g} for a context of {model.max_model_len} "
+            "tokens; or set a smaller max_context",
         )
 
 
@@ -152,6 +170,8 @@ def refusal(error: Exception, config: EngineConfig) -> InvalidArgument:
     for argument in ("max_model_len", "max_num_seqs", "dtype"):
         if argument in first and (setting := RESERVED[argument]) is not None:
             return InvalidArgument(setting, getattr(config, setting), f"what vLLM takes: {first}")
+    if (setting := config.ranks.refused_setting(reason)) is not None:
+        return InvalidArgument(*setting, f"what vLLM takes: {reason}")
     for argument, value in config.engine_args.items():
         if argument in reason or repr(value) in reason:
             return InvalidArgument(f"engine_args.{argument}", value, f"what vLLM takes: {reason}")

@@ -140,7 +140,7 @@ def test_a_tensor_parallel_engine_has_its_gpus(
         gpus = int(container["resources"]["limits"].get("nvidia.com/gpu", 0))
         if pods.owner["kind"] == "LeaderWorkerSet":
             gpus *= pods.owner["spec"]["leaderWorkerTemplate"]["size"]
-        assert settings.engine_args.get("tensor_parallel_size", 1) == max(gpus, 1), pods.name
+        assert settings.tensor_parallel_size == max(gpus, 1), pods.name
 
 
 def test_a_setting_that_is_misspelt_is_found(

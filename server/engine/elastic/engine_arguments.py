@@ -68,7 +68,7 @@ def vllm_arguments(config: ElasticConfig) -> AsyncEngineArgs:
     from vllm.platforms import current_platform
 
     check_engine_args(config.engine_args, _RESERVED)
-    check_supported(config.engine_args, on_cpu=current_platform.is_cpu())
+    check_supported(config.engine_args, config.ranks, on_cpu=current_platform.is_cpu())
     try:
         model_config = AutoConfig.from_pretrained(
             config.model, trust_remote_code=config.trust_remote_code

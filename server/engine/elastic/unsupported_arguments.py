@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from server.engine.ranks import Ranks
 from server.errors import InvalidArgument
 
 _DATA_PARALLEL = (
@@ -40,13 +41,14 @@ _PIPELINE = (
 )
 
 
-def check_supported(engine_args: Mapping[str, Any], *, on_cpu: bool) -> None:
+def check_supported(engine_args: Mapping[str, Any], ranks: Ranks, *, on_cpu: bool) -> None:
     """Raise :class:`InvalidArgument`, with the reason, for what the elastic engine cannot do."""
-    unsupported = dict(_UNSUPPORTED)
-    if on_cpu:
-        unsupported["pipeline_parallel_size"] = ((1,), _PIPELINE)
+    if on_cpu and ranks.pipeline_parallel_size > 1:
+        raise InvalidArgument(
+            "pipeline_parallel_size", ranks.pipeline_parallel_size, f"1: {_PIPELINE}"
+        )
     for name, value in engine_args.items():
-        allowed, reason = unsupported.get(name, ((value,), ""))
+        allowed, reason = _UNSUPPORTED.get(name, ((value,), ""))
         if value not in allowed:
             raise InvalidArgument(
                 f"engine_args.{name}",

@@ -12,6 +12,7 @@ import torch
 
 from server.engine.elastic.engine import ElasticEngine
 from server.engine.elastic.engine_arguments import ElasticConfig
+from server.engine.ranks import Ranks
 from server.errors import InvalidArgument
 
 
@@ -84,10 +85,28 @@ def test_setting_is_refused_by_name(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only a CPU has no room for it")
 def test_pipeline_parallel_is_refused_on_cpu(demo_model: Path) -> None:
-    settings: dict[str, Any] = {"engine_args": {"pipeline_parallel_size": 2}}
-    engine = ElasticEngine(ElasticConfig(model=demo_model, name="demo", **settings))
-    message = "engine_args.pipeline_parallel_size: got 2, allowed: 1 .*use tensor_parallel_size"
+    ranks = Ranks(pipeline_parallel_size=2)
+    engine = ElasticEngine(ElasticConfig(model=demo_model, name="demo", ranks=ranks))
+    message = "^pipeline_parallel_size: got 2, allowed: 1: .*use tensor_parallel_size"
     with pytest.raises(InvalidArgument, match=message):
+        asyncio.run(engine.start())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only a CPU cannot be in a Ray cluster")
+def test_ray_is_refused_on_cpu(demo_model: Path) -> None:
+    ranks = Ranks(tensor_parallel_size=2, backend="ray")
+    engine = ElasticEngine(ElasticConfig(model=demo_model, name="demo", ranks=ranks))
+    with pytest.raises(InvalidArgument, match=r"^distributed_executor_backend: got 'ray', al"):
+        asyncio.run(engine.start())
+
+
+def test_heads_that_cannot_be_divided_are_refused(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    ranks = Ranks(tensor_parallel_size=3)
+    engine = ElasticEngine(ElasticConfig(model=demo_model, name="demo", ranks=ranks))
+    with pytest.raises(InvalidArgument, match=r"^tensor_parallel_size: got 3, .*heads \(4\)"):
         asyncio.run(engine.start())
 
 
@@ -105,4 +124,4 @@ def test_every_argument_that_is_not_supported_is_one_of_vllm() -> None:
     from server.engine.elastic.unsupported_arguments import _UNSUPPORTED
 
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
-    assert known >= {*_UNSUPPORTED, "pipeline_parallel_size"}
+    assert known >= _UNSUPPORTED.keys()
