@@ -15,6 +15,7 @@ from server.calibration.policy_updates import PolicyUpdates
 from server.depth.auto_rules import AutoRules, check_rules
 from server.depth.autodepth import AutoDepth
 from server.depth.policy import DepthPolicy
+from server.depth.repair import RepairStatus
 from server.engine.base import Engine, EngineDead, LoadInfo, ModelInfo
 from server.serving.admission import Admission
 from server.serving.engine_restarter import EngineRestarter
@@ -145,15 +146,22 @@ class Service:
         return self._state.phase(name)
 
     def open(
-        self, policy: DepthPolicy, calibrator: Calibrator, store: PolicyStore | None = None
+        self,
+        policy: DepthPolicy,
+        calibrator: Calibrator,
+        store: PolicyStore | None = None,
+        *,
+        repair: RepairStatus | None = None,
     ) -> None:
         """Begin to serve; the engine has been started, and is watched from now on.
 
-        ``store`` keeps what is measured while serving for the next start.
+        ``store`` keeps what is measured while serving for the next start. ``repair`` is what has
+        come of the repair that the settings ask for.
         """
         self._model = self._engine.model
         self._updates = PolicyUpdates(self._engine, calibrator, self._in_force, store)
         self._in_force.install(policy)
+        self._in_force.set_repair(repair or RepairStatus())
         self._state.startup_phase = ""
         self.set_auto_rules(self._auto.rules)
         loop = asyncio.get_running_loop()
@@ -214,6 +222,7 @@ class Service:
             version=self._version,
             auto_level=self._in_force.policy.present_level if self._in_force.is_known else "",
             problems=self._state.problems,
+            repair=self._in_force.repair,
         )
 
     # Model and policy
@@ -239,6 +248,11 @@ class Service:
         """The policy in force; raises :class:`Unavailable` until there is one."""
         self._state.require_started()
         return self._in_force.policy
+
+    @property
+    def repair(self) -> RepairStatus:
+        """What stands in for skipped layers, and what has become of what the settings ask for."""
+        return self._in_force.repair
 
     @contextmanager
     def updating(self) -> Iterator[PolicyUpdates]:
