@@ -86,7 +86,7 @@ class Startup:
             if repairer is not None and repair is not None:
                 policy, status = await self._repair(policy, repairer, repair)
             policy = await self._measure(policy, calibrator, store)
-        self._service.open(policy, calibrator, store, repair=status)
+        self._service.open(policy, calibrator, store, repair=status, repairer=repairer)
         # An operator who has set others with SetLevels may look for them here.
         logger.info(
             "levels, as the settings have them: %s; the default is %s",

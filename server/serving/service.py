@@ -12,6 +12,8 @@ from server.calibration.calibrator import Calibrator
 from server.calibration.policy_in_force import PolicyInForce
 from server.calibration.policy_store import PolicyStore
 from server.calibration.policy_updates import PolicyUpdates
+from server.calibration.repair_renewal import RepairRenewal
+from server.calibration.repairer import Repairer
 from server.depth.auto_rules import AutoRules, check_rules
 from server.depth.autodepth import AutoDepth
 from server.depth.policy import DepthPolicy
@@ -85,6 +87,7 @@ class Service:
         self._in_force = PolicyInForce(metrics, self._follow_policy)
         self._results = ResultCheck(engine, self._state, metrics)
         self._updates: PolicyUpdates | None = None
+        self._repair = RepairRenewal(engine, self._in_force)
         self._restarter = EngineRestarter(
             engine,
             self._state,
@@ -95,7 +98,7 @@ class Service:
             poll_seconds=poll_seconds,
             first_delay=first_restart_delay,
             max_delay=max_restart_delay,
-            on_restarted=self._results.engine_restarted,
+            on_restarted=self._engine_restarted,
         )
         self._auto = AutoDepth(auto_rules or AutoRules())
         self.inference = Inference(
@@ -117,6 +120,7 @@ class Service:
         self._tasks = [
             BackgroundTask("automatic depth", follower.run),
             *self._restarter.tasks(),
+            self._repair.task(),
         ]
         if checks_results:
             self._tasks.append(self._results.task())
@@ -152,14 +156,17 @@ class Service:
         store: PolicyStore | None = None,
         *,
         repair: RepairStatus | None = None,
+        repairer: Repairer | None = None,
     ) -> None:
         """Begin to serve; the engine has been started, and is watched from now on.
 
         ``store`` keeps what is measured while serving for the next start. ``repair`` is what has
-        come of the repair that the settings ask for.
+        come of the repair that the settings ask for; ``repairer`` fits it again where the engine
+        has lost it.
         """
         self._model = self._engine.model
         self._updates = PolicyUpdates(self._engine, calibrator, self._in_force, store)
+        self._repair.open(self._updates, store, repairer)
         self._in_force.install(policy)
         self._in_force.set_repair(repair or RepairStatus())
         self._state.startup_phase = ""
@@ -296,6 +303,11 @@ class Service:
         except EngineDead:
             load = LoadInfo(0, 0)
         return LoadInfo(load.num_running, load.num_waiting + self._queue.num_waiting)
+
+    def _engine_restarted(self) -> None:
+        if self._in_force.is_known:
+            self._repair.engine_restarted()  # so that no level that is checked names lost maps
+        self._results.engine_restarted()
 
     def _follow_policy(self, policy: DepthPolicy) -> None:
         """Check the policy's levels; give the queue as many slots as its engines run requests."""

@@ -39,10 +39,13 @@ class Start:
         directory: Path,
         calibration_text: str = "calibration text " * 20,
         engine: ToyEngine | None = None,
+        first_restart_delay: float = 0.5,
         **settings: str,
     ) -> None:
         self.engine = ToyEngine() if engine is None else engine
-        self.service = Service(self.engine, Metrics())
+        self.service = Service(
+            self.engine, Metrics(), first_restart_delay=first_restart_delay, poll_seconds=0.05
+        )
         inputs = Inputs(
             source=ModelSource(directory, "toy"),
             fingerprint="sha256:model",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,15 @@ from pathlib import Path
 import torch
 
 from pruning.quality import Quality
-from pruning.repair import LayerMap, RepairMaps, check_fit_tokens, maps_fingerprint, save_maps
+from pruning.repair import (
+    LayerMap,
+    RepairError,
+    RepairMaps,
+    check_fit_tokens,
+    load_maps,
+    maps_fingerprint,
+    save_maps,
+)
 from server.engine.base import LayerSelection, ProgressCallback
 from tests.server.rpc.toy_engine import NUM_LAYERS, ToyEngine
 
@@ -20,8 +29,20 @@ class RepairingEngine(ToyEngine):
     def __init__(self, remaining: float = 0.5) -> None:
         super().__init__()
         self.num_fits = 0
+        # While it is clear, no fit ends.
+        self.fit_gate = asyncio.Event()
+        self.fit_gate.set()
         self.installed: str | None = None
+        self._path: Path | None = None
         self._remaining = remaining
+
+    async def start(self) -> None:
+        await super().start()
+        if self._path is not None:
+            try:
+                load_maps(self._path)
+            except (RepairError, OSError):
+                self.installed = None
 
     async def fit_repair(
         self,
@@ -33,14 +54,18 @@ class RepairingEngine(ToyEngine):
         progress: ProgressCallback,
     ) -> None:
         check_fit_tokens(sum(map(len, windows)), 4)
+        await self.fit_gate.wait()
         self.num_fits += 1
         maps = {layer: LayerMap(torch.eye(4) * layer, 1.0, 0.5) for layer in range(NUM_LAYERS)}
         save_maps(RepairMaps(maps, NUM_LAYERS, model_fingerprint, text_fingerprint, 64), path)
         progress(1, 1)
 
     async def install_repair(self, path: Path) -> str:
-        self.installed = maps_fingerprint(path)
+        self._path, self.installed = path, maps_fingerprint(path)
         return self.installed
+
+    def has_repair(self, fingerprint: str) -> bool:
+        return fingerprint == self.installed
 
     async def measure_quality(
         self,
