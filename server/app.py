@@ -165,7 +165,7 @@ class Application:
                 set_log_level=self._logs.set_level,
             )
             probes.warnings = lambda: [
-                *filter(None, [reload.problem, state_volume.problem]),
+                *filter(None, [reload.problem, state_volume.problem, service.repair.problem]),
                 *access.problems,
             ]
             reloading = BackgroundTask(

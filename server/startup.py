@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 from pruning.checkpoint import CheckpointError
@@ -16,12 +14,13 @@ from pruning.text import TextError
 from server.calibration.calibrator import Calibrator, Progress
 from server.calibration.offline_plan import kept_plan
 from server.calibration.policy_store import PolicyStore
+from server.calibration.repairer import Repairer
 from server.calibration.served_metrics import searches
 from server.calibration.state_keys import policy_store, search_store
 from server.calibration.versions import measuring_versions
 from server.config import Settings
-from server.depth.levels import DepthPair
 from server.depth.policy import DepthPolicy
+from server.depth.repair import Repair, RepairStatus
 from server.engine.base import Engine, EngineDead, RepairsLayers
 from server.model.inputs import Inputs, refused_as
 from server.model.quantized import QuantizedModel
@@ -71,7 +70,8 @@ class Startup:
         await self._load_model()
         with refused_as("model"), refused_as("the engine has died while measuring", EngineDead):
             calibrator, store = self._calibrator(), self._policy_store()
-            repair = await self._fitted_repair(calibrator, store)
+            repairer = self._repairer(calibrator, store)
+            repair = await self._installed_repair(repairer)
             plan = await self._plan(calibrator, store, repair)
             policy = DepthPolicy(
                 plan,
@@ -82,10 +82,11 @@ class Startup:
             if not policy.any_depth:
                 with self._service.phase("levels"):
                     await calibrator.prepare(policy, self._on_progress)
-            if repair is not None:
-                policy = await self._repair(policy, repair, calibrator, store)
+            status = RepairStatus()
+            if repairer is not None and repair is not None:
+                policy, status = await self._repair(policy, repairer, repair)
             policy = await self._measure(policy, calibrator, store)
-        self._service.open(policy, calibrator, store)
+        self._service.open(policy, calibrator, store, repair=status, repairer=repairer)
         # An operator who has set others with SetLevels may look for them here.
         logger.info(
             "levels, as the settings have them: %s; the default is %s",
@@ -113,7 +114,9 @@ class Startup:
         ):
             await self._engine.start()
 
-    async def _plan(self, calibrator: Calibrator, store: PolicyStore, repair: str | None) -> Plan:
+    async def _plan(
+        self, calibrator: Calibrator, store: PolicyStore, repair: Repair | None
+    ) -> Plan:
         """Return the plan that the settings name, that is kept, or that is measured now."""
         with self._service.phase("plan"):
             plan = self._inputs.plan
@@ -124,67 +127,27 @@ class Startup:
                 plan = kept_plan(
                     settings, inputs.fingerprint, inputs.tokenizer, inputs.texts, settings.metric
                 )
+            fingerprint = None if repair is None else repair.fingerprint
             return plan or await store.plan(
-                lambda: calibrator.measure_plan(self._on_progress, repair=repair)
+                lambda: calibrator.measure_plan(self._on_progress, repair=fingerprint)
             )
 
-    async def _fitted_repair(self, calibrator: Calibrator, store: PolicyStore) -> str | None:
-        """Install repair maps in the engine, if they are wanted; return their fingerprint."""
-        if self._settings.repair == "none":
+    async def _installed_repair(self, repairer: Repairer | None) -> Repair | None:
+        """Install repair maps in the engine, if they are wanted."""
+        if repairer is None:
             return None
-        engine = self._engine
-        assert isinstance(engine, RepairsLayers), "the settings have been checked"
         with self._service.phase("repair"), refused_as("repair", RepairError, OSError):
-            path = await store.repair(
-                lambda path: calibrator.fit_repair(engine, path, self._on_progress)
-            )
-            return await engine.install_repair(path)
+            return await repairer.install()
 
     async def _repair(
-        self, policy: DepthPolicy, repair: str, calibrator: Calibrator, store: PolicyStore
-    ) -> DepthPolicy:
+        self, policy: DepthPolicy, repairer: Repairer, repair: Repair
+    ) -> tuple[DepthPolicy, RepairStatus]:
         """Return the policy with repair, where that brings its levels closer to the dense model."""
-        repaired = policy.with_repair(repair)
         with self._service.phase("repair"):
-            pruned = [level.depths for level in policy.levels if level.depths != policy.dense]
-            losses = [await self._loss(of, pruned, calibrator, store) for of in (policy, repaired)]
-        without, with_repair = losses
-        if not pruned:
-            return repaired
-        if with_repair >= without:
-            logger.warning(
-                "repair is not used: the levels are %.3f nats from the dense model with it, "
-                "%.3f without",
-                with_repair,
-                without,
-            )
-            if self._inputs.plan is None and searches(policy.plan.metric):
-                logger.warning("the search for the layers to leave out has counted on repair")
-            return policy
-        logger.info(
-            "repair: the levels are %.3f nats from the dense model, %.3f without it",
-            with_repair,
-            without,
-        )
-        return repaired
-
-    async def _loss(
-        self,
-        policy: DepthPolicy,
-        depths: Sequence[DepthPair],
-        calibrator: Calibrator,
-        store: PolicyStore,
-    ) -> float:
-        """Return the mean divergence from the dense model at ``depths``, in nats a token."""
-        qualities = await store.qualities(
-            policy,
-            depths,
-            lambda missing: calibrator.measure_quality(policy, missing, self._on_progress),
-        )
-        return math.fsum(
-            math.inf if quality.kl_nats is None else quality.kl_nats
-            for quality in qualities.values()
-        ) / max(len(qualities), 1)
+            policy, status = await repairer.judged(policy, repair)
+        if status.problem and self._inputs.plan is None and searches(policy.plan.metric):
+            logger.warning("the search for the layers to leave out has counted on repair")
+        return policy, status
 
     async def _measure(
         self, policy: DepthPolicy, calibrator: Calibrator, store: PolicyStore
@@ -228,6 +191,14 @@ class Startup:
                 tokenizer=inputs.tokenizer,
             ),
         )
+
+    def _repairer(self, calibrator: Calibrator, store: PolicyStore) -> Repairer | None:
+        """Return what repairs skipped layers, if the settings ask for it."""
+        if self._settings.repair == "none":
+            return None
+        engine = self._engine
+        assert isinstance(engine, RepairsLayers), "the settings have been checked"
+        return Repairer(engine, calibrator, store, self._on_progress)
 
     def _policy_store(self) -> PolicyStore:
         inputs = self._inputs

@@ -10,7 +10,13 @@ from pruning.repair.errors import RepairError
 from pruning.repair.fit import FittedMap, check_fit_tokens, fit_map, min_fit_tokens
 from pruning.repair.gram import GramEstimator, layers_at_a_time
 from pruning.repair.maps import LayerMap, RepairMaps
-from pruning.repair.storage import load_maps, maps_fingerprint, save_maps
+from pruning.repair.storage import (
+    MapsSummary,
+    load_maps,
+    maps_fingerprint,
+    save_maps,
+    summarize_maps,
+)
 from pruning.repair.transformers_fit import fit_repair
 from pruning.repair.windows import split_windows
 
@@ -18,6 +24,7 @@ __all__ = [
     "FittedMap",
     "GramEstimator",
     "LayerMap",
+    "MapsSummary",
     "RepairError",
     "RepairMaps",
     "check_fit_tokens",
@@ -29,4 +36,5 @@ __all__ = [
     "min_fit_tokens",
     "save_maps",
     "split_windows",
+    "summarize_maps",
 ]

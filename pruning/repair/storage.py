@@ -6,6 +6,7 @@ import hashlib
 import json
 import reprlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,20 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 _KEY = "fathom_repair"
 _DIGEST_KEY = "sha256"
+
+
+@dataclass(frozen=True, slots=True)
+class MapsSummary:
+    """What a file of maps holds, without the maps.
+
+    ``num_bytes`` is the size of the maps, ``num_tokens`` how many tokens they were fitted on, and
+    ``unexplained`` that of :class:`pruning.repair.maps.LayerMap`, by layer.
+    """
+
+    fingerprint: str
+    num_bytes: int
+    num_tokens: int
+    unexplained: dict[int, float]
 
 
 def save_maps(maps: RepairMaps, path: Path) -> None:
@@ -70,10 +85,37 @@ def maps_fingerprint(path: Path) -> str:
 
     Raises as :func:`load_maps` does for a file whose header is none of maps.
     """
+    return summarize_maps(path).fingerprint
+
+
+def summarize_maps(path: Path) -> MapsSummary:
+    """Return what the header of the maps in ``path`` says; :func:`load_maps` checks the rest.
+
+    Raises as :func:`load_maps` does for a file whose header is none of maps.
+    """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        return f"sha256:{_metadata(read_header(path))[1]}"
+        header = read_header(path)
+        text, digest = _metadata(header)
+        description = _description(text)
+        ends = [
+            about["data_offsets"][1]
+            for name, about in json.loads(header).items()
+            if name != "__metadata__"
+        ]
+        try:
+            return MapsSummary(
+                f"sha256:{digest}",
+                max(ends, default=0),
+                int(description["num_tokens"]),
+                {
+                    int(layer): float(about["unexplained"])
+                    for layer, about in description["layers"].items()
+                },
+            )
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise RepairError(f"its description is damaged: {error!r}") from None
     except CheckpointError as error:
         raise RepairError(str(error)) from None
     except RepairError as error:
@@ -90,7 +132,12 @@ def _metadata(header: bytes) -> tuple[str, str]:
 
 
 def _description(text: str) -> dict[str, Any]:
-    description: dict[str, Any] = json.loads(text)
+    try:
+        description = json.loads(text)
+    except ValueError:
+        description = None
+    if not isinstance(description, dict):
+        raise RepairError("its description is damaged: it is no JSON object")
     if (version := description.get("format_version")) != FORMAT_VERSION:
         raise RepairError(
             f"format_version: found {reprlib.repr(version)}, allowed: {FORMAT_VERSION}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from server.depth.policy import DepthPolicy
+from server.depth.repair import RepairStatus
 from server.telemetry.metrics import Metrics
 
 
@@ -21,6 +22,7 @@ class PolicyInForce:
         self._metrics = metrics
         self._on_install = on_install
         self._policy: DepthPolicy | None = None
+        self._repair = RepairStatus()
 
     @property
     def is_known(self) -> bool:
@@ -31,6 +33,16 @@ class PolicyInForce:
     def policy(self) -> DepthPolicy:
         assert self._policy is not None, "no policy has been installed"
         return self._policy
+
+    @property
+    def repair(self) -> RepairStatus:
+        """What stands in for the layers that the policy skips, and why not what is wanted."""
+        return self._repair
+
+    def set_repair(self, status: RepairStatus) -> None:
+        """Show what stands in for the layers that the policy in force skips."""
+        self._repair = status
+        self._metrics.set_repair(status)
 
     def install(self, policy: DepthPolicy) -> None:
         """Serve the requests that start from now on under ``policy``."""

@@ -11,6 +11,7 @@ from pruning.plan import Plan
 from server.calibration.calibrator import Calibrator, OnProgress, Progress
 from server.calibration.policy_in_force import PolicyInForce
 from server.calibration.policy_store import PolicyStore
+from server.calibration.repairer import Repairer
 from server.depth.levels import LevelSpec, check_levels
 from server.depth.policy import DepthPolicy
 from server.engine.base import Engine
@@ -39,10 +40,11 @@ class PolicyUpdates:
         self._in_force = in_force
         self._store = store
         self._updating = asyncio.Lock()
+        self._is_renewing = False
 
     @property
     def is_running(self) -> bool:
-        """Whether :meth:`calibrate` or :meth:`set_levels` is measuring."""
+        """Whether another policy is being measured."""
         return self._updating.locked()
 
     async def calibrate(
@@ -91,6 +93,7 @@ class PolicyUpdates:
             policy = self._in_force.policy.with_levels(levels, default_level)
             async with self._prepared(policy, lambda _: None):
                 policy = await self._measured(policy, lambda _: None)
+                self._check_repair(policy)
                 # SetPolicy may have changed the policy meanwhile; its changes stay.
                 self._in_force.install(
                     self._in_force.policy.with_levels(levels, default_level).with_measurements(
@@ -100,10 +103,24 @@ class PolicyUpdates:
             await self._keep()
             return self._in_force.policy
 
+    async def renew_repair(self, repairer: Repairer) -> None:
+        """Install repair maps again, and put them in force if they help.
+
+        Waits for another measurement to end. Raises what :class:`Repairer` raises, and
+        :class:`EngineDead`; nothing is changed then.
+        """
+        async with self._updating:
+            self._is_renewing = True
+            try:
+                await self._renew_repair(repairer)
+            finally:
+                self._is_renewing = False
+
     @asynccontextmanager
     async def _update(self) -> AsyncIterator[None]:
         if self._updating.locked():
-            raise FailedPrecondition("another Calibrate or SetLevels is running")
+            running = "a fit of repair" if self._is_renewing else "another Calibrate or SetLevels"
+            raise FailedPrecondition(f"{running} is running")
         async with self._updating:
             yield
 
@@ -120,6 +137,7 @@ class PolicyUpdates:
         policy = self._in_force.policy.with_plan(plan)
         async with self._prepared(policy, on_progress):
             policy = await self._measured(policy, on_progress)
+            self._check_repair(policy)
             # SetPolicy may have changed the policy meanwhile; its changes stay.
             self._in_force.install(
                 self._in_force.policy.with_plan(plan).with_measurements(
@@ -129,6 +147,20 @@ class PolicyUpdates:
         await self._keep()
         return plan
 
+    async def _renew_repair(self, repairer: Repairer) -> None:
+        repair = await repairer.install()
+        policy, status = await repairer.judged(self._in_force.policy, repair)
+        if status.in_force is not None:
+            policy = await self._kept_or_measured(policy)
+            # SetPolicy may have changed the policy meanwhile; its changes stay.
+            self._in_force.install(
+                self._in_force.policy.with_repair(policy.repair).with_measurements(
+                    policy.qualities, policy.speeds
+                )
+            )
+        self._in_force.set_repair(status)
+        await self._keep()
+
     @asynccontextmanager
     async def _prepared(self, policy: DepthPolicy, on_progress: OnProgress) -> AsyncIterator[None]:
         """Have the engine ready for ``policy``; afterwards, for the policy in force alone."""
@@ -137,6 +169,30 @@ class PolicyUpdates:
             yield
         finally:
             self._engine.release_others(self._in_force.policy.level_selections().values())
+
+    def _check_repair(self, policy: DepthPolicy) -> None:
+        """Refuse measurements of a policy whose repair is no longer in force."""
+        if policy.repair != self._in_force.policy.repair:
+            raise FailedPrecondition(
+                "the engine has lost its repair maps while this was measured; try again"
+            )
+
+    async def _kept_or_measured(self, policy: DepthPolicy) -> DepthPolicy:
+        """Return the policy with the quality and speed of its depths, kept or measured now."""
+        calibrator, store = self._calibrator, self._store
+        if store is None:
+            return await self._measured(policy, lambda _: None)
+        qualities = await store.qualities(
+            policy,
+            calibrator.depths_to_measure(policy),
+            lambda missing: calibrator.measure_quality(policy, missing, lambda _: None),
+        )
+        speeds = await store.speeds(
+            policy,
+            calibrator.depths_to_time(policy),
+            lambda missing: calibrator.measure_speed(policy, missing, lambda _: None),
+        )
+        return policy.with_measurements(qualities, speeds)
 
     async def _measured(self, policy: DepthPolicy, on_progress: OnProgress) -> DepthPolicy:
         """Return the policy with the quality and speed of those of its depths that lack them."""

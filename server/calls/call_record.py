@@ -75,7 +75,7 @@ class CallRecord:
                     self.num_cached_tokens = event.num_cached_tokens
                 self.num_generated_tokens += len(event.token_ids)
             case FinishInfo():
-                self.finish_reason = event.reason
+                self.served, self.finish_reason = event.served, event.reason
                 self.queue = event.timings.queue
 
     def end(self, code: str) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from server.cli.connection import Connection, connected, with_connection
+from server.cli.stand_in import stand_in_name
 from server.rpc.generated.fathom.v1 import common_pb2, inference_pb2
 
 _UINT32 = {"min": 0, "max": 2**32 - 1}
@@ -85,6 +86,8 @@ def _summary(info: inference_pb2.FinishInfo) -> str:
     depth = str(served.decode_layers)
     if served.prefill_layers != served.decode_layers:
         depth = f"{served.decode_layers} (prompt: {served.prefill_layers})"
+    if served.stand_in != common_pb2.STAND_IN_NONE:
+        depth += f" with {stand_in_name(served.stand_in)} repair"
     why = common_pb2.Served.Reason.Name(served.reason).removeprefix("REASON_").lower()
     end = inference_pb2.FinishInfo.Reason.Name(info.reason).removeprefix("REASON_").lower()
     rate = usage.num_generated_tokens / seconds if seconds else 0.0

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
 from server.cli.connection import Connection, connected, with_connection
+from server.cli.stand_in import stand_in_name
 from server.rpc.generated.fathom.v1 import common_pb2, inference_pb2
 
 
@@ -23,7 +25,23 @@ def model(connection: Connection) -> None:
             f"{served.dtype}{quantization}, context of {served.max_context} tokens"
         )
     )
+    if served.HasField("repair"):
+        console.print(_repair(served.repair))
     console.print(_table(served))
+
+
+def _repair(repair: inference_pb2.Repair) -> str:
+    """Return a line about the maps that stand in for skipped layers."""
+    line = (
+        f"Repair: {stand_in_name(repair.kind)}, {decimal(repair.num_bytes)}, fitted on "
+        f"{repair.num_tokens} tokens"
+    )
+    if repair.HasField("kl_nats") and repair.HasField("kl_nats_without"):
+        line += (
+            f"; mean KL of the levels {_short(repair.kl_nats, 3)}, "
+            f"{_short(repair.kl_nats_without, 3)} without"
+        )
+    return line
 
 
 def _table(served: inference_pb2.Model) -> Table:

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from pruning.plan import Plan
 from pruning.quality import Quality
 from server.depth.levels import DepthPair, Level, check_levels, layers_of
+from server.depth.repair import StandIn
 from server.engine.base import LayerSelection
 from server.errors import FailedPrecondition, InvalidArgument, UnknownLevel
 
@@ -63,11 +64,17 @@ class Reason(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class ServedDepth:
-    """The depth that a request is served at, in layers, and why."""
+    """The depth that a request is served at, in layers, why, and what stands in for the others."""
 
     prefill_layers: int
     decode_layers: int
     reason: Reason
+    stand_in: StandIn = StandIn.NONE
+
+    @property
+    def stand_in_name(self) -> str | None:
+        """What stands in, as the settings write it; None where nothing does."""
+        return None if self.stand_in is StandIn.NONE else self.stand_in.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +166,11 @@ class DepthPolicy:
             repair=None if depths == self.dense else self.repair,
         )
 
+    def stand_in(self, depths: DepthPair) -> StandIn:
+        """Return what stands in for the layers that are skipped at these depths."""
+        repaired = self.selection(depths).repair is not None
+        return StandIn.CLOSED_FORM if repaired else StandIn.NONE
+
     def resolve(
         self, depth: DepthChoice, prefill_depth: DepthChoice = None
     ) -> tuple[LayerSelection, ServedDepth]:
@@ -175,7 +187,9 @@ class DepthPolicy:
             prefill, _ = self._depths(prefill_depth, "prefill_depth")
             depths = DepthPair(prefill.prefill_layers, depths.decode_layers)
         self._check_depths(depths, depth)
-        served = ServedDepth(depths.prefill_layers, depths.decode_layers, reason)
+        served = ServedDepth(
+            depths.prefill_layers, depths.decode_layers, reason, self.stand_in(depths)
+        )
         return self.selection(depths), served
 
     def with_plan(self, plan: Plan) -> DepthPolicy:

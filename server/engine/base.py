@@ -165,6 +165,14 @@ class RepairsLayers(Protocol):
         finite, and for a file that cannot be written.
         """
 
+    def has_repair(self, fingerprint: str) -> bool:
+        """Return whether requests may ask for these maps.
+
+        An engine whose process has ended keeps its maps, unless they cannot be loaded by the next
+        one. Callable from any thread.
+        """
+        ...
+
     async def install_repair(self, path: Path) -> str:
         """Load the maps in ``path``; return the fingerprint by which requests ask for them.
 
@@ -192,7 +200,10 @@ class Engine(Protocol):
     on_restart: Callable[[], None]
 
     async def start(self) -> None:
-        """Load the model; may be called again after :class:`EngineDead`."""
+        """Load the model; may be called again after :class:`EngineDead`.
+
+        Repair maps are loaded again, too. If that fails, the engine runs without them.
+        """
 
     async def shutdown(self) -> None: ...
 

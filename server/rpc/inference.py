@@ -104,7 +104,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> pb.GetModelResponse:
         service = self._service
         return pb.GetModelResponse(
-            model=replies.model_message(service.model, service.engine_name, service.policy)
+            model=replies.model_message(
+                service.model, service.engine_name, service.policy, service.repair
+            )
         )
 
 

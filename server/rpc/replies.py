@@ -12,6 +12,7 @@ from server.calls.generation import FinishInfo, PromptInfo
 from server.depth.auto_rules import AutoRules, ladder
 from server.depth.levels import DepthPair, Level
 from server.depth.policy import DepthPolicy, Reason, ServedDepth, Speed
+from server.depth.repair import RepairStatus, StandIn
 from server.engine.base import FinishReason, GenerationDelta, ModelInfo, TokenScore
 from server.rpc.generated.fathom.v1 import common_pb2, control_pb2, inference_pb2
 from server.serving.service_state import State, Status
@@ -21,6 +22,11 @@ _REASONS = {
     Reason.DEFAULT: common_pb2.Served.REASON_DEFAULT,
     Reason.AUTO: common_pb2.Served.REASON_AUTO,
     Reason.DEGRADED: common_pb2.Served.REASON_DEGRADED,
+}
+
+_STAND_INS = {
+    StandIn.NONE: common_pb2.STAND_IN_NONE,
+    StandIn.CLOSED_FORM: common_pb2.STAND_IN_CLOSED_FORM,
 }
 
 _FINISH_REASONS = {
@@ -54,6 +60,7 @@ def served_message(served: ServedDepth) -> common_pb2.Served:
         prefill_layers=served.prefill_layers,
         decode_layers=served.decode_layers,
         reason=_REASONS[served.reason],
+        stand_in=_STAND_INS[served.stand_in],
     )
 
 
@@ -135,7 +142,24 @@ def level_message(level: Level, policy: DepthPolicy) -> common_pb2.Level:
     )
 
 
-def model_message(model: ModelInfo, engine: str, policy: DepthPolicy) -> inference_pb2.Model:
+def repair_message(status: RepairStatus) -> inference_pb2.Repair | None:
+    repair = status.in_force
+    if repair is None:
+        return None
+    return inference_pb2.Repair(
+        kind=_STAND_INS[repair.kind],
+        fingerprint=repair.fingerprint,
+        num_bytes=repair.num_bytes,
+        num_tokens=repair.num_tokens,
+        unexplained=repair.unexplained,
+        kl_nats=status.kl_nats,
+        kl_nats_without=status.kl_nats_without,
+    )
+
+
+def model_message(
+    model: ModelInfo, engine: str, policy: DepthPolicy, repair: RepairStatus
+) -> inference_pb2.Model:
     measured = sorted(
         policy.qualities.keys() | policy.speeds.keys(),
         key=lambda pair: (-pair.decode_layers, -pair.prefill_layers),
@@ -155,6 +179,7 @@ def model_message(model: ModelInfo, engine: str, policy: DepthPolicy) -> inferen
             for pair in measured
         ],
         plan=plan_message(policy.plan),
+        repair=repair_message(repair),
     )
 
 
@@ -178,6 +203,11 @@ def status_message(status: Status) -> control_pb2.GetStatusResponse:
         startup_phase=status.startup_phase,
         auto_level=status.auto_level,
         problems=status.problems,
+        repair_wanted=_STAND_INS[status.repair.wanted],
+        repair_in_force=_STAND_INS[
+            StandIn.NONE if status.repair.in_force is None else status.repair.in_force.kind
+        ],
+        repair_problem=status.repair.problem,
     )
 
 
@@ -196,6 +226,7 @@ def _measured_message(
         quality=None if quality is None else _quality_message(quality),
         speed=None if speed is None else _speed_message(speed),
         is_default=is_default,
+        stand_in=_STAND_INS[policy.stand_in(pair)],
     )
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
-from server.engine.base import EngineDead
+from server.depth.policy import ServedDepth
+from server.depth.repair import StandIn
+from server.engine.base import Engine, EngineDead, LayerSelection, RepairsLayers
 from server.errors import Unavailable
 from server.serving.admission import Admitted
 from server.serving.engine_restarter import EngineRestarter
@@ -15,6 +18,19 @@ from server.serving.service_state import ENGINE_DEAD
 _MAX_ATTEMPTS = 2
 
 logger = logging.getLogger(__name__)
+
+
+def without_lost_repair(
+    engine: Engine, layers: LayerSelection, served: ServedDepth
+) -> tuple[LayerSelection, ServedDepth]:
+    """Return what a request can run as: without maps that the engine lost at its restart."""
+    if (
+        layers.repair is None
+        or not isinstance(engine, RepairsLayers)
+        or engine.has_repair(layers.repair)
+    ):
+        return layers, served
+    return replace(layers, repair=None), replace(served, stand_in=StandIn.NONE)
 
 
 class Attempts:

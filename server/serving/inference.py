@@ -28,7 +28,7 @@ from server.engine.base import (
     GenerationRequest,
 )
 from server.serving.admission import Admission, Admitted
-from server.serving.attempts import Attempts
+from server.serving.attempts import Attempts, without_lost_repair
 from server.serving.engine_restarter import EngineRestarter
 from server.serving.fair_queue import Claim, FairQueue, Slot
 from server.serving.prompts import PromptReader
@@ -149,6 +149,7 @@ class Inference:
                 attempts = Attempts(self._restarter, slot, admitted, may_repeat=True)
                 while True:
                     attempts.begin()
+                    layers, served = without_lost_repair(self._engine, layers, served)
                     try:
                         with self._results.watching(layers, served.decode_layers, admitted.title):
                             scores = await self._engine.score(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from server.calls.generation import FinishInfo, GenerationEvent, Timings
 from server.depth.policy import ServedDepth
 from server.engine.base import Engine, EngineDead, GenerationDelta, GenerationRequest
-from server.serving.attempts import Attempts
+from server.serving.attempts import Attempts, without_lost_repair
 from server.serving.output_buffer import OutputBuffer
 
 
@@ -68,6 +69,10 @@ class RequestRunner:
             yield event
         while True:
             self._attempts.begin()
+            layers, self._served = without_lost_repair(
+                self._engine, self._request.layers, self._served
+            )
+            self._request = replace(self._request, layers=layers)
             self._submitted = self._elapsed()
             buffer = OutputBuffer(self._note, self._max_buffered_tokens)
             try:

@@ -12,9 +12,12 @@ from server.calibration.calibrator import Calibrator
 from server.calibration.policy_in_force import PolicyInForce
 from server.calibration.policy_store import PolicyStore
 from server.calibration.policy_updates import PolicyUpdates
+from server.calibration.repair_renewal import RepairRenewal
+from server.calibration.repairer import Repairer
 from server.depth.auto_rules import AutoRules, check_rules
 from server.depth.autodepth import AutoDepth
 from server.depth.policy import DepthPolicy
+from server.depth.repair import RepairStatus
 from server.engine.base import Engine, EngineDead, LoadInfo, ModelInfo
 from server.serving.admission import Admission
 from server.serving.engine_restarter import EngineRestarter
@@ -84,6 +87,7 @@ class Service:
         self._in_force = PolicyInForce(metrics, self._follow_policy)
         self._results = ResultCheck(engine, self._state, metrics)
         self._updates: PolicyUpdates | None = None
+        self._repair = RepairRenewal(engine, self._in_force)
         self._restarter = EngineRestarter(
             engine,
             self._state,
@@ -94,7 +98,7 @@ class Service:
             poll_seconds=poll_seconds,
             first_delay=first_restart_delay,
             max_delay=max_restart_delay,
-            on_restarted=self._results.engine_restarted,
+            on_restarted=self._engine_restarted,
         )
         self._auto = AutoDepth(auto_rules or AutoRules())
         self.inference = Inference(
@@ -116,6 +120,7 @@ class Service:
         self._tasks = [
             BackgroundTask("automatic depth", follower.run),
             *self._restarter.tasks(),
+            self._repair.task(),
         ]
         if checks_results:
             self._tasks.append(self._results.task())
@@ -145,15 +150,25 @@ class Service:
         return self._state.phase(name)
 
     def open(
-        self, policy: DepthPolicy, calibrator: Calibrator, store: PolicyStore | None = None
+        self,
+        policy: DepthPolicy,
+        calibrator: Calibrator,
+        store: PolicyStore | None = None,
+        *,
+        repair: RepairStatus | None = None,
+        repairer: Repairer | None = None,
     ) -> None:
         """Begin to serve; the engine has been started, and is watched from now on.
 
-        ``store`` keeps what is measured while serving for the next start.
+        ``store`` keeps what is measured while serving for the next start. ``repair`` is what has
+        come of the repair that the settings ask for; ``repairer`` fits it again where the engine
+        has lost it.
         """
         self._model = self._engine.model
         self._updates = PolicyUpdates(self._engine, calibrator, self._in_force, store)
+        self._repair.open(self._updates, store, repairer)
         self._in_force.install(policy)
+        self._in_force.set_repair(repair or RepairStatus())
         self._state.startup_phase = ""
         self.set_auto_rules(self._auto.rules)
         loop = asyncio.get_running_loop()
@@ -214,6 +229,7 @@ class Service:
             version=self._version,
             auto_level=self._in_force.policy.present_level if self._in_force.is_known else "",
             problems=self._state.problems,
+            repair=self._in_force.repair,
         )
 
     # Model and policy
@@ -239,6 +255,11 @@ class Service:
         """The policy in force; raises :class:`Unavailable` until there is one."""
         self._state.require_started()
         return self._in_force.policy
+
+    @property
+    def repair(self) -> RepairStatus:
+        """What stands in for skipped layers, and what has become of what the settings ask for."""
+        return self._in_force.repair
 
     @contextmanager
     def updating(self) -> Iterator[PolicyUpdates]:
@@ -282,6 +303,11 @@ class Service:
         except EngineDead:
             load = LoadInfo(0, 0)
         return LoadInfo(load.num_running, load.num_waiting + self._queue.num_waiting)
+
+    def _engine_restarted(self) -> None:
+        if self._in_force.is_known:
+            self._repair.engine_restarted()  # so that no level that is checked names lost maps
+        self._results.engine_restarted()
 
     def _follow_policy(self, policy: DepthPolicy) -> None:
         """Check the policy's levels; give the queue as many slots as its engines run requests."""

@@ -8,8 +8,9 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from server.depth.repair import RepairStatus
 from server.engine.base import LoadInfo
 from server.errors import FailedPrecondition, Unavailable
 from server.telemetry.metrics import Metrics
@@ -44,6 +45,7 @@ class Status:
     auto_level: str
     # What is wrong with depths that the server has checked, one sentence each.
     problems: tuple[str, ...] = ()
+    repair: RepairStatus = field(default_factory=RepairStatus)
 
 
 class ServiceState:

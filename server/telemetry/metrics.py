@@ -5,31 +5,24 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
-from wsgiref.simple_server import WSGIServer
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import (
-    REGISTRY,
     CollectorRegistry,
     Counter,
     Gauge,
     Histogram,
     disable_created_metrics,
-    start_http_server,
 )
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from server.access.listening import cannot_listen
 from server.depth.policy import DepthPolicy, Reason
+from server.depth.repair import RepairStatus
 from server.depth.sliding_window import SlidingWindow
 from server.engine.base import LayerSelection, LoadInfo
-from server.telemetry.http_pages import Probes, with_pages
-
-if TYPE_CHECKING:
-    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+from server.telemetry.repair_metrics import RepairCollector
 
 # The gauge of tokens per second is a mean over this time.
 WINDOW_SECONDS = 10
@@ -166,6 +159,8 @@ class Metrics:
         self._policy = _PolicyCollector()
         self.registry.register(self._rate)
         self.registry.register(self._policy)
+        self._repair = RepairCollector()
+        self.registry.register(self._repair)
 
     def count_request(self, method: str, depth: str, code: str) -> None:
         """Count a call that has ended with a status code."""
@@ -239,57 +234,12 @@ class Metrics:
         """Show the measurements, scores and levels of this policy."""
         self._policy.policy = policy
 
+    def set_repair(self, status: RepairStatus) -> None:
+        """Show what stands in for skipped layers."""
+        self._repair.status = status
+
     def _histogram(self, name: str, documentation: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, documentation, ["depth"], buckets=buckets, registry=self.registry)
-
-
-class MetricsServer:
-    """The HTTP server of the metrics, those of vLLM and of the process included."""
-
-    def __init__(
-        self, metrics: Metrics, host: str, port: int, probes: Probes | None = None
-    ) -> None:
-        """Listen on ``port``, 0 for any free one, in a thread of its own.
-
-        With ``probes``, the page for operators and the probes' answers are there as well.
-
-        Raises :class:`InvalidArgument`, naming ``metrics_port`` or ``metrics_host``, if that is
-        impossible.
-        """
-        both = CollectorRegistry(support_collectors_without_names=True)
-        both.register(metrics.registry)
-        both.register(REGISTRY)
-        self._server: WSGIServer
-        try:
-            self._server, self._thread = start_http_server(port, host, both)
-        except OSError as error:
-            raise cannot_listen(error, host, port, "metrics_") from None
-        app = self._server.get_app()
-        assert app is not None
-        app = _as_text(app)
-        self._server.set_app(app if probes is None else with_pages(app, probes))
-
-    @property
-    def port(self) -> int:
-        return int(self._server.server_port)
-
-    def close(self) -> None:
-        """Stop listening."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-
-def _as_text(app: WSGIApplication) -> WSGIApplication:
-    """Return the application, answering in Prometheus's text format whatever a scrape accepts.
-
-    In OpenMetrics, prometheus_client would change ``vllm:`` in vLLM's names to ``vllm_``.
-    """
-
-    def text(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        return app({**environ, "HTTP_ACCEPT": "text/plain; version=0.0.4"}, start_response)
-
-    return text
 
 
 class _TokenRate(Collector):

@@ -8,7 +8,8 @@ import logging
 from server.access.listening import PortInUse
 from server.errors import InvalidArgument
 from server.telemetry.http_pages import Probes
-from server.telemetry.metrics import Metrics, MetricsServer
+from server.telemetry.metrics import Metrics
+from server.telemetry.metrics_server import MetricsServer
 
 _RETRY_SECONDS = 5.0
 

@@ -25,6 +25,7 @@ def log_request(record: CallRecord) -> None:
         "prefill_layers": None if served is None else served.prefill_layers,
         "decode_layers": None if served is None else served.decode_layers,
         "served": None if served is None else served.reason.value,
+        "stand_in": None if served is None else served.stand_in_name,
         "finish_reason": None if record.finish_reason is None else record.finish_reason.value,
         "prompt_tokens": record.num_prompt_tokens,
         "generated_tokens": record.num_generated_tokens if record.num_prompt_tokens else None,

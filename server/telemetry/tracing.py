@@ -123,6 +123,7 @@ def span_attributes(record: CallRecord, model: str) -> dict[str, Attribute]:
             "fathom.prefill_layers": record.served.prefill_layers,
             "fathom.decode_layers": record.served.decode_layers,
             "fathom.served": record.served.reason.value,
+            "fathom.stand_in": record.served.stand_in_name,
         }
     if (sampling := record.sampling) is not None:
         attributes |= {

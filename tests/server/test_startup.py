@@ -9,21 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 
 from pruning.quality import Quality
-from pruning.repair import (
-    LayerMap,
-    RepairMaps,
-    check_fit_tokens,
-    load_maps,
-    maps_fingerprint,
-    save_maps,
-)
+from pruning.repair import load_maps, maps_fingerprint, save_maps
 from server.config import load_settings
 from server.depth.levels import DepthPair
 from server.depth.policy import DepthPolicy
+from server.depth.repair import RepairStatus, StandIn
 from server.engine.base import LayerSelection, ProgressCallback
 from server.model.inputs import Inputs, StartError
 from server.model.source import ModelSource
@@ -32,6 +25,7 @@ from server.serving.service_state import State
 from server.startup import Startup
 from server.telemetry.metrics import Metrics
 from server.telemetry.progress import ProgressReport
+from tests.server.calibration.repairing_engine import RepairingEngine
 from tests.server.calibration.searched_engine import SearchedEngine, greedy_order
 from tests.server.rpc.conftest import LEVELS
 from tests.server.rpc.toy_engine import NUM_LAYERS, ToyEngine
@@ -45,10 +39,13 @@ class Start:
         directory: Path,
         calibration_text: str = "calibration text " * 20,
         engine: ToyEngine | None = None,
+        first_restart_delay: float = 0.5,
         **settings: str,
     ) -> None:
         self.engine = ToyEngine() if engine is None else engine
-        self.service = Service(self.engine, Metrics())
+        self.service = Service(
+            self.engine, Metrics(), first_restart_delay=first_restart_delay, poll_seconds=0.05
+        )
         inputs = Inputs(
             source=ModelSource(directory, "toy"),
             fingerprint="sha256:model",
@@ -63,49 +60,6 @@ class Start:
         chosen = load_settings({"state_dir": str(directory), **settings})
         progress = ProgressReport(Console(file=io.StringIO()))
         self.startup = Startup(chosen, inputs, self.engine, self.service, progress)
-
-
-class RepairingEngine(ToyEngine):
-    """A toy whose pruned levels lose ``remaining`` of what they lose without repair."""
-
-    def __init__(self, remaining: float = 0.5) -> None:
-        super().__init__()
-        self.num_fits = 0
-        self.installed: str | None = None
-        self._remaining = remaining
-
-    async def fit_repair(
-        self,
-        windows: Sequence[Sequence[int]],
-        path: Path,
-        *,
-        model_fingerprint: str,
-        text_fingerprint: str,
-        progress: ProgressCallback,
-    ) -> None:
-        check_fit_tokens(sum(map(len, windows)), 4)
-        self.num_fits += 1
-        maps = {layer: LayerMap(torch.eye(4) * layer, 1.0, 0.5) for layer in range(NUM_LAYERS)}
-        save_maps(RepairMaps(maps, NUM_LAYERS, model_fingerprint, text_fingerprint, 64), path)
-        progress(1, 1)
-
-    async def install_repair(self, path: Path) -> str:
-        self.installed = maps_fingerprint(path)
-        return self.installed
-
-    async def measure_quality(
-        self,
-        windows: Sequence[Sequence[int]],
-        selections: Sequence[LayerSelection],
-        progress: ProgressCallback,
-    ) -> list[Quality]:
-        qualities = await super().measure_quality(windows, selections, progress)
-        return [
-            quality
-            if layers.repair is None or quality.kl_nats is None
-            else replace(quality, kl_nats=quality.kl_nats * self._remaining)
-            for layers, quality in zip(selections, qualities, strict=True)
-        ]
 
 
 @pytest.fixture
@@ -156,13 +110,18 @@ async def test_calibration_text_without_tokens(tmp_path: Path) -> None:
     await start.service.close()
 
 
-async def started(directory: Path, engine: ToyEngine) -> DepthPolicy:
+async def served(directory: Path, engine: ToyEngine) -> tuple[DepthPolicy, RepairStatus]:
     start = Start(directory, engine=engine, repair="closed-form")
     try:
         await start.startup.run()
-        return start.service.policy
+        return start.service.policy, start.service.repair
     finally:
         await start.service.close()
+
+
+async def started(directory: Path, engine: ToyEngine) -> DepthPolicy:
+    policy, _ = await served(directory, engine)
+    return policy
 
 
 async def test_repair_is_fitted_once_and_kept(tmp_path: Path) -> None:
@@ -206,13 +165,29 @@ async def test_repair_that_is_damaged_or_foreign_is_fitted_again(
 async def test_repair_that_does_not_help_is_not_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    policy = await started(tmp_path, RepairingEngine(remaining=1.5))
+    policy, status = await served(tmp_path, RepairingEngine(remaining=1.5))
     assert policy.repair is None
     assert policy.selection(DepthPair(4, 4)).repair is None
     assert policy.qualities[DepthPair(4, 4)].kl_nats == pytest.approx(0.04)
     assert "repair is not used: the levels are 0.045 nats from the dense model with it" in (
         caplog.text
     )
+    assert (status.wanted, status.in_force) == (StandIn.CLOSED_FORM, None)
+    assert status.problem.startswith("repair is not used: the levels are 0.045 nats from the")
+
+
+async def test_repair_in_force_is_described(tmp_path: Path) -> None:
+    policy, status = await served(tmp_path, RepairingEngine())
+    repair = status.in_force
+    assert (status.wanted, status.problem) == (StandIn.CLOSED_FORM, "")
+    assert repair is not None
+    assert repair.fingerprint == policy.repair
+    assert repair.num_bytes == NUM_LAYERS * 4 * 4 * 4
+    assert (repair.num_tokens, repair.unexplained) == (64, dict.fromkeys(range(NUM_LAYERS), 0.5))
+    assert status.kl_nats == pytest.approx(0.015)
+    assert status.kl_nats_without == pytest.approx(0.03)
+    _, again = await served(tmp_path, RepairingEngine())
+    assert again == status
 
 
 async def test_too_little_text_to_fit_repair_is_refused(tmp_path: Path) -> None:

@@ -88,6 +88,8 @@ class ElasticEngine:
     async def start(self) -> None:
         """Load the model, or load it again after its process has ended.
 
+        Repair maps that can no longer be loaded are forgotten, and the log says so.
+
         Raises:
             IncompatibleVllm: The installed vLLM lacks what the engine needs.
             UnsupportedArchitecture: The model cannot run at several depths.
@@ -95,8 +97,7 @@ class ElasticEngine:
         """
         await self._llm.start(self._configure)
         await self._compile_layers()
-        if self._repair is not None:
-            await self._load_stand_ins(self._repair.path)
+        await self._load_repair_again()
         if wants_huge_pages(self._config):
             await self._llm.use_huge_pages()
         config = self._llm.model_config
@@ -147,16 +148,35 @@ class ElasticEngine:
             OSError: The file cannot be read.
         """
         installed = _InstalledRepair(path, maps_fingerprint(path))
-        await self._load_stand_ins(path)
+        await self._load_stand_ins(installed)
         self._repair = installed
         return installed.fingerprint
 
-    async def _load_stand_ins(self, path: Path) -> None:
-        await self._call_for_repair("fathom_load_stand_ins", str(path))
+    async def _load_repair_again(self) -> None:
+        if self._repair is None:
+            return
+        try:
+            await self._load_stand_ins(self._repair)
+        except (RepairError, OSError) as error:
+            logger.error("the repair maps are not loaded again: %s", error)
+            self._repair = None
+
+    async def _load_stand_ins(self, repair: _InstalledRepair) -> None:
+        await self._call_for_repair("fathom_load_stand_ins", str(repair.path))
+        # Another server may have written other maps to the file.
+        if (found := maps_fingerprint(repair.path)) != repair.fingerprint:
+            self._repair = None  # there is no telling which of them the workers have
+            raise RepairError(
+                f"{repair.path}: holds the maps {found}, allowed: {repair.fingerprint}"
+            )
+
+    def has_repair(self, fingerprint: str) -> bool:
+        repair = self._repair
+        return repair is not None and repair.fingerprint == fingerprint
 
     def _check_repair(self, layers: LayerSelection) -> None:
-        installed = None if self._repair is None else self._repair.fingerprint
-        if layers.repair not in (None, installed):
+        if layers.repair is not None and not self.has_repair(layers.repair):
+            installed = None if self._repair is None else self._repair.fingerprint
             raise FailedPrecondition(
                 f"repair: the layers are to be repaired by the maps {layers.repair}, but the "
                 f"engine has {installed or 'none'}"

@@ -11,7 +11,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pruning.repair import LayerMap, RepairError, RepairMaps, load_maps, save_maps
+from pruning.repair import (
+    LayerMap,
+    RepairError,
+    RepairMaps,
+    load_maps,
+    maps_fingerprint,
+    save_maps,
+    summarize_maps,
+)
 
 
 @pytest.fixture
@@ -46,6 +54,21 @@ def test_round_trip(maps: RepairMaps, path: Path) -> None:
     assert replace(loaded, layers=maps.layers) == maps
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     assert (loaded.hidden_size, loaded.num_bytes) == (6, 3 * 36 * 4)
+
+
+def test_the_header_alone_says_what_the_maps_are(maps: RepairMaps, path: Path) -> None:
+    summary = summarize_maps(path)
+    assert summary.fingerprint == maps_fingerprint(path)
+    assert (summary.num_bytes, summary.num_tokens) == (maps.num_bytes, maps.num_tokens)
+    assert summary.unexplained == {layer: 0.25 * layer for layer in (0, 2, 11)}
+
+
+@pytest.mark.parametrize("description", ["[]", "{", '{"format_version": 1}'])
+def test_a_description_that_is_none_is_refused(tmp_path: Path, description: str) -> None:
+    metadata = {"fathom_repair": description, "sha256": "00"}
+    save_file({"layers.0.repair.weight": torch.ones(2, 2)}, tmp_path / "odd", metadata)
+    with pytest.raises(RepairError, match="odd: its description is damaged"):
+        summarize_maps(tmp_path / "odd")
 
 
 def test_bfloat16_is_kept_as_it_is(maps: RepairMaps, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from server.cli.model import _short, _table
+from server.cli.model import _repair, _short, _table
 from server.rpc.generated.fathom.v1 import common_pb2, inference_pb2
 
 COLUMNS = 80
@@ -107,3 +107,27 @@ def test_a_model_as_it_mostly_is() -> None:
         ["30", "dense *", "10.90 ± 1.25", "100.0%", "0.000", "474", "1.00x"],
         ["7", "turbo", "26900 ± 12345", "-", "-", "-", "-"],
     ]
+
+
+def test_the_line_about_repair() -> None:
+    repair = inference_pb2.Repair(
+        kind=common_pb2.STAND_IN_CLOSED_FORM, num_bytes=20_000_000, num_tokens=28_672
+    )
+    assert _repair(repair) == "Repair: closed-form, 20.0 MB, fitted on 28672 tokens"
+    repair.kl_nats, repair.kl_nats_without = 0.1234, 4.5
+    line = _repair(repair)
+    assert line.endswith("tokens; mean KL of the levels 0.123, 4.500 without")
+
+
+def test_a_long_line_about_repair_is_wrapped() -> None:
+    repair = inference_pb2.Repair(
+        kind=common_pb2.STAND_IN_CLOSED_FORM,
+        num_bytes=2**63,
+        num_tokens=2**63,
+        kl_nats=1.7e308,
+        kl_nats_without=math.inf,
+    )
+    file = io.StringIO()
+    Console(file=file, width=COLUMNS, highlight=False).print(_repair(repair))
+    assert max(map(len, file.getvalue().splitlines())) <= COLUMNS
+    assert "…" not in file.getvalue()

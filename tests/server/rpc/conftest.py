@@ -23,7 +23,8 @@ from server.rpc.client import AsyncClient
 from server.rpc.generated.fathom.v1 import inference_pb2, inference_pb2_grpc
 from server.rpc.server import RpcServer
 from server.serving.service import Service
-from server.telemetry.metrics import Metrics, MetricsServer
+from server.telemetry.metrics import Metrics
+from server.telemetry.metrics_server import MetricsServer
 from tests.server.rpc.credentials import CLIENTS, Deployed, written
 from tests.server.rpc.toy_engine import NUM_LAYERS, ToyEngine
 

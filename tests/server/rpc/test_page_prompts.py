@@ -19,7 +19,7 @@ from server.page_prompts import PagePrompts
 from server.rpc.authentication import Authenticator
 from server.telemetry import prompt_box
 from server.telemetry.http_pages import Probes
-from server.telemetry.metrics import MetricsServer
+from server.telemetry.metrics_server import MetricsServer
 from server.telemetry.prompt_box import PromptBox
 from tests.server.rpc.conftest import Deployment
 from tests.server.rpc.credentials import ALICE, NOBODY, OPS

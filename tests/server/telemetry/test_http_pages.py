@@ -12,7 +12,8 @@ import pytest
 
 from server.telemetry import http_pages
 from server.telemetry.http_pages import Probes
-from server.telemetry.metrics import Metrics, MetricsServer
+from server.telemetry.metrics import Metrics
+from server.telemetry.metrics_server import MetricsServer
 
 
 @pytest.fixture

@@ -13,9 +13,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pruning.quality import Quality
 from server.depth.levels import DepthPair
+from server.depth.repair import Repair, RepairStatus, StandIn
 from server.engine.base import LoadInfo
 from server.errors import InvalidArgument
-from server.telemetry.metrics import WINDOW_SECONDS, Metrics, MetricsServer
+from server.telemetry.metrics import WINDOW_SECONDS, Metrics
+from server.telemetry.metrics_server import MetricsServer
 from tests.server.depth.test_policy import POLICY
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -141,6 +143,26 @@ def test_the_policy_in_force_is_shown_and_no_other(metrics: Metrics, server: Met
     samples = scrape(server)
     assert sample(samples, "fathom_layer_block_influence", layer="7") == 0.25
     assert not [name for name, _ in samples if name.startswith("fathom_depth_")]
+
+
+def test_repair_is_shown_where_it_is_wanted(metrics: Metrics, server: MetricsServer) -> None:
+    assert not [name for name, _ in scrape(server) if name.startswith("fathom_repair_")]
+    repair = Repair("sha256:aa", 2048, 7680, {0: 0.25, 7: 0.5})
+    metrics.set_repair(RepairStatus(StandIn.CLOSED_FORM, repair, kl_nats=0.5, kl_nats_without=2.0))
+    samples = scrape(server)
+    assert sample(samples, "fathom_repair_up") == 1
+    labels = {"fingerprint": "sha256:aa", "kind": "closed-form"}
+    assert sample(samples, "fathom_repair_info", **labels) == 1
+    assert sample(samples, "fathom_repair_bytes") == 2048
+    assert sample(samples, "fathom_repair_unexplained_share", layer="7") == 0.5
+    assert sample(samples, "fathom_repair_kl_nats", repair="with") == 0.5
+    assert sample(samples, "fathom_repair_kl_nats", repair="without") == 2.0
+    metrics.set_repair(RepairStatus(StandIn.CLOSED_FORM, problem="the maps are damaged"))
+    samples = scrape(server)
+    assert sample(samples, "fathom_repair_up") == 0
+    assert {name for name, _ in samples if name.startswith("fathom_repair_")} == {
+        "fathom_repair_up"
+    }
 
 
 def test_startup_by_phase(metrics: Metrics, server: MetricsServer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import random
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -143,6 +145,55 @@ def test_requests_with_and_without_repair_share_no_prefix(
     assert expected[layers] != expected[without]
     for chosen in (layers, without, layers, without):
         assert engine.generate([prompt], [chosen], NUM_TOKENS) == [expected[chosen]]
+
+
+def test_an_engine_that_is_started_again(
+    stories_model: Path, path: Path, cases: list[Case], tmp_path: Path
+) -> None:
+    """It has its maps again, unless their file is damaged, gone or another: then it has none."""
+    chosen = [case for case in cases if case.layers.repair][::4]
+    repair = chosen[0].layers.repair
+    assert repair is not None
+    kept = tmp_path / "maps"
+    sound = path.read_bytes()
+
+    def damage() -> None:
+        kept.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+
+    def replace_by_others() -> None:
+        others = load_maps(path)
+        save_maps(replace(others, text_fingerprint="sha256:others"), kept)
+
+    with running_engine(stories_model) as running:
+        plain = [case for case in cases if case.layers.repair is None]
+        for fault in (lambda: None, damage, kept.unlink, replace_by_others):
+            kept.write_bytes(sound)
+            assert running.run(running.engine.install_repair(kept)) == repair
+            assert generated(running, chosen) == [case.expected for case in chosen]
+            fault()
+            kill(running)
+            assert running.engine.has_repair(repair), "it may still be loaded again"
+            running.run(running.engine.start())
+            assert generated(running, plain) == [case.expected for case in plain]
+            if fault in (damage, kept.unlink, replace_by_others):
+                assert not running.engine.has_repair(repair)
+                with pytest.raises(FailedPrecondition, match="but the engine has none"):
+                    generated(running, chosen)
+            else:
+                assert generated(running, chosen) == [case.expected for case in chosen]
+
+
+def kill(running: RunningEngine) -> None:
+    processes = [psutil.Process(pid) for pid in running.engine.process_ids]
+    for process in processes:
+        process.kill()
+    psutil.wait_procs(processes)
+
+    async def until_dead() -> None:
+        while running.engine.is_alive:
+            await asyncio.sleep(0.01)
+
+    running.run(until_dead())
 
 
 def test_quality_is_measured_with_repair(

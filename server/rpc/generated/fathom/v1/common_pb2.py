@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x66\x61thom/v1/common.proto\x12\tfathom.v1\"l\n\x05\x44\x65pth\x12\x10\n\x06layers\x18\x01 \x01(\rH\x00\x12\x15\n\x0bprune_ratio\x18\x02 \x01(\x01H\x00\x12\x0f\n\x05level\x18\x03 \x01(\tH\x00\x12\x1f\n\x04\x61uto\x18\x04 \x01(\x0b\x32\x0f.fathom.v1.AutoH\x00\x42\x08\n\x06\x63hoice\":\n\x04\x41uto\x12\x1d\n\x10max_quality_loss\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x13\n\x11_max_quality_loss\"\xd3\x01\n\x06Served\x12\x16\n\x0eprefill_layers\x18\x01 \x01(\r\x12\x15\n\rdecode_layers\x18\x02 \x01(\r\x12(\n\x06reason\x18\x03 \x01(\x0e\x32\x18.fathom.v1.Served.Reason\"p\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x14\n\x10REASON_REQUESTED\x10\x01\x12\x12\n\x0eREASON_DEFAULT\x10\x02\x12\x0f\n\x0bREASON_AUTO\x10\x03\x12\x13\n\x0fREASON_DEGRADED\x10\x04\"\xbe\x01\n\x05Level\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0eprefill_layers\x18\x02 \x01(\r\x12\x15\n\rdecode_layers\x18\x03 \x01(\r\x12(\n\x07quality\x18\x04 \x01(\x0b\x32\x12.fathom.v1.QualityH\x00\x88\x01\x01\x12$\n\x05speed\x18\x05 \x01(\x0b\x32\x10.fathom.v1.SpeedH\x01\x88\x01\x01\x12\x12\n\nis_default\x18\x06 \x01(\x08\x42\n\n\x08_qualityB\x08\n\x06_speed\"\x94\x01\n\x07Quality\x12\x12\n\nperplexity\x18\x01 \x01(\x01\x12\x19\n\x11perplexity_stderr\x18\x02 \x01(\x01\x12\x16\n\tagreement\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x07kl_nats\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\nnum_tokens\x18\x05 \x01(\x04\x42\x0c\n\n_agreementB\n\n\x08_kl_nats\"Y\n\x05Speed\x12\x19\n\x11tokens_per_second\x18\x01 \x01(\x01\x12\x14\n\x07speedup\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x0bnum_streams\x18\x03 \x01(\rB\n\n\x08_speedup\"\x9c\x03\n\x04Plan\x12\x15\n\rremoval_order\x18\x01 \x03(\r\x12*\n\x06layers\x18\x02 \x03(\x0b\x32\x1a.fathom.v1.LayerImportance\x12\x0e\n\x06metric\x18\x03 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12\x18\n\x10text_fingerprint\x18\x05 \x01(\t\x12\x12\n\nnum_tokens\x18\x06 \x01(\x04\x12\x12\n\ncreated_at\x18\x07 \x01(\x01\x12/\n\x08versions\x18\x08 \x03(\x0b\x32\x1d.fathom.v1.Plan.VersionsEntry\x12\x36\n\x0cother_scores\x18\t \x03(\x0b\x32 .fathom.v1.Plan.OtherScoresEntry\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1aJ\n\x10OtherScoresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.fathom.v1.LayerScores:\x02\x38\x01\"\x1d\n\x0bLayerScores\x12\x0e\n\x06scores\x18\x01 \x03(\x01\"?\n\x0fLayerImportance\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x05score\x18\x02 \x01(\x01\x12\x0e\n\x06stderr\x18\x03 \x01(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x66\x61thom/v1/common.proto\x12\tfathom.v1\"l\n\x05\x44\x65pth\x12\x10\n\x06layers\x18\x01 \x01(\rH\x00\x12\x15\n\x0bprune_ratio\x18\x02 \x01(\x01H\x00\x12\x0f\n\x05level\x18\x03 \x01(\tH\x00\x12\x1f\n\x04\x61uto\x18\x04 \x01(\x0b\x32\x0f.fathom.v1.AutoH\x00\x42\x08\n\x06\x63hoice\":\n\x04\x41uto\x12\x1d\n\x10max_quality_loss\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x13\n\x11_max_quality_loss\"\xf9\x01\n\x06Served\x12\x16\n\x0eprefill_layers\x18\x01 \x01(\r\x12\x15\n\rdecode_layers\x18\x02 \x01(\r\x12(\n\x06reason\x18\x03 \x01(\x0e\x32\x18.fathom.v1.Served.Reason\x12$\n\x08stand_in\x18\n \x01(\x0e\x32\x12.fathom.v1.StandIn\"p\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x14\n\x10REASON_REQUESTED\x10\x01\x12\x12\n\x0eREASON_DEFAULT\x10\x02\x12\x0f\n\x0bREASON_AUTO\x10\x03\x12\x13\n\x0fREASON_DEGRADED\x10\x04\"\xe4\x01\n\x05Level\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0eprefill_layers\x18\x02 \x01(\r\x12\x15\n\rdecode_layers\x18\x03 \x01(\r\x12(\n\x07quality\x18\x04 \x01(\x0b\x32\x12.fathom.v1.QualityH\x00\x88\x01\x01\x12$\n\x05speed\x18\x05 \x01(\x0b\x32\x10.fathom.v1.SpeedH\x01\x88\x01\x01\x12\x12\n\nis_default\x18\x06 \x01(\x08\x12$\n\x08stand_in\x18\x0e \x01(\x0e\x32\x12.fathom.v1.StandInB\n\n\x08_qualityB\x08\n\x06_speed\"\x94\x01\n\x07Quality\x12\x12\n\nperplexity\x18\x01 \x01(\x01\x12\x19\n\x11perplexity_stderr\x18\x02 \x01(\x01\x12\x16\n\tagreement\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x07kl_nats\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\nnum_tokens\x18\x05 \x01(\x04\x42\x0c\n\n_agreementB\n\n\x08_kl_nats\"Y\n\x05Speed\x12\x19\n\x11tokens_per_second\x18\x01 \x01(\x01\x12\x14\n\x07speedup\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x0bnum_streams\x18\x03 \x01(\rB\n\n\x08_speedup\"\x9c\x03\n\x04Plan\x12\x15\n\rremoval_order\x18\x01 \x03(\r\x12*\n\x06layers\x18\x02 \x03(\x0b\x32\x1a.fathom.v1.LayerImportance\x12\x0e\n\x06metric\x18\x03 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12\x18\n\x10text_fingerprint\x18\x05 \x01(\t\x12\x12\n\nnum_tokens\x18\x06 \x01(\x04\x12\x12\n\ncreated_at\x18\x07 \x01(\x01\x12/\n\x08versions\x18\x08 \x03(\x0b\x32\x1d.fathom.v1.Plan.VersionsEntry\x12\x36\n\x0cother_scores\x18\t \x03(\x0b\x32 .fathom.v1.Plan.OtherScoresEntry\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1aJ\n\x10OtherScoresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.fathom.v1.LayerScores:\x02\x38\x01\"\x1d\n\x0bLayerScores\x12\x0e\n\x06scores\x18\x01 \x03(\x01\"?\n\x0fLayerImportance\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x05score\x18\x02 \x01(\x01\x12\x0e\n\x06stderr\x18\x03 \x01(\x01*6\n\x07StandIn\x12\x11\n\rSTAND_IN_NONE\x10\x00\x12\x18\n\x14STAND_IN_CLOSED_FORM\x10\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,28 +35,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PLAN_VERSIONSENTRY']._serialized_options = b'8\001'
   _globals['_PLAN_OTHERSCORESENTRY']._loaded_options = None
   _globals['_PLAN_OTHERSCORESENTRY']._serialized_options = b'8\001'
+  _globals['_STANDIN']._serialized_start=1443
+  _globals['_STANDIN']._serialized_end=1497
   _globals['_DEPTH']._serialized_start=37
   _globals['_DEPTH']._serialized_end=145
   _globals['_AUTO']._serialized_start=147
   _globals['_AUTO']._serialized_end=205
   _globals['_SERVED']._serialized_start=208
-  _globals['_SERVED']._serialized_end=419
-  _globals['_SERVED_REASON']._serialized_start=307
-  _globals['_SERVED_REASON']._serialized_end=419
-  _globals['_LEVEL']._serialized_start=422
-  _globals['_LEVEL']._serialized_end=612
-  _globals['_QUALITY']._serialized_start=615
-  _globals['_QUALITY']._serialized_end=763
-  _globals['_SPEED']._serialized_start=765
-  _globals['_SPEED']._serialized_end=854
-  _globals['_PLAN']._serialized_start=857
-  _globals['_PLAN']._serialized_end=1269
-  _globals['_PLAN_VERSIONSENTRY']._serialized_start=1146
-  _globals['_PLAN_VERSIONSENTRY']._serialized_end=1193
-  _globals['_PLAN_OTHERSCORESENTRY']._serialized_start=1195
-  _globals['_PLAN_OTHERSCORESENTRY']._serialized_end=1269
-  _globals['_LAYERSCORES']._serialized_start=1271
-  _globals['_LAYERSCORES']._serialized_end=1300
-  _globals['_LAYERIMPORTANCE']._serialized_start=1302
-  _globals['_LAYERIMPORTANCE']._serialized_end=1365
+  _globals['_SERVED']._serialized_end=457
+  _globals['_SERVED_REASON']._serialized_start=345
+  _globals['_SERVED_REASON']._serialized_end=457
+  _globals['_LEVEL']._serialized_start=460
+  _globals['_LEVEL']._serialized_end=688
+  _globals['_QUALITY']._serialized_start=691
+  _globals['_QUALITY']._serialized_end=839
+  _globals['_SPEED']._serialized_start=841
+  _globals['_SPEED']._serialized_end=930
+  _globals['_PLAN']._serialized_start=933
+  _globals['_PLAN']._serialized_end=1345
+  _globals['_PLAN_VERSIONSENTRY']._serialized_start=1222
+  _globals['_PLAN_VERSIONSENTRY']._serialized_end=1269
+  _globals['_PLAN_OTHERSCORESENTRY']._serialized_start=1271
+  _globals['_PLAN_OTHERSCORESENTRY']._serialized_end=1345
+  _globals['_LAYERSCORES']._serialized_start=1347
+  _globals['_LAYERSCORES']._serialized_end=1376
+  _globals['_LAYERIMPORTANCE']._serialized_start=1378
+  _globals['_LAYERIMPORTANCE']._serialized_end=1441
 # @@protoc_insertion_point(module_scope)

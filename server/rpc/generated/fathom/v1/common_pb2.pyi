@@ -7,6 +7,13 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class StandIn(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STAND_IN_NONE: _ClassVar[StandIn]
+    STAND_IN_CLOSED_FORM: _ClassVar[StandIn]
+STAND_IN_NONE: StandIn
+STAND_IN_CLOSED_FORM: StandIn
+
 class Depth(_message.Message):
     __slots__ = ("layers", "prune_ratio", "level", "auto")
     LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -26,7 +33,7 @@ class Auto(_message.Message):
     def __init__(self, max_quality_loss: _Optional[float] = ...) -> None: ...
 
 class Served(_message.Message):
-    __slots__ = ("prefill_layers", "decode_layers", "reason")
+    __slots__ = ("prefill_layers", "decode_layers", "reason", "stand_in")
     class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         REASON_UNSPECIFIED: _ClassVar[Served.Reason]
@@ -42,26 +49,30 @@ class Served(_message.Message):
     PREFILL_LAYERS_FIELD_NUMBER: _ClassVar[int]
     DECODE_LAYERS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    STAND_IN_FIELD_NUMBER: _ClassVar[int]
     prefill_layers: int
     decode_layers: int
     reason: Served.Reason
-    def __init__(self, prefill_layers: _Optional[int] = ..., decode_layers: _Optional[int] = ..., reason: _Optional[_Union[Served.Reason, str]] = ...) -> None: ...
+    stand_in: StandIn
+    def __init__(self, prefill_layers: _Optional[int] = ..., decode_layers: _Optional[int] = ..., reason: _Optional[_Union[Served.Reason, str]] = ..., stand_in: _Optional[_Union[StandIn, str]] = ...) -> None: ...
 
 class Level(_message.Message):
-    __slots__ = ("name", "prefill_layers", "decode_layers", "quality", "speed", "is_default")
+    __slots__ = ("name", "prefill_layers", "decode_layers", "quality", "speed", "is_default", "stand_in")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PREFILL_LAYERS_FIELD_NUMBER: _ClassVar[int]
     DECODE_LAYERS_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
     SPEED_FIELD_NUMBER: _ClassVar[int]
     IS_DEFAULT_FIELD_NUMBER: _ClassVar[int]
+    STAND_IN_FIELD_NUMBER: _ClassVar[int]
     name: str
     prefill_layers: int
     decode_layers: int
     quality: Quality
     speed: Speed
     is_default: bool
-    def __init__(self, name: _Optional[str] = ..., prefill_layers: _Optional[int] = ..., decode_layers: _Optional[int] = ..., quality: _Optional[_Union[Quality, _Mapping]] = ..., speed: _Optional[_Union[Speed, _Mapping]] = ..., is_default: _Optional[bool] = ...) -> None: ...
+    stand_in: StandIn
+    def __init__(self, name: _Optional[str] = ..., prefill_layers: _Optional[int] = ..., decode_layers: _Optional[int] = ..., quality: _Optional[_Union[Quality, _Mapping]] = ..., speed: _Optional[_Union[Speed, _Mapping]] = ..., is_default: _Optional[bool] = ..., stand_in: _Optional[_Union[StandIn, str]] = ...) -> None: ...
 
 class Quality(_message.Message):
     __slots__ = ("perplexity", "perplexity_stderr", "agreement", "kl_nats", "num_tokens")

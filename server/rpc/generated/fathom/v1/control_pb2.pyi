@@ -107,7 +107,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("state", "num_running", "num_waiting", "uptime_seconds", "startup_seconds", "num_engine_restarts", "version", "startup_phase", "auto_level", "problems")
+    __slots__ = ("state", "num_running", "num_waiting", "uptime_seconds", "startup_seconds", "num_engine_restarts", "version", "startup_phase", "auto_level", "problems", "repair_wanted", "repair_in_force", "repair_problem")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[GetStatusResponse.State]
@@ -137,6 +137,9 @@ class GetStatusResponse(_message.Message):
     STARTUP_PHASE_FIELD_NUMBER: _ClassVar[int]
     AUTO_LEVEL_FIELD_NUMBER: _ClassVar[int]
     PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    REPAIR_WANTED_FIELD_NUMBER: _ClassVar[int]
+    REPAIR_IN_FORCE_FIELD_NUMBER: _ClassVar[int]
+    REPAIR_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     state: GetStatusResponse.State
     num_running: int
     num_waiting: int
@@ -147,7 +150,10 @@ class GetStatusResponse(_message.Message):
     startup_phase: str
     auto_level: str
     problems: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, state: _Optional[_Union[GetStatusResponse.State, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., startup_seconds: _Optional[_Mapping[str, float]] = ..., num_engine_restarts: _Optional[int] = ..., version: _Optional[str] = ..., startup_phase: _Optional[str] = ..., auto_level: _Optional[str] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
+    repair_wanted: _common_pb2.StandIn
+    repair_in_force: _common_pb2.StandIn
+    repair_problem: str
+    def __init__(self, state: _Optional[_Union[GetStatusResponse.State, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., startup_seconds: _Optional[_Mapping[str, float]] = ..., num_engine_restarts: _Optional[int] = ..., version: _Optional[str] = ..., startup_phase: _Optional[str] = ..., auto_level: _Optional[str] = ..., problems: _Optional[_Iterable[str]] = ..., repair_wanted: _Optional[_Union[_common_pb2.StandIn, str]] = ..., repair_in_force: _Optional[_Union[_common_pb2.StandIn, str]] = ..., repair_problem: _Optional[str] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("grace_seconds",)

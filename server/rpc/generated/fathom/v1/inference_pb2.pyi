@@ -255,7 +255,7 @@ class GetModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "architecture", "dtype", "quantization", "num_layers", "vocab_size", "max_context", "engine", "levels", "depths", "plan")
+    __slots__ = ("name", "architecture", "dtype", "quantization", "num_layers", "vocab_size", "max_context", "engine", "levels", "depths", "plan", "repair")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -267,6 +267,7 @@ class Model(_message.Message):
     LEVELS_FIELD_NUMBER: _ClassVar[int]
     DEPTHS_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
+    REPAIR_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     dtype: str
@@ -278,4 +279,30 @@ class Model(_message.Message):
     levels: _containers.RepeatedCompositeFieldContainer[_common_pb2.Level]
     depths: _containers.RepeatedCompositeFieldContainer[_common_pb2.Level]
     plan: _common_pb2.Plan
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., num_layers: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_context: _Optional[int] = ..., engine: _Optional[str] = ..., levels: _Optional[_Iterable[_Union[_common_pb2.Level, _Mapping]]] = ..., depths: _Optional[_Iterable[_Union[_common_pb2.Level, _Mapping]]] = ..., plan: _Optional[_Union[_common_pb2.Plan, _Mapping]] = ...) -> None: ...
+    repair: Repair
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., num_layers: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_context: _Optional[int] = ..., engine: _Optional[str] = ..., levels: _Optional[_Iterable[_Union[_common_pb2.Level, _Mapping]]] = ..., depths: _Optional[_Iterable[_Union[_common_pb2.Level, _Mapping]]] = ..., plan: _Optional[_Union[_common_pb2.Plan, _Mapping]] = ..., repair: _Optional[_Union[Repair, _Mapping]] = ...) -> None: ...
+
+class Repair(_message.Message):
+    __slots__ = ("kind", "fingerprint", "num_bytes", "num_tokens", "unexplained", "kl_nats", "kl_nats_without")
+    class UnexplainedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: float
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[float] = ...) -> None: ...
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    UNEXPLAINED_FIELD_NUMBER: _ClassVar[int]
+    KL_NATS_FIELD_NUMBER: _ClassVar[int]
+    KL_NATS_WITHOUT_FIELD_NUMBER: _ClassVar[int]
+    kind: _common_pb2.StandIn
+    fingerprint: str
+    num_bytes: int
+    num_tokens: int
+    unexplained: _containers.ScalarMap[int, float]
+    kl_nats: float
+    kl_nats_without: float
+    def __init__(self, kind: _Optional[_Union[_common_pb2.StandIn, str]] = ..., fingerprint: _Optional[str] = ..., num_bytes: _Optional[int] = ..., num_tokens: _Optional[int] = ..., unexplained: _Optional[_Mapping[int, float]] = ..., kl_nats: _Optional[float] = ..., kl_nats_without: _Optional[float] = ...) -> None: ...

@@ -1,0 +1,92 @@
+"""Renewal of repair that an engine has lost: its maps were damaged when it was started again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+
+from pruning.repair import RepairError
+from server.background import BackgroundTask
+from server.calibration.policy_in_force import PolicyInForce
+from server.calibration.policy_store import PolicyStore
+from server.calibration.policy_updates import PolicyUpdates
+from server.calibration.repairer import Repairer
+from server.depth.policy import DepthPolicy
+from server.engine.base import Engine, EngineDead, RepairsLayers
+from server.errors import FathomError
+
+_LOST = (
+    "the engine was started again, but its repair maps could not be loaded; layers are skipped "
+    "without them until they have been fitted again"
+)
+
+logger = logging.getLogger(__name__)
+
+
+class RepairRenewal:
+    """Takes repair out of force when the engine has lost its maps, and brings it back.
+
+    Nothing that was measured with the lost maps is used meanwhile. Belongs to the thread of the
+    event loop.
+    """
+
+    def __init__(self, engine: Engine, in_force: PolicyInForce) -> None:
+        self._engine = engine
+        self._in_force = in_force
+        self._store: PolicyStore | None = None
+        self._updates: PolicyUpdates | None = None
+        self._repairer: Repairer | None = None
+        self._is_lost = False
+        self._is_needed = asyncio.Event()
+
+    def open(
+        self, updates: PolicyUpdates, store: PolicyStore | None, repairer: Repairer | None
+    ) -> None:
+        """Renew with ``repairer`` from now on, one at a time with ``updates``."""
+        self._updates, self._store, self._repairer = updates, store, repairer
+
+    def task(self) -> BackgroundTask:
+        """Return what is to run as long as the service is open."""
+        return BackgroundTask("the renewal of repair", self._run)
+
+    def engine_restarted(self) -> None:
+        """See whether the engine still has its maps; to be called before it gets requests."""
+        policy = self._in_force.policy
+        if policy.repair is None:
+            if self._is_lost:  # the engine has died again while they were fitted
+                self._is_needed.set()
+            return
+        engine = self._engine
+        assert isinstance(engine, RepairsLayers), "it has repaired layers before"
+        if engine.has_repair(policy.repair):
+            return
+        logger.error("%s", _LOST)
+        self._is_lost = True
+        self._in_force.install(self._unrepaired(policy))
+        self._in_force.set_repair(replace(self._in_force.repair, in_force=None, problem=_LOST))
+        self._is_needed.set()
+
+    def _unrepaired(self, policy: DepthPolicy) -> DepthPolicy:
+        """Return the policy without repair, with what was once measured of it."""
+        unrepaired = policy.with_repair(None)
+        if self._store is None:
+            return unrepaired
+        return unrepaired.with_measurements(*self._store.kept(unrepaired, list(policy.qualities)))
+
+    async def _run(self) -> None:
+        while True:
+            await self._is_needed.wait()
+            self._is_needed.clear()
+            if self._updates is None or self._repairer is None:
+                continue
+            try:
+                await self._updates.renew_repair(self._repairer)
+            except EngineDead:
+                continue  # its restart calls for another attempt
+            except (RepairError, FathomError, OSError) as error:
+                problem = f"repair is not used: its maps were lost, and not fitted again: {error}"
+                logger.exception("%s", problem)
+                self._in_force.set_repair(replace(self._in_force.repair, problem=problem))
+            else:
+                self._is_lost = False
