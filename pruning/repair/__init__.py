@@ -1,7 +1,8 @@
 """Repair: a linear map for each layer that stands in for it where it is skipped.
 
 A skipped layer turns the residual stream x into x + x M instead of x. M is fitted in closed form
-on the dense model's activations, so that one map for each layer serves every depth.
+on the dense model's activations, so that one map for each layer serves every depth. Maps that
+are trained further, for one set of skipped layers, are healed (:mod:`pruning.repair.healing`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from pruning.repair.errors import RepairError
 from pruning.repair.fit import FittedMap, check_fit_tokens, fit_map, min_fit_tokens
 from pruning.repair.gram import GramEstimator, layers_at_a_time
-from pruning.repair.maps import LayerMap, RepairMaps
+from pruning.repair.healing import HealingStep, heal
+from pruning.repair.maps import Healing, LayerMap, RepairMaps
 from pruning.repair.storage import load_maps, maps_fingerprint, save_maps
 from pruning.repair.transformers_fit import fit_repair
 from pruning.repair.windows import split_windows
@@ -17,12 +19,15 @@ from pruning.repair.windows import split_windows
 __all__ = [
     "FittedMap",
     "GramEstimator",
+    "Healing",
+    "HealingStep",
     "LayerMap",
     "RepairError",
     "RepairMaps",
     "check_fit_tokens",
     "fit_map",
     "fit_repair",
+    "heal",
     "layers_at_a_time",
     "load_maps",
     "maps_fingerprint",
