@@ -165,8 +165,18 @@ class RepairsLayers(Protocol):
         finite, and for a file that cannot be written.
         """
 
+    def has_repair(self, fingerprint: str) -> bool:
+        """Return whether requests may ask for these maps.
+
+        An engine whose process has ended keeps its maps, unless they cannot be loaded by the next
+        one. Callable from any thread.
+        """
+        ...
+
     async def install_repair(self, path: Path) -> str:
-        """Load the maps in ``path``; return the fingerprint by which requests ask for them.
+        """Load the maps in ``path``, beside those that were installed before.
+
+        Returns the fingerprint by which requests ask for them.
 
         Raises :class:`pruning.repair.RepairError` for maps that are damaged or do not fit the
         model, and :class:`OSError` for a file that cannot be read.

@@ -89,6 +89,9 @@ class RepairingEngine(ToyEngine):
         save_maps(RepairMaps(maps, NUM_LAYERS, model_fingerprint, text_fingerprint, 64), path)
         progress(1, 1)
 
+    def has_repair(self, fingerprint: str) -> bool:
+        return fingerprint == self.installed
+
     async def install_repair(self, path: Path) -> str:
         self.installed = maps_fingerprint(path)
         return self.installed
