@@ -6,14 +6,19 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from pruning.checkpoint import CheckpointError
+from pruning.fingerprint import text_fingerprint, token_fingerprint
 from pruning.plan import Plan
 from pruning.quantization import QuantizationError, plan_of_base
 from pruning.repair import RepairError
+from pruning.repair.healing_job import HealingJob
 from pruning.surgery import SurgeryError
 from pruning.text import TextError
 from server.calibration.calibrator import Calibrator, Progress
+from server.calibration.healed_store import HealedStore, Training
+from server.calibration.healing import HealedLevels
 from server.calibration.offline_plan import kept_plan
 from server.calibration.policy_store import PolicyStore
 from server.calibration.served_metrics import searches
@@ -25,6 +30,7 @@ from server.depth.policy import DepthPolicy
 from server.engine.base import Engine, EngineDead, RepairsLayers
 from server.model.inputs import Inputs, refused_as
 from server.model.quantized import QuantizedModel
+from server.serving.level_healer import LevelHealer
 from server.serving.service import Service
 from server.telemetry.progress import ProgressReport
 
@@ -59,6 +65,9 @@ class Startup:
         self._engine = engine
         self._service = service
         self._progress = progress
+        # Heals the levels while the server serves; None until the service is open, and where the
+        # settings do not ask for it.
+        self.healer: LevelHealer | None = None
 
     async def run(self) -> None:
         """Take all steps, and open the service.
@@ -71,7 +80,7 @@ class Startup:
         await self._load_model()
         with refused_as("model"), refused_as("the engine has died while measuring", EngineDead):
             calibrator, store = self._calibrator(), self._policy_store()
-            repair = await self._fitted_repair(calibrator, store)
+            closed_form, repair = await self._fitted_repair(calibrator, store)
             plan = await self._plan(calibrator, store, repair)
             policy = DepthPolicy(
                 plan,
@@ -84,8 +93,14 @@ class Startup:
                     await calibrator.prepare(policy, self._on_progress)
             if repair is not None:
                 policy = await self._repair(policy, repair, calibrator, store)
+            healed = self._healed_levels(calibrator, store)
+            if healed is not None:
+                with self._service.phase("repair"):
+                    policy = await healed.with_kept(policy, self._on_progress)
             policy = await self._measure(policy, calibrator, store)
         self._service.open(policy, calibrator, store)
+        if healed is not None and closed_form is not None and self._settings.heal:
+            self.healer = await self._healer(healed, calibrator, closed_form, repair or "")
         # An operator who has set others with SetLevels may look for them here.
         logger.info(
             "levels, as the settings have them: %s; the default is %s",
@@ -128,17 +143,19 @@ class Startup:
                 lambda: calibrator.measure_plan(self._on_progress, repair=repair)
             )
 
-    async def _fitted_repair(self, calibrator: Calibrator, store: PolicyStore) -> str | None:
-        """Install repair maps in the engine, if they are wanted; return their fingerprint."""
+    async def _fitted_repair(
+        self, calibrator: Calibrator, store: PolicyStore
+    ) -> tuple[Path, str] | tuple[None, None]:
+        """Install repair maps in the engine, if wanted; return their file and fingerprint."""
         if self._settings.repair == "none":
-            return None
+            return None, None
         engine = self._engine
         assert isinstance(engine, RepairsLayers), "the settings have been checked"
         with self._service.phase("repair"), refused_as("repair", RepairError, OSError):
             path = await store.repair(
                 lambda path: calibrator.fit_repair(engine, path, self._on_progress)
             )
-            return await engine.install_repair(path)
+            return path, await engine.install_repair(path)
 
     async def _repair(
         self, policy: DepthPolicy, repair: str, calibrator: Calibrator, store: PolicyStore
@@ -167,6 +184,50 @@ class Startup:
             without,
         )
         return repaired
+
+    def _healed_levels(self, calibrator: Calibrator, store: PolicyStore) -> HealedLevels | None:
+        if self._settings.repair != "healed":
+            return None
+        engine = self._engine
+        assert isinstance(engine, RepairsLayers), "the settings have been checked"
+        return HealedLevels(engine, calibrator, store, self._healed_store())
+
+    def _healed_store(self) -> HealedStore:
+        inputs = self._inputs
+        return HealedStore(self._settings.state_dir, inputs.fingerprint, inputs.num_layers)
+
+    async def _healer(
+        self, levels: HealedLevels, calibrator: Calibrator, closed_form: Path, fingerprint: str
+    ) -> LevelHealer:
+        settings, inputs, dtype = self._settings, self._inputs, self._engine.model.dtype
+        windows = await calibrator.training_windows()
+        training = Training(
+            tokens=token_fingerprint(windows),
+            held_out=token_fingerprint(calibrator.held_out_windows),
+            started_from=fingerprint,
+            dtype=dtype,
+            steps=settings.heal_steps,
+            seed=settings.heal_seed,
+        )
+
+        def job_of(skipped: tuple[int, ...], out: Path, checkpoint: Path) -> HealingJob:
+            return HealingJob(
+                model=str(inputs.source.directory),
+                dtype=dtype,
+                trust_remote_code=settings.trust_remote_code,
+                model_fingerprint=inputs.fingerprint,
+                text_fingerprint=text_fingerprint(inputs.texts),
+                skipped=skipped,
+                closed_form=str(closed_form),
+                windows=windows,
+                held_out=(),  # the engine judges
+                steps=settings.heal_steps,
+                seed=settings.heal_seed,
+                out=str(out),
+                checkpoint=str(checkpoint),
+            )
+
+        return LevelHealer(self._service, levels, self._healed_store(), training, job_of)
 
     async def _loss(
         self,

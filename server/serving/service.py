@@ -15,7 +15,7 @@ from server.calibration.policy_updates import PolicyUpdates
 from server.depth.auto_rules import AutoRules, check_rules
 from server.depth.autodepth import AutoDepth
 from server.depth.policy import DepthPolicy
-from server.engine.base import Engine, EngineDead, LoadInfo, ModelInfo
+from server.engine.base import Engine, EngineDead, LoadInfo, ModelInfo, RepairsLayers
 from server.serving.admission import Admission
 from server.serving.engine_restarter import EngineRestarter
 from server.serving.fair_queue import FairQueue
@@ -94,7 +94,7 @@ class Service:
             poll_seconds=poll_seconds,
             first_delay=first_restart_delay,
             max_delay=max_restart_delay,
-            on_restarted=self._results.engine_restarted,
+            on_restarted=self._engine_restarted,
         )
         self._auto = AutoDepth(auto_rules or AutoRules())
         self.inference = Inference(
@@ -275,6 +275,23 @@ class Service:
         self._in_force.install(policy)
 
     # Inside
+
+    def _engine_restarted(self) -> None:
+        self._drop_lost_maps()  # so that no level that is checked names them
+        self._results.engine_restarted()
+
+    def _drop_lost_maps(self) -> None:
+        """Serve without maps that the engine, started again, could not load."""
+        engine = self._engine
+        if not self._in_force.is_known or not isinstance(engine, RepairsLayers):
+            return
+        policy = self._in_force.policy
+        maps = [*filter(None, [policy.repair]), *policy.healed.values()]
+        lost = [fingerprint for fingerprint in maps if not engine.has_repair(fingerprint)]
+        for fingerprint in lost:
+            policy = policy.without_maps(fingerprint)
+        if lost:
+            self._in_force.install(policy)
 
     def _load(self) -> LoadInfo:
         try:

@@ -137,7 +137,8 @@ def healed(
 
 @pytest.fixture(scope="module")
 def maps_of(maps: RepairMaps, repair: str, healed: list[Healed]) -> dict[str | None, RepairMaps]:
-    return {repair: maps} | {maps_fingerprint(each.path): each.maps for each in healed}
+    of: dict[str | None, RepairMaps] = {repair: maps}
+    return of | {maps_fingerprint(each.path): each.maps for each in healed}
 
 
 @pytest.fixture(scope="module")
