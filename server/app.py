@@ -145,9 +145,14 @@ class Application:
                 stack.push_async_callback(task.stop)
             metrics.set_startup("inputs", inputs_seconds)
             with self._progress:
-                await Startup(settings, inputs, engine, service, self._progress).run()
+                startup = Startup(settings, inputs, engine, service, self._progress)
+                await startup.run()
             self._serving = True
             self._announce(service, rpc_server.port, metrics_port.url)
+            if startup.healer is not None:
+                healing = BackgroundTask("the healing of levels", startup.healer.run)
+                healing.start()
+                stack.push_async_callback(healing.stop)
             read_again = self._read_again
             if settings.config is not None:
                 file = SettingsFile(settings.config, read_again)

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 from pruning.checkpoint import CheckpointError
+from pruning.fingerprint import text_fingerprint, token_fingerprint
 from pruning.plan import Plan
 from pruning.quantization import QuantizationError, plan_of_base
 from pruning.repair import RepairError
+from pruning.repair.healing_job import HealingJob
 from pruning.surgery import SurgeryError
 from pruning.text import TextError
 from server.calibration.calibrator import Calibrator, Progress
+from server.calibration.healed_store import HealedStore, Training
+from server.calibration.healing import HealedLevels
 from server.calibration.offline_plan import kept_plan
 from server.calibration.policy_store import PolicyStore
-from server.calibration.repairer import Repairer
+from server.calibration.repairer import InstalledRepair, Repairer
 from server.calibration.served_metrics import searches
 from server.calibration.state_keys import policy_store, search_store
 from server.calibration.versions import measuring_versions
 from server.config import Settings
 from server.depth.policy import DepthPolicy
-from server.depth.repair import Repair, RepairStatus
+from server.depth.repair import Repair, RepairStatus, StandIn
 from server.engine.base import Engine, EngineDead, RepairsLayers
 from server.model.inputs import Inputs, refused_as
 from server.model.quantized import QuantizedModel
+from server.serving.level_healer import LevelHealer
 from server.serving.service import Service
 from server.telemetry.progress import ProgressReport
 
@@ -58,6 +64,9 @@ class Startup:
         self._engine = engine
         self._service = service
         self._progress = progress
+        # Heals the levels while the server serves; None until the service is open, and where the
+        # settings do not ask for it.
+        self.healer: LevelHealer | None = None
 
     async def run(self) -> None:
         """Take all steps, and open the service.
@@ -71,7 +80,8 @@ class Startup:
         with refused_as("model"), refused_as("the engine has died while measuring", EngineDead):
             calibrator, store = self._calibrator(), self._policy_store()
             repairer = self._repairer(calibrator, store)
-            repair = await self._installed_repair(repairer)
+            installed = await self._installed_repair(repairer)
+            repair = None if installed is None else installed.repair
             plan = await self._plan(calibrator, store, repair)
             policy = DepthPolicy(
                 plan,
@@ -85,8 +95,14 @@ class Startup:
             status = RepairStatus()
             if repairer is not None and repair is not None:
                 policy, status = await self._repair(policy, repairer, repair)
+            healed = self._healed_levels(calibrator, store)
+            if healed is not None:
+                with self._service.phase("repair"):
+                    policy = await healed.with_kept(policy, self._on_progress)
             policy = await self._measure(policy, calibrator, store)
         self._service.open(policy, calibrator, store, repair=status, repairer=repairer)
+        if healed is not None and installed is not None and self._settings.heal:
+            self.healer = await self._healer(healed, calibrator, installed)
         # An operator who has set others with SetLevels may look for them here.
         logger.info(
             "levels, as the settings have them: %s; the default is %s",
@@ -132,7 +148,7 @@ class Startup:
                 lambda: calibrator.measure_plan(self._on_progress, repair=fingerprint)
             )
 
-    async def _installed_repair(self, repairer: Repairer | None) -> Repair | None:
+    async def _installed_repair(self, repairer: Repairer | None) -> InstalledRepair | None:
         """Install repair maps in the engine, if they are wanted."""
         if repairer is None:
             return None
@@ -148,6 +164,50 @@ class Startup:
         if status.problem and self._inputs.plan is None and searches(policy.plan.metric):
             logger.warning("the search for the layers to leave out has counted on repair")
         return policy, status
+
+    def _healed_levels(self, calibrator: Calibrator, store: PolicyStore) -> HealedLevels | None:
+        if self._settings.repair != "healed":
+            return None
+        engine = self._engine
+        assert isinstance(engine, RepairsLayers), "the settings have been checked"
+        return HealedLevels(engine, calibrator, store, self._healed_store())
+
+    def _healed_store(self) -> HealedStore:
+        inputs = self._inputs
+        return HealedStore(self._settings.state_dir, inputs.fingerprint, inputs.num_layers)
+
+    async def _healer(
+        self, levels: HealedLevels, calibrator: Calibrator, closed_form: InstalledRepair
+    ) -> LevelHealer:
+        settings, inputs, dtype = self._settings, self._inputs, self._engine.model.dtype
+        windows = await calibrator.training_windows()
+        training = Training(
+            tokens=token_fingerprint(windows),
+            held_out=token_fingerprint(calibrator.held_out_windows),
+            started_from=closed_form.repair.fingerprint,
+            dtype=dtype,
+            steps=settings.heal_steps,
+            seed=settings.heal_seed,
+        )
+
+        def job_of(skipped: tuple[int, ...], out: Path, checkpoint: Path) -> HealingJob:
+            return HealingJob(
+                model=str(inputs.source.directory),
+                dtype=dtype,
+                trust_remote_code=settings.trust_remote_code,
+                model_fingerprint=inputs.fingerprint,
+                text_fingerprint=text_fingerprint(inputs.texts),
+                skipped=skipped,
+                closed_form=str(closed_form.path),
+                windows=windows,
+                held_out=(),  # the engine judges
+                steps=settings.heal_steps,
+                seed=settings.heal_seed,
+                out=str(out),
+                checkpoint=str(checkpoint),
+            )
+
+        return LevelHealer(self._service, levels, self._healed_store(), training, job_of)
 
     async def _measure(
         self, policy: DepthPolicy, calibrator: Calibrator, store: PolicyStore
@@ -198,7 +258,8 @@ class Startup:
             return None
         engine = self._engine
         assert isinstance(engine, RepairsLayers), "the settings have been checked"
-        return Repairer(engine, calibrator, store, self._on_progress)
+        wanted = StandIn(self._settings.repair)
+        return Repairer(engine, calibrator, store, self._on_progress, wanted=wanted)
 
     def _policy_store(self) -> PolicyStore:
         inputs = self._inputs

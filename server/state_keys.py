@@ -10,6 +10,8 @@ its key, or is compared when the entry is read:
 | ``search-*`` | divergence from the dense model, by the layers that are left out | model, tokenizer, token ids of the text, repair maps, data type, context, vLLM's arguments |
 | ``quality-*`` | perplexity and the like, by the layers that are left out | as a plan, with the held-out text |
 | ``repair-*`` | maps that stand in for skipped layers | as a plan; it is compared with its digest |
+| ``healed-*`` | maps trained for one set of skipped layers | model, skipped layers; the latest training replaces an earlier one |
+| ``healing-*`` | state of an unfinished training of such maps, or what it came to | model, skipped layers, token ids to train and to judge on, the closed-form maps it began with, data type, steps, seed |
 | ``speed-*`` | tokens per second, by the layers that are left out | as quality, and hardware, versions of packages, requests at a time |
 | ``quantized-*`` | quantized checkpoint, and a record of its files | model, how it is quantized, token ids that it is calibrated on, version of GPTQModel, companion files, whether code is copied; each file is compared with its record |
 | ``checkpoint-*`` | checkpoint of one depth | model, removed layers, companion files, whether code is copied; it is compared with its fingerprint |
@@ -37,6 +39,7 @@ Key = dict[str, object]
 _HASH, _PLAN, _SEARCH, _QUALITY, _REPAIR, _SPEED, _QUANTIZED, _CHECKPOINT = (
     {"method": method} for method in (1, 1, 1, 1, 1, 1, 3, 1)
 )
+_HEALED = {"method": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,32 @@ def quality_key(measuring: Measuring, *, text: str, num_tokens: int) -> Key:
 def repair_key(measuring: Measuring, *, text: str, num_tokens: int) -> Key:
     """Return the key of repair maps; ``text`` is the fingerprint of the calibration text."""
     return {**_REPAIR, **asdict(measuring), "text": text, "num_tokens": num_tokens}
+
+
+def healed_key(model: str, skipped: Sequence[int]) -> Key:
+    """Return the key of maps that were trained for the layers ``skipped``."""
+    return {**_HEALED, "model": model, "skipped": list(skipped)}
+
+
+def healing_key(model: str, skipped: Sequence[int], training: Any) -> Key:
+    """Return the key of one training; ``training`` is a dataclass of all that it depends on."""
+    return {**healed_key(model, skipped), **asdict(training)}
+
+
+def transformers_repair_key(
+    *, model: str, tokenizer: str, dtype: str, max_context: int, text: str, num_tokens: int
+) -> Key:
+    """Return the key of repair maps that were fitted with transformers."""
+    return {
+        **_REPAIR,
+        "library": "transformers",
+        "model": model,
+        "tokenizer": tokenizer,
+        "dtype": dtype,
+        "max_context": max_context,
+        "text": text,
+        "num_tokens": num_tokens,
+    }
 
 
 def speed_key(

@@ -1,7 +1,8 @@
 """Repair: a linear map for each layer that stands in for it where it is skipped.
 
 A skipped layer turns the residual stream x into x + x M instead of x. M is fitted in closed form
-on the dense model's activations, so that one map for each layer serves every depth.
+on the dense model's activations, so that one map for each layer serves every depth. Maps that
+are trained further, for one set of skipped layers, are healed (:mod:`pruning.repair.healing`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from pruning.repair.errors import RepairError
 from pruning.repair.fit import FittedMap, check_fit_tokens, fit_map, min_fit_tokens
 from pruning.repair.gram import GramEstimator, layers_at_a_time
-from pruning.repair.maps import LayerMap, RepairMaps
+from pruning.repair.healing import HealingStep, heal
+from pruning.repair.maps import Healing, LayerMap, RepairMaps
 from pruning.repair.storage import (
     MapsSummary,
     load_maps,
@@ -23,6 +25,8 @@ from pruning.repair.windows import split_windows
 __all__ = [
     "FittedMap",
     "GramEstimator",
+    "Healing",
+    "HealingStep",
     "LayerMap",
     "MapsSummary",
     "RepairError",
@@ -30,6 +34,7 @@ __all__ = [
     "check_fit_tokens",
     "fit_map",
     "fit_repair",
+    "heal",
     "layers_at_a_time",
     "load_maps",
     "maps_fingerprint",

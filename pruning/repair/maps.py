@@ -30,8 +30,38 @@ class LayerMap:
 
 
 @dataclass(frozen=True, slots=True)
+class Healing:
+    """How maps were trained for the layers ``skipped``, all of which they stand in for at once.
+
+    ``started_from`` is the fingerprint of the closed-form maps that the training began with;
+    None: with zero. It was to take ``steps`` steps, and has taken ``num_steps_taken``.
+    ``first_loss`` and ``loss`` are the divergence from the dense model on text that was held out
+    of the training, in nats a token, before it and of the maps that were kept.
+    """
+
+    skipped: tuple[int, ...]
+    started_from: str | None
+    steps: int
+    num_steps_taken: int
+    seed: int
+    first_loss: float
+    loss: float
+
+    def serves(self, prefill_skips: tuple[int, ...], decode_skips: tuple[int, ...]) -> bool:
+        """Return whether the maps may stand in where these layers are skipped.
+
+        That is where prompt and generated tokens skip the layers that the maps were trained
+        for, or one of the two does and the other none.
+        """
+        return {prefill_skips, decode_skips} - {()} == {self.skipped}
+
+
+@dataclass(frozen=True, slots=True)
 class RepairMaps:
     """A map for each of some layers of a model, fitted on ``num_tokens`` tokens of a text.
+
+    With ``healing`` they were trained on these tokens, and belong to one set of skipped layers.
+    ``ridge`` and ``unexplained`` are then those of the maps that the training began with.
 
     Raises :class:`RepairError` for values that make no maps.
     """
@@ -41,6 +71,7 @@ class RepairMaps:
     model_fingerprint: str
     text_fingerprint: str
     num_tokens: int
+    healing: Healing | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -63,6 +94,11 @@ class RepairMaps:
                     raise RepairError(f"layer {layer}: {name}: got {value}, allowed: a number")
         if self.num_tokens < 1:
             raise RepairError(f"num_tokens: got {self.num_tokens}, allowed: 1 or more")
+        if self.healing is not None and self.healing.skipped != tuple(sorted(self.layers)):
+            raise RepairError(
+                f"healing.skipped: got {list(self.healing.skipped)}, allowed: "
+                f"{sorted(self.layers)}, the layers that there are maps of"
+            )
 
     @property
     def hidden_size(self) -> int:

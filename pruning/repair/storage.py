@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pruning.checkpoint import CheckpointError
 from pruning.durable import replace_file
 from pruning.repair.errors import RepairError
-from pruning.repair.maps import LayerMap, RepairMaps
+from pruning.repair.maps import Healing, LayerMap, RepairMaps
+from pruning.repair.tensor_file import read_description, read_tensors, write_tensors
 from pruning.tensor_header import read_header
 
 if TYPE_CHECKING:
     import torch
 
-FORMAT_VERSION = 1
+# Version 1 had no ``kind``: all maps were in closed form.
+FORMAT_VERSION = 2
+_READ_VERSIONS = (1, FORMAT_VERSION)
+_CLOSED_FORM, _HEALED = "closed-form", "healed"
 _KEY = "fathom_repair"
-_DIGEST_KEY = "sha256"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +41,10 @@ class MapsSummary:
 
 def save_maps(maps: RepairMaps, path: Path) -> None:
     """Write the maps; a reader sees the old file or the new one, never a part."""
-    from safetensors.torch import save
-
     tensors = {_name(layer): m.weight.contiguous().cpu() for layer, m in maps.layers.items()}
-    description = {
+    description: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
+        "kind": _CLOSED_FORM if maps.healing is None else _HEALED,
         "num_layers": maps.num_layers,
         "model_fingerprint": maps.model_fingerprint,
         "text_fingerprint": maps.text_fingerprint,
@@ -54,8 +54,9 @@ def save_maps(maps: RepairMaps, path: Path) -> None:
             for layer, m in maps.layers.items()
         },
     }
-    text = json.dumps(description, allow_nan=False)
-    replace_file(path, save(tensors, {_KEY: text, _DIGEST_KEY: _digest(text, tensors)}))
+    if maps.healing is not None:
+        description["healing"] = asdict(maps.healing)
+    replace_file(path, write_tensors(_KEY, json.dumps(description, allow_nan=False), tensors))
 
 
 def load_maps(path: Path) -> RepairMaps:
@@ -64,18 +65,9 @@ def load_maps(path: Path) -> RepairMaps:
     Raises :class:`RepairError`, naming the file, for one that is damaged, of another format or
     no file of maps at all, and :class:`OSError` for one that cannot be read.
     """
-    from safetensors.torch import load
-
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
+    text, tensors = read_tensors(_KEY, path)
     try:
-        text, digest = _metadata(read_header(path))
-        tensors = load(path.read_bytes())
-        if digest != _digest(text, tensors):
-            raise RepairError("sha256: the maps are not what was written")
         return _maps(_description(text), tensors)
-    except CheckpointError as error:
-        raise RepairError(str(error)) from None
     except RepairError as error:
         raise RepairError(f"{path}: {error}") from None
 
@@ -93,15 +85,12 @@ def summarize_maps(path: Path) -> MapsSummary:
 
     Raises as :func:`load_maps` does for a file whose header is none of maps.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
+    text, digest = read_description(_KEY, path)
     try:
-        header = read_header(path)
-        text, digest = _metadata(header)
         description = _description(text)
         ends = [
             about["data_offsets"][1]
-            for name, about in json.loads(header).items()
+            for name, about in json.loads(read_header(path)).items()
             if name != "__metadata__"
         ]
         try:
@@ -116,19 +105,8 @@ def summarize_maps(path: Path) -> MapsSummary:
             )
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise RepairError(f"its description is damaged: {error!r}") from None
-    except CheckpointError as error:
-        raise RepairError(str(error)) from None
     except RepairError as error:
         raise RepairError(f"{path}: {error}") from None
-
-
-def _metadata(header: bytes) -> tuple[str, str]:
-    """Return the description of the maps, as text, and the digest."""
-    try:
-        metadata = json.loads(header)["__metadata__"]
-        return str(metadata[_KEY]), str(metadata[_DIGEST_KEY])
-    except (ValueError, LookupError, TypeError):
-        raise RepairError("not a file of repair maps") from None
 
 
 def _description(text: str) -> dict[str, Any]:
@@ -138,10 +116,9 @@ def _description(text: str) -> dict[str, Any]:
         description = None
     if not isinstance(description, dict):
         raise RepairError("its description is damaged: it is no JSON object")
-    if (version := description.get("format_version")) != FORMAT_VERSION:
-        raise RepairError(
-            f"format_version: found {reprlib.repr(version)}, allowed: {FORMAT_VERSION}"
-        )
+    if (version := description.get("format_version")) not in _READ_VERSIONS:
+        allowed = ", ".join(map(str, _READ_VERSIONS))
+        raise RepairError(f"format_version: found {reprlib.repr(version)}, allowed: {allowed}")
     return description
 
 
@@ -159,6 +136,7 @@ def _maps(description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -
             model_fingerprint=str(description["model_fingerprint"]),
             text_fingerprint=str(description["text_fingerprint"]),
             num_tokens=int(description["num_tokens"]),
+            healing=_healing(description),
         )
     except RepairError:
         raise
@@ -166,16 +144,18 @@ def _maps(description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -
         raise RepairError(f"its description is damaged: {error!r}") from None
 
 
+def _healing(description: Mapping[str, Any]) -> Healing | None:
+    match description.get("kind", _CLOSED_FORM):
+        case str(kind) if kind == _CLOSED_FORM:
+            return None
+        case str(kind) if kind == _HEALED:
+            about = dict(description["healing"])
+            skipped = tuple(int(layer) for layer in about.pop("skipped"))
+            return Healing(skipped=skipped, **about)
+        case kind:
+            allowed = f"{_CLOSED_FORM}, {_HEALED}"
+            raise RepairError(f"kind: found {reprlib.repr(kind)}, allowed: {allowed}")
+
+
 def _name(layer: int) -> str:
     return f"layers.{layer}.repair.weight"
-
-
-def _digest(description: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    import torch
-
-    digest = hashlib.sha256(description.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -162,14 +162,22 @@ class Calibrator:
 
         Raises :class:`pruning.repair.RepairError` as :meth:`RepairsLayers.fit_repair` does.
         """
-        windows = await asyncio.to_thread(self._calibration_windows, (), self._max_tokens)
         await engine.fit_repair(
-            windows,
+            await self.training_windows(),
             path,
             model_fingerprint=self._model_fingerprint,
             text_fingerprint=text_fingerprint(self._texts),
             progress=_report(on_progress, "repair"),
         )
+
+    async def training_windows(self) -> list[list[int]]:
+        """Return the windows of the server's calibration text, of token ids."""
+        return await asyncio.to_thread(self._calibration_windows, (), self._max_tokens)
+
+    @property
+    def held_out_windows(self) -> Sequence[Sequence[int]]:
+        """The windows that quality is measured on, of token ids."""
+        return self._held_out
 
     async def prepare(self, policy: DepthPolicy, on_progress: OnProgress) -> None:
         """Have the engine ready for every level of ``policy``.

@@ -74,7 +74,7 @@ def measured_plan(
     from pruning.importance import measure_block_influence
 
     with report.working("Loading the model, to rank its layers"):
-        model, tokenizer = _load(settings, directory)
+        model, tokenizer = load_offline(settings, directory)
     max_context = getattr(model.config, "max_position_embeddings", None) or WINDOW + 1
 
     def tokenize(text: str, *, special_tokens: bool = True) -> list[int]:
@@ -111,7 +111,11 @@ def measured_plan(
     return plan
 
 
-def _load(settings: Settings, directory: Path) -> tuple[Any, Any]:
+def load_offline(settings: Settings, directory: Path) -> tuple[Any, Any]:
+    """Return the model and its tokenizer, as transformers loads them with these settings.
+
+    Raises what transformers raises, and :class:`CheckpointError` for the tokenizer.
+    """
     import torch
 
     quantized = "quantization_config" in read_config(directory)

@@ -6,9 +6,12 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from pruning.plan import Plan
 from server.calibration.calibrator import Calibrator, OnProgress, Progress
+from server.calibration.healed_store import HealedStore
+from server.calibration.healing import HealedLevels
 from server.calibration.policy_in_force import PolicyInForce
 from server.calibration.policy_store import PolicyStore
 from server.calibration.repairer import Repairer
@@ -116,6 +119,33 @@ class PolicyUpdates:
             finally:
                 self._is_renewing = False
 
+    async def take_healed(
+        self, levels: HealedLevels, skipped: tuple[int, ...], trained: Path, store: HealedStore
+    ) -> str | None:
+        """Put the healed maps in the file ``trained`` in force, where they are better.
+
+        They are kept in ``store`` then. Returns what is not better; None: no level skips the
+        layers ``skipped``. Waits for another measurement. Raises :class:`RepairError` and
+        :class:`OSError` for maps that cannot be loaded or kept, and :class:`EngineDead`.
+        """
+        async with self._updating:
+            policy = self._in_force.policy
+            if skipped not in policy.healable_levels():
+                return None
+            found = await levels.judge(policy, skipped, trained, lambda _: None)
+            if found.problem:
+                return found.problem
+            await levels.install(await asyncio.to_thread(store.keep, skipped, trained))
+            policy = await self._measured(found.policy, lambda _: None)
+            # SetPolicy may have changed the policy meanwhile; its changes stay.
+            self._in_force.install(
+                self._in_force.policy.with_healed(skipped, found.fingerprint).with_measurements(
+                    policy.qualities, policy.speeds
+                )
+            )
+            await self._keep()
+            return ""
+
     @asynccontextmanager
     async def _update(self) -> AsyncIterator[None]:
         if self._updating.locked():
@@ -148,8 +178,8 @@ class PolicyUpdates:
         return plan
 
     async def _renew_repair(self, repairer: Repairer) -> None:
-        repair = await repairer.install()
-        policy, status = await repairer.judged(self._in_force.policy, repair)
+        installed = await repairer.install()
+        policy, status = await repairer.judged(self._in_force.policy, installed.repair)
         if status.in_force is not None:
             policy = await self._kept_or_measured(policy)
             # SetPolicy may have changed the policy meanwhile; its changes stay.

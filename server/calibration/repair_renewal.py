@@ -51,7 +51,11 @@ class RepairRenewal:
         return BackgroundTask("the renewal of repair", self._run)
 
     def engine_restarted(self) -> None:
-        """See whether the engine still has its maps; to be called before it gets requests."""
+        """See whether the engine still has its maps; to be called before it gets requests.
+
+        Healed maps that it has lost are out of force until the next start.
+        """
+        self._drop_healed()
         policy = self._in_force.policy
         if policy.repair is None:
             if self._is_lost:  # the engine has died again while they were fitted
@@ -66,6 +70,18 @@ class RepairRenewal:
         self._in_force.install(self._unrepaired(policy))
         self._in_force.set_repair(replace(self._in_force.repair, in_force=None, problem=_LOST))
         self._is_needed.set()
+
+    def _drop_healed(self) -> None:
+        policy, engine = self._in_force.policy, self._engine
+        if not policy.healed:
+            return
+        assert isinstance(engine, RepairsLayers), "it has healed layers before"
+        lost = [maps for maps in policy.healed.values() if not engine.has_repair(maps)]
+        for maps in lost:
+            logger.error("healed maps could not be loaded again: levels are served without them")
+            policy = policy.without_maps(maps)
+        if lost:
+            self._in_force.install(policy)
 
     def _unrepaired(self, policy: DepthPolicy) -> DepthPolicy:
         """Return the policy without repair, with what was once measured of it."""

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pruning.repair import summarize_maps
@@ -17,6 +18,14 @@ from server.depth.repair import Repair, RepairStatus, StandIn
 from server.engine.base import RepairsLayers
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class InstalledRepair:
+    """Maps that the engine has, and the file that they are in."""
+
+    path: Path
+    repair: Repair
 
 
 class Repairer:
@@ -31,13 +40,17 @@ class Repairer:
         calibrator: Calibrator,
         store: PolicyStore,
         on_progress: OnProgress,
+        *,
+        wanted: StandIn = StandIn.CLOSED_FORM,
     ) -> None:
+        """``wanted`` is what the settings ask for."""
         self._engine = engine
         self._calibrator = calibrator
         self._store = store
         self._on_progress = on_progress
+        self._wanted = wanted
 
-    async def install(self) -> Repair:
+    async def install(self) -> InstalledRepair:
         """Install the maps that are kept, or else those that are fitted now.
 
         Raises :class:`pruning.repair.RepairError` where they cannot be fitted, and
@@ -50,7 +63,10 @@ class Repairer:
         path = await self._store.repair(fit)
         fingerprint = await self._engine.install_repair(path)
         summary = await asyncio.to_thread(summarize_maps, path)
-        return Repair(fingerprint, summary.num_bytes, summary.num_tokens, summary.unexplained)
+        return InstalledRepair(
+            path,
+            Repair(fingerprint, summary.num_bytes, summary.num_tokens, summary.unexplained),
+        )
 
     async def judged(self, policy: DepthPolicy, repair: Repair) -> tuple[DepthPolicy, RepairStatus]:
         """Return the policy with ``repair``, if its levels come closer to the dense model by it.
@@ -60,7 +76,7 @@ class Repairer:
         repaired = policy.with_repair(repair.fingerprint)
         pruned = [level.depths for level in policy.levels if level.depths != policy.dense]
         if not pruned:
-            return repaired, RepairStatus(StandIn.CLOSED_FORM, repair)
+            return repaired, RepairStatus(self._wanted, repair)
         without, with_repair = [await self._loss(of, pruned) for of in (policy, repaired)]
         compared = (
             f"the levels are {with_repair:.3f} nats from the dense model with it, "
@@ -70,16 +86,14 @@ class Repairer:
             problem = f"repair is not used: {compared}"
             logger.warning("%s", problem)
             status = RepairStatus(
-                StandIn.CLOSED_FORM,
+                self._wanted,
                 problem=problem,
                 kl_nats=with_repair,
                 kl_nats_without=without,
             )
             return policy, status
         logger.info("repair: %s", compared)
-        status = RepairStatus(
-            StandIn.CLOSED_FORM, repair, kl_nats=with_repair, kl_nats_without=without
-        )
+        status = RepairStatus(self._wanted, repair, kl_nats=with_repair, kl_nats_without=without)
         return repaired, status
 
     async def _loss(self, policy: DepthPolicy, depths: Sequence[DepthPair]) -> float:

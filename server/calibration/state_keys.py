@@ -87,7 +87,8 @@ def _plan_key(settings: Settings, measuring: Measuring, text: str) -> Key:
             num_tokens=settings.calibration_tokens,
             metric=settings.metric,
             search_tokens=settings.search_tokens if does_search else 0,
-            repair=settings.repair if does_search else "none",
+            # A search lets maps in closed form stand in, also where levels have healed ones.
+            repair="closed-form" if does_search and settings.repair != "none" else "none",
         )
     return transformers_plan_key(
         model=measuring.model,

@@ -11,6 +11,7 @@ from server.cli.bench import bench
 from server.cli.calibrate import calibrate
 from server.cli.export import export
 from server.cli.generate import generate
+from server.cli.heal import heal
 from server.cli.health import health
 from server.cli.model import model
 from server.cli.problems import report_problem
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (serve, generate, model, calibrate, export, quantize, health):
+for command in (serve, generate, model, calibrate, export, quantize, heal, health):
     app.command()(command)
 # Its benchmarks have commands and options of their own.
 app.command(

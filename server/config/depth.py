@@ -17,6 +17,7 @@ from pydantic import (
 )
 from pydantic_settings import NoDecode
 
+from pruning.repair.healing import DEFAULT_STEPS
 from server.config.errors import conflict, not_allowed
 from server.config.values import names_from, pairs_from
 from server.depth.levels import LevelSpec
@@ -105,11 +106,24 @@ class DepthSettings(BaseModel):
         description="Tokens that such a search may run through the model in all; more of them "
         "compare layers on more text.",
     )
-    repair: Literal["none", "closed-form"] = Field(
+    repair: Literal["none", "closed-form", "healed"] = Field(
         "none",
         description="What stands in for skipped layers; closed-form: a linear map for each, fitted "
         "on the calibration text at the first start and kept in `state_dir`, where that brings "
-        "the levels closer to the dense model.",
+        "the levels closer to the dense model; healed: at levels that `fathom heal` or `heal` "
+        "have trained maps for, those instead, where they are better still.",
+    )
+    heal: bool = Field(
+        False,
+        description="Whether a process beside the server trains maps for the levels after the "
+        "start, at low priority; they are put in force where they are better on `quality_text`.",
+    )
+    heal_steps: Annotated[int, Ge(1)] = Field(
+        DEFAULT_STEPS,
+        description="Steps of such a training, and of `fathom heal`, each on up to 512 tokens.",
+    )
+    heal_seed: Annotated[int, Ge(0)] = Field(
+        0, description="Seed of the order in which such a training takes its text."
     )
     quality_text: str | None = Field(
         None,

@@ -79,6 +79,11 @@ class Settings(
         if self.repair != "none" and self.engine != "elastic":
             allowed = f"none with the engine '{self.engine}', which serves layers that are cut out"
             raise conflict("repair", repr(self.repair), allowed)
+        if self.heal and self.repair != "healed":
+            raise conflict("heal", repr(self.heal), "false unless 'repair' is healed")
+        if self.heal and self.quantize is not None:
+            allowed = "false with 'quantize': quantized weights pass no gradients on"
+            raise conflict("heal", repr(self.heal), allowed)
         return self
 
     @classmethod

@@ -7,6 +7,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 from pruning.plan import Plan
 from pruning.quality import Quality
@@ -48,6 +49,19 @@ class Auto:
 
 
 _ONE_DEPTH = "dedicated engines run the same layers for the prompt and for generated tokens"
+
+
+def healable_layers(
+    prefill_skips: tuple[int, ...], decode_skips: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """Return the layers that one set of healed maps may stand in for; None: there is none.
+
+    Healed maps belong to one set of skipped layers. So prompt and generated tokens must skip the
+    same, or one of the two none; see :meth:`pruning.repair.Healing.serves`.
+    """
+    skipped = {prefill_skips, decode_skips} - {()}
+    return skipped.pop() if len(skipped) == 1 else None
+
 
 # None is a request that names no depth.
 DepthChoice = Layers | PruneRatio | NamedLevel | Auto | None
@@ -116,6 +130,8 @@ class DepthPolicy:
     any_depth: bool = True
     # The fingerprint of the maps that stand in for skipped layers; None: nothing does.
     repair: str | None = None
+    # By the layers that are skipped, the fingerprint of healed maps that stand in for them instead.
+    healed: Mapping[tuple[int, ...], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_levels(self.levels)
@@ -127,7 +143,7 @@ class DepthPolicy:
                         level.prefill_layers,
                         f"{level.decode_layers}, its depth: {_ONE_DEPTH}",
                     )
-        for name in ("qualities", "speeds"):
+        for name in ("qualities", "speeds", "healed"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
         object.__setattr__(self, "default_level", self.default_level or self.levels[0].name)
         object.__setattr__(self, "auto_level", self.auto_level or self.default_level)
@@ -160,16 +176,30 @@ class DepthPolicy:
 
     def selection(self, depths: DepthPair) -> LayerSelection:
         """Return the layers that the plan skips at these depths, and what stands in for them."""
-        return LayerSelection(
-            prefill_skips=tuple(sorted(self.plan.skipped(depths.prefill_layers))),
-            decode_skips=tuple(sorted(self.plan.skipped(depths.decode_layers))),
-            repair=None if depths == self.dense else self.repair,
-        )
+        prefill = tuple(sorted(self.plan.skipped(depths.prefill_layers)))
+        decode = tuple(sorted(self.plan.skipped(depths.decode_layers)))
+        repair = None if depths == self.dense else self.repair
+        healable = healable_layers(prefill, decode)
+        if healable is not None:
+            repair = self.healed.get(healable, repair)
+        return LayerSelection(prefill, decode, repair)
+
+    def healable_levels(self) -> dict[tuple[int, ...], list[DepthPair]]:
+        """Return the depths of levels by the layers that healed maps would stand in for there."""
+        found: dict[tuple[int, ...], list[DepthPair]] = {}
+        for depths in dict.fromkeys(level.depths for level in self.levels):
+            layers = self.selection(depths)
+            healable = healable_layers(layers.prefill_skips, layers.decode_skips)
+            if healable is not None:
+                found.setdefault(healable, []).append(depths)
+        return found
 
     def stand_in(self, depths: DepthPair) -> StandIn:
         """Return what stands in for the layers that are skipped at these depths."""
-        repaired = self.selection(depths).repair is not None
-        return StandIn.CLOSED_FORM if repaired else StandIn.NONE
+        repair = self.selection(depths).repair
+        if repair is None:
+            return StandIn.NONE
+        return StandIn.CLOSED_FORM if repair == self.repair else StandIn.HEALED
 
     def resolve(
         self, depth: DepthChoice, prefill_depth: DepthChoice = None
@@ -202,6 +232,36 @@ class DepthPolicy:
     def with_repair(self, repair: str | None) -> DepthPolicy:
         """Return the policy with other maps for skipped layers, which has not been measured."""
         return dataclasses.replace(self, repair=repair, qualities={}, speeds={})
+
+    def with_healed(self, skipped: tuple[int, ...], fingerprint: str) -> DepthPolicy:
+        """Return the policy with these healed maps for the layers ``skipped``.
+
+        Depths that they serve have not been measured.
+        """
+        return self._with_maps(healed={**self.healed, skipped: fingerprint})
+
+    def without_maps(self, fingerprint: str) -> DepthPolicy:
+        """Return the policy without the maps of this fingerprint.
+
+        Depths that they served have not been measured.
+        """
+        return self._with_maps(
+            repair=None if self.repair == fingerprint else self.repair,
+            healed={k: v for k, v in self.healed.items() if v != fingerprint},
+        )
+
+    def _with_maps(self, **maps: Any) -> DepthPolicy:
+        changed = dataclasses.replace(self, **maps)
+        same = [
+            pair
+            for pair in {*self.qualities, *self.speeds}
+            if changed.selection(pair) == self.selection(pair)
+        ]
+        return dataclasses.replace(
+            changed,
+            qualities={pair: self.qualities[pair] for pair in same if pair in self.qualities},
+            speeds={pair: self.speeds[pair] for pair in same if pair in self.speeds},
+        )
 
     def with_levels(self, levels: tuple[Level, ...], default_level: str | None) -> DepthPolicy:
         """Return the policy with other levels.

@@ -12,6 +12,7 @@ class StandIn(enum.Enum):
 
     NONE = "none"
     CLOSED_FORM = "closed-form"
+    HEALED = "healed"
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,8 +170,8 @@ def refusal(error: Exception, config: EngineConfig) -> InvalidArgument:
     for argument in ("max_model_len", "max_num_seqs", "dtype"):
         if argument in first and (setting := RESERVED[argument]) is not None:
             return InvalidArgument(setting, getattr(config, setting), f"what vLLM takes: {first}")
-    if (setting := config.ranks.refused_setting(reason)) is not None:
-        return InvalidArgument(*setting, f"what vLLM takes: {reason}")
+    if (of_ranks := config.ranks.refused_setting(reason)) is not None:
+        return InvalidArgument(*of_ranks, f"what vLLM takes: {reason}")
     for argument, value in config.engine_args.items():
         if argument in reason or repr(value) in reason:
             return InvalidArgument(f"engine_args.{argument}", value, f"what vLLM takes: {reason}")

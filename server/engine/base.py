@@ -174,7 +174,9 @@ class RepairsLayers(Protocol):
         ...
 
     async def install_repair(self, path: Path) -> str:
-        """Load the maps in ``path``; return the fingerprint by which requests ask for them.
+        """Load the maps in ``path``, beside those that were installed before.
+
+        Returns the fingerprint by which requests ask for them.
 
         Raises :class:`pruning.repair.RepairError` for maps that are damaged or do not fit the
         model, and :class:`OSError` for a file that cannot be read.

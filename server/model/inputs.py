@@ -77,6 +77,8 @@ def read_inputs(settings: Settings) -> Inputs:
         check_companions(source.directory, settings.engine_args)
         check_loadable(source.directory, settings.dtype, settings.engine_args)
         _check_path(source.directory)
+        if settings.heal:
+            check_healable(source.directory)
         # Last, as it may read all of the weights.
         fingerprint = model_fingerprint(source.directory, FileHashes(settings.state_dir))
         tokenizer = tokenizer_fingerprint(source.directory)
@@ -98,7 +100,7 @@ def read_inputs(settings: Settings) -> Inputs:
             if quantized is None or plan.model_fingerprint != quantized.kept_fingerprint():
                 plan.check_model(fingerprint, num_layers)
     with refused_as("quality_text", TextError):
-        held_out_texts = _texts(settings.quality_text, Part.HELD_OUT, settings.quality_tokens)
+        held_out = held_out_texts(settings)
     return Inputs(
         source=source,
         fingerprint=fingerprint,
@@ -108,9 +110,16 @@ def read_inputs(settings: Settings) -> Inputs:
         default_level=default_level,
         plan=plan,
         texts=texts,
-        held_out_texts=held_out_texts,
+        held_out_texts=held_out,
         quantized=quantized,
     )
+
+
+def check_healable(directory: Path) -> None:
+    """Raise :class:`InvalidArgument` for a model that maps cannot be trained with."""
+    if "quantization_config" in read_config(directory):
+        allowed = "a model that is not quantized: quantized weights pass no gradients on"
+        raise InvalidArgument("heal", str(directory), allowed)
 
 
 @contextmanager
@@ -163,6 +172,11 @@ def auto_rules(settings: Settings) -> AutoRules:
 def calibration_texts(settings: Settings) -> Sequence[str]:
     """Return the texts to rank the layers on; raises :class:`TextError` where there are none."""
     return _texts(settings.calibration, Part.CALIBRATION, settings.calibration_tokens)
+
+
+def held_out_texts(settings: Settings) -> Sequence[str]:
+    """Return the texts to measure quality on; raises :class:`TextError` where there are none."""
+    return _texts(settings.quality_text, Part.HELD_OUT, settings.quality_tokens)
 
 
 def _quantized(

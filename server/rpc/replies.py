@@ -27,6 +27,7 @@ _REASONS = {
 _STAND_INS = {
     StandIn.NONE: common_pb2.STAND_IN_NONE,
     StandIn.CLOSED_FORM: common_pb2.STAND_IN_CLOSED_FORM,
+    StandIn.HEALED: common_pb2.STAND_IN_HEALED,
 }
 
 _FINISH_REASONS = {

@@ -52,6 +52,11 @@ KINDS: dict[str, tuple[Make, dict[str, Any]]] = {
     ),
     "quality": (measured(state_keys.quality_key), {**MEASURING, **TEXT}),
     "repair": (measured(state_keys.repair_key), {**MEASURING, **TEXT}),
+    "transformers repair": (
+        state_keys.transformers_repair_key,
+        {"model": "m", "tokenizer": "t", "dtype": "float32", "max_context": 64, **TEXT},
+    ),
+    "healed": (state_keys.healed_key, {"model": "m", "skipped": [1, 2]}),
     "speed": (
         measured(state_keys.speed_key),
         {
@@ -127,5 +132,6 @@ def test_every_kind_of_entry_is_described() -> None:
             )
     assert state_keys.__doc__ is not None
     described = set(re.findall(r"^\| ``(\w+)-\*`` \|", state_keys.__doc__, re.MULTILINE))
-    expected = {"hash", "plan", "search", "repair", "quality", "speed", "quantized", "checkpoint"}
+    expected = {"hash", "plan", "search", "repair", "healed", "healing", "quality", "speed"}
+    expected |= {"quantized", "checkpoint"}
     assert kinds == described == expected

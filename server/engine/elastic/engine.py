@@ -7,7 +7,6 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,7 +82,8 @@ class ElasticEngine:
         self._model: ModelInfo | None = None
         self._numbers = itertools.count()
         self._measuring = asyncio.Lock()
-        self._repair: _InstalledRepair | None = None
+        # Files of the maps that requests may ask for, by fingerprint.
+        self._repairs: dict[str, Path] = {}
 
     async def start(self) -> None:
         """Load the model, or load it again after its process has ended.
@@ -97,7 +97,7 @@ class ElasticEngine:
         """
         await self._llm.start(self._configure)
         await self._compile_layers()
-        await self._load_repair_again()
+        await self._load_installed_repairs()
         if wants_huge_pages(self._config):
             await self._llm.use_huge_pages()
         config = self._llm.model_config
@@ -140,46 +140,39 @@ class ElasticEngine:
         """Let the maps in ``path`` stand in for the layers that a request skips.
 
         Returns their fingerprint, which requests that want them carry in
-        :attr:`LayerSelection.repair`. No request may be under way with other maps. They are
-        loaded again, from the same file, after the engine's process has ended.
+        :attr:`LayerSelection.repair`. Requests may go on to ask for those that were installed
+        before: requests with different maps share a batch. They are loaded again, from the same
+        file, after the engine's process has ended.
 
         Raises:
             RepairError: The maps are damaged, or do not fit the model.
             OSError: The file cannot be read.
         """
-        installed = _InstalledRepair(path, maps_fingerprint(path))
-        await self._load_stand_ins(installed)
-        self._repair = installed
-        return installed.fingerprint
+        fingerprint = maps_fingerprint(path)
+        await self._load_stand_ins(path, fingerprint)
+        self._repairs[fingerprint] = path
+        return fingerprint
 
-    async def _load_repair_again(self) -> None:
-        if self._repair is None:
-            return
-        try:
-            await self._load_stand_ins(self._repair)
-        except (RepairError, OSError) as error:
-            logger.error("the repair maps are not loaded again: %s", error)
-            self._repair = None
+    async def _load_installed_repairs(self) -> None:
+        """Load all installed maps into a new process; forget those that can be had no longer."""
+        for fingerprint, path in list(self._repairs.items()):
+            try:
+                await self._load_stand_ins(path, fingerprint)
+            except (RepairError, OSError) as error:
+                logger.error("repair maps are not loaded again: %s", error)
+                del self._repairs[fingerprint]
 
-    async def _load_stand_ins(self, repair: _InstalledRepair) -> None:
-        await self._call_for_repair("fathom_load_stand_ins", str(repair.path))
-        # Another server may have written other maps to the file.
-        if (found := maps_fingerprint(repair.path)) != repair.fingerprint:
-            self._repair = None  # there is no telling which of them the workers have
-            raise RepairError(
-                f"{repair.path}: holds the maps {found}, allowed: {repair.fingerprint}"
-            )
+    async def _load_stand_ins(self, path: Path, fingerprint: str) -> None:
+        await self._call_for_repair("fathom_load_stand_ins", str(path), fingerprint)
 
     def has_repair(self, fingerprint: str) -> bool:
-        repair = self._repair
-        return repair is not None and repair.fingerprint == fingerprint
+        return fingerprint in self._repairs
 
     def _check_repair(self, layers: LayerSelection) -> None:
         if layers.repair is not None and not self.has_repair(layers.repair):
-            installed = None if self._repair is None else self._repair.fingerprint
             raise FailedPrecondition(
                 f"repair: the layers are to be repaired by the maps {layers.repair}, but the "
-                f"engine has {installed or 'none'}"
+                f"engine has {', '.join(self._repairs) or 'none'}"
             )
 
     async def shutdown(self) -> None:
@@ -384,14 +377,6 @@ class ElasticEngine:
     @property
     def _tokenizer(self) -> ModelTokenizer:
         return self._llm.tokenizer
-
-
-@dataclass(frozen=True, slots=True)
-class _InstalledRepair:
-    """The file of the maps that the workers have loaded, and their fingerprint."""
-
-    path: Path
-    fingerprint: str
 
 
 def _quality_payload(

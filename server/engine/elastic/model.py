@@ -34,14 +34,13 @@ from server.engine.elastic.measurement import (
     RepairFitter,
     marked_tokens,
 )
-from server.engine.elastic.residual_stream import ResidualStream
+from server.engine.elastic.residual_stream import Repair, ResidualStream
 from server.engine.elastic.row_table import RowTable
 from server.engine.elastic.row_tracker import row_table
-from server.engine.elastic.stand_ins import StandIn, StandIns
+from server.engine.elastic.stand_ins import StandIns
 from server.engine.elastic.step import (
     ActiveTokens,
     ElasticStep,
-    RepairedTokens,
     TokenSubset,
     Whole,
 )
@@ -134,11 +133,11 @@ class ElasticCausalLM:
         """The type of the residual stream, also where the weights of layers are quantized."""
         return cast(torch.dtype, next(self.model.norm.parameters()).dtype)
 
-    def load_stand_ins(self, path: Path) -> None:
-        """Load repair maps; raises what :meth:`StandIns.load` does, and keeps what it has then."""
-        self._stand_ins.load(path, self.stream_dtype, next(self.model.norm.parameters()).device)
-        self.rows.has_stand_in[:] = False
-        self.rows.has_stand_in[self._stand_ins.layers] = True
+    def load_stand_ins(self, path: Path, fingerprint: str) -> None:
+        """Load repair maps beside the present ones; raises what :meth:`StandIns.read` does."""
+        device = next(self.model.norm.parameters()).device
+        stand_ins = self._stand_ins.read(path, fingerprint, self.stream_dtype, device)
+        self._stand_ins.put(self.rows.add_repair(fingerprint, stand_ins), stand_ins)
 
     def _entering_stream(
         self,
@@ -159,9 +158,11 @@ class ElasticCausalLM:
         return ResidualStream(run_layers, positions, torch.zeros_like(inputs_embeds), inputs_embeds)
 
     def _work(self, step: ElasticStep, layer: int) -> _LayerWork:
-        return _LayerWork(
-            step.active_tokens(layer), self._stand_ins.of(layer), step.repaired_tokens(layer)
-        )
+        repairs = [
+            Repair(self._stand_ins.of(number, layer), tokens)
+            for number, tokens in step.repaired_tokens(layer)
+        ]
+        return _LayerWork(step.active_tokens(layer), repairs)
 
     def _run_step(
         self, stream: ResidualStream, positions: torch.Tensor, context: ForwardContext
@@ -189,11 +190,10 @@ class ElasticCausalLM:
 
 
 class _LayerWork(NamedTuple):
-    """The tokens of a step that run a layer, its stand-in, and the tokens which that repairs."""
+    """The tokens of a step that run a layer, and what does its work for others."""
 
     active: ActiveTokens
-    stand_in: StandIn | None
-    repaired: RepairedTokens
+    repairs: list[Repair]
 
 
 class _LayerObserver:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from itertools import starmap
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,6 +18,13 @@ Parts = tuple[torch.Tensor, torch.Tensor]
 RunLayers = Callable[[Sequence[Any], torch.Tensor, torch.Tensor, torch.Tensor], Parts]
 
 
+class Repair(NamedTuple):
+    """A stand-in of a layer, and the tokens for which it does the layer's work."""
+
+    stand_in: StandIn
+    tokens: RepairedTokens
+
+
 class ResidualStream:
     """The stream of all tokens of a step, from which layers are given their active ones.
 
@@ -25,8 +34,8 @@ class ResidualStream:
     Layers are not run one at a time: those in a row with the same active tokens are collected,
     and run together as soon as a layer has other active tokens or the stream is asked for. So
     the tokens of a subset are gathered and scattered once for all of these layers. The same holds
-    for stand-ins and the tokens that they repair. No token is active and repaired in one layer,
-    so the order of the two does not matter.
+    for stand-ins and the tokens that they repair. No token is active and repaired in one layer, or
+    repaired twice, so the order does not matter.
     """
 
     def __init__(
@@ -42,28 +51,23 @@ class ResidualStream:
         self._residual = residual
         self._layers: list[Any] = []
         self._active: ActiveTokens = Whole.NONE
-        self._stand_ins: list[StandIn] = []
-        self._repaired: RepairedTokens = Whole.NONE
+        self._repaired: list[RepairedTokens] = []
+        # Those to apply to each of these tokens.
+        self._stand_ins: list[list[StandIn]] = []
 
-    def add(
-        self,
-        layer: Any,
-        active: ActiveTokens,
-        stand_in: StandIn | None = None,
-        repaired: RepairedTokens = Whole.NONE,
-    ) -> None:
+    def add(self, layer: Any, active: ActiveTokens, repairs: Sequence[Repair] = ()) -> None:
         """Run ``layer`` on its active tokens, at the latest when the stream is asked for.
 
-        ``stand_in`` does its work for those that are ``repaired``.
+        ``repairs`` do its work for others.
         """
-        if not (_fits(active, self._active) and _fits(repaired, self._repaired)):
+        if not (self._fits(active) and self._fit(repairs)):
             self._run_collected()
-            self._active, self._repaired = active, repaired
+            self._active, self._repaired = active, [one.tokens for one in repairs]
+            self._stand_ins = [[] for _ in repairs]
         if active is not Whole.NONE:
             self._layers.append(layer)
-        if repaired is not Whole.NONE:
-            assert stand_in is not None
-            self._stand_ins.append(stand_in)
+        for stand_ins, added in zip(self._stand_ins, repairs, strict=False):
+            stand_ins.append(added.stand_in)
 
     def parts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ``(hidden, residual)`` of all tokens; the caller may overwrite them."""
@@ -79,9 +83,23 @@ class ResidualStream:
         if self._layers:
             layers, self._layers = self._layers, []
             self._change(self._active, lambda *parts: self._run_layers(layers, *parts))
-        if self._stand_ins:
-            stand_ins, self._stand_ins = self._stand_ins, []
-            self._change(self._repaired, lambda _, *parts: repair(stand_ins, *parts))
+        for tokens, stand_ins in zip(self._repaired, self._stand_ins, strict=True):
+            if stand_ins:
+                self._change(tokens, partial(_repair, tuple(stand_ins)))
+                stand_ins.clear()
+
+    def _fits(self, active: ActiveTokens) -> bool:
+        """Return whether these are no tokens, or the active ones that work is collected for."""
+        return active is Whole.NONE or _are_same(active, self._active)
+
+    def _fit(self, repairs: Sequence[Repair]) -> bool:
+        """Return whether there are none, or they are for the tokens that work is collected for."""
+        return not repairs or (
+            len(repairs) == len(self._repaired)
+            and all(
+                starmap(_are_same, zip((r.tokens for r in repairs), self._repaired, strict=True))
+            )
+        )
 
     def _change(
         self,
@@ -100,8 +118,16 @@ class ResidualStream:
         self._residual.index_copy_(0, indices, residual)
 
 
-def _fits(tokens: ActiveTokens | RepairedTokens, collected: ActiveTokens | RepairedTokens) -> bool:
-    """Return whether ``tokens`` are none, or the ones that work is collected for."""
-    if isinstance(tokens, Whole) or isinstance(collected, Whole):
-        return tokens is Whole.NONE or tokens is collected
-    return tokens.key == collected.key
+def _are_same(tokens: ActiveTokens | RepairedTokens, others: ActiveTokens | RepairedTokens) -> bool:
+    if isinstance(tokens, Whole) or isinstance(others, Whole):
+        return tokens is others
+    return tokens.key == others.key
+
+
+def _repair(
+    stand_ins: Sequence[StandIn],
+    positions: torch.Tensor,
+    hidden: torch.Tensor,
+    residual: torch.Tensor,
+) -> Parts:
+    return repair(stand_ins, hidden, residual)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,9 +25,9 @@ class RowTable:
     ``prefill_active`` and ``decode_active``: [num_rows, num_layers] of bool, the layers that run
     prompt tokens and generated ones. ``num_context``: [num_rows], how many of the row's tokens
     are prompt. ``is_split``: [num_rows], whether prompt and generated tokens run different
-    layers. ``is_repaired``: [num_rows], whether stand-ins do the work of skipped layers.
-    ``has_stand_in``: [num_layers], the layers that there is one for. ``is_tracked``: whether a
-    row tracker keeps this table.
+    layers. ``repair``: [num_rows], the number of the maps that do the work of skipped layers; 0:
+    none do. ``has_stand_in``: [1 + number of maps, num_layers], the layers that each have one
+    for. ``is_tracked``: whether a row tracker keeps this table.
     """
 
     def __init__(self, num_rows: int, num_layers: int) -> None:
@@ -35,10 +35,20 @@ class RowTable:
         self.decode_active: npt.NDArray[np.bool_] = np.ones((num_rows, num_layers), np.bool_)
         self.num_context: npt.NDArray[np.int64] = np.zeros(num_rows, np.int64)
         self.is_split: npt.NDArray[np.bool_] = np.zeros(num_rows, np.bool_)
-        self.is_repaired: npt.NDArray[np.bool_] = np.zeros(num_rows, np.bool_)
-        self.has_stand_in: npt.NDArray[np.bool_] = np.zeros(num_layers, np.bool_)
+        self.repair: npt.NDArray[np.int64] = np.zeros(num_rows, np.int64)
+        self.has_stand_in: npt.NDArray[np.bool_] = np.zeros((1, num_layers), np.bool_)
+        self._numbers: dict[str, int] = {}
         self.probed: dict[int, ProbedRequest] = {}
         self.is_tracked = False
+
+    def add_repair(self, fingerprint: str, layers: Collection[int]) -> int:
+        """Return the number of the maps with this fingerprint, which are of ``layers``."""
+        number = self._numbers.setdefault(fingerprint, len(self._numbers) + 1)
+        if number == len(self.has_stand_in):
+            self.has_stand_in = np.vstack([self.has_stand_in, np.zeros_like(self.has_stand_in[:1])])
+        self.has_stand_in[number] = False
+        self.has_stand_in[number, list(layers)] = True
+        return number
 
     def put(self, row: int, payload: Payload, prompt_ids: Sequence[int] | None) -> None:
         """Place a request; ``prompt_ids`` excludes what was generated before a preemption."""
@@ -46,7 +56,8 @@ class RowTable:
         self.prefill_active[row, list(payload.layers.prefill_skips)] = False
         self.decode_active[row, list(payload.layers.decode_skips)] = False
         self.is_split[row] = payload.layers.prefill_skips != payload.layers.decode_skips
-        self.is_repaired[row] = payload.layers.repair is not None
+        if payload.layers.repair is not None:
+            self.repair[row] = self._numbers[payload.layers.repair]
         num_prompt = len(prompt_ids or ())
         self.num_context[row] = num_prompt if payload.num_context is None else payload.num_context
         if payload.probe is not None:
@@ -57,7 +68,7 @@ class RowTable:
         self.decode_active[row] = True
         self.num_context[row] = 0
         self.is_split[row] = False
-        self.is_repaired[row] = False
+        self.repair[row] = 0
         self.probed.pop(row, None)
 
     def move(self, source: int, target: int) -> None:
@@ -81,5 +92,5 @@ class RowTable:
             self.decode_active,
             self.num_context,
             self.is_split,
-            self.is_repaired,
+            self.repair,
         )

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from pruning.repair import RepairError, load_maps
+from pruning.repair import RepairError, load_maps, maps_fingerprint
 
 # A repair map, [hidden_size, hidden_size], of the model's type and on its device.
 StandIn = torch.Tensor
 
 
 class StandIns:
-    """The stand-ins of a model's layers; there are none until some are loaded."""
+    """The stand-ins of a model's layers, by the maps that they are of; none until some are loaded.
+
+    The row table has a number for each file of maps.
+    """
 
     def __init__(self, num_layers: int, hidden_size: int) -> None:
         self._num_layers = num_layers
         self._hidden_size = hidden_size
-        self._by_layer: dict[int, StandIn] = {}
+        self._by_number: dict[int, Mapping[int, StandIn]] = {}
 
-    def load(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
-        """Replace all stand-ins by the maps in ``path``.
+    def read(
+        self, path: Path, fingerprint: str, dtype: torch.dtype, device: torch.device
+    ) -> dict[int, StandIn]:
+        """Return the maps in ``path``, which have this fingerprint, by layer.
 
-        Raises :class:`pruning.repair.RepairError` for maps that are damaged or too few, or that
-        do not fit the model, and :class:`OSError` for a file that cannot be read.
+        Raises :class:`pruning.repair.RepairError` for maps that are damaged, that have been
+        replaced by others or that do not fit the model, and :class:`OSError` for a file that
+        cannot be read.
         """
+        if (found := maps_fingerprint(path)) != fingerprint:
+            raise RepairError(f"{path}: found the maps {found}, allowed: {fingerprint}")
         maps = load_maps(path)
         maps.check_model(maps.model_fingerprint, self._num_layers, self._hidden_size)
         by_layer = {
@@ -35,14 +43,14 @@ class StandIns:
         for layer, weight in by_layer.items():
             if not bool(weight.isfinite().all()):
                 raise RepairError(f"{path}: layer {layer}: its map does not fit into {dtype}")
-        self._by_layer = by_layer
+        return by_layer
 
-    def of(self, layer: int) -> StandIn | None:
-        return self._by_layer.get(layer)
+    def put(self, number: int, by_layer: Mapping[int, StandIn]) -> None:
+        """Let these stand in for requests whose maps have this number."""
+        self._by_number[number] = by_layer
 
-    @property
-    def layers(self) -> list[int]:
-        return sorted(self._by_layer)
+    def of(self, number: int, layer: int) -> StandIn:
+        return self._by_number[number][layer]
 
 
 def repair(

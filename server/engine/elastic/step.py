@@ -58,7 +58,7 @@ class TokenIndices:
 
 # The tokens that run a layer.
 ActiveTokens = Whole | TokenSubset
-# The tokens for which a stand-in does a layer's work.
+# Tokens for which a stand-in does a layer's work.
 RepairedTokens = Whole | TokenIndices
 
 
@@ -101,13 +101,21 @@ class ElasticStep:
             return Whole.NONE
         return self._subset(self.spans.active[:, layer])
 
-    def repaired_tokens(self, layer: int) -> RepairedTokens:
-        """Return the tokens that skip ``layer`` and for which its stand-in does the work."""
+    def repaired_tokens(self, layer: int) -> list[tuple[int, RepairedTokens]]:
+        """Return the tokens that skip ``layer`` and for which a stand-in does the work.
+
+        They come by the number of the maps that the stand-in is of, and no token comes twice.
+        """
         if self.spans.repaired is None:
-            return Whole.NONE
-        chosen = self.spans.repaired[:, layer]
-        if not chosen.any():
-            return Whole.NONE
+            return []
+        numbers = self.spans.repaired[:, layer]
+        return [
+            (int(number), self._repaired(numbers == number))
+            for number in np.unique(numbers)
+            if number
+        ]
+
+    def _repaired(self, chosen: Bools) -> RepairedTokens:
         if chosen.all():
             return Whole.ALL
         key = chosen.tobytes()
@@ -200,9 +208,9 @@ class ElasticStep:
         return torch.from_numpy(indices).to(self._common.query_start_loc.device)
 
 
-def _is_uniform(chosen: Bools) -> bool:
-    """Return whether every layer has all spans or none of them."""
-    return bool((chosen.all(axis=0) == chosen.any(axis=0)).all())
+def _is_uniform(repaired: Ints) -> bool:
+    """Return whether every layer has the same maps, or none, for all spans."""
+    return bool((repaired == repaired[:1]).all())
 
 
 def _entries(values: Any, index: torch.Tensor) -> Any:

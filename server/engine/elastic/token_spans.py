@@ -24,7 +24,8 @@ class TokenSpans:
     ``rows``, ``starts``, ``stops``: [num_spans]. ``active``: [num_spans, num_layers], whether the
     span's tokens run the layer. ``kv_only``: [num_spans, num_layers], whether they skip the
     layer but write keys and values there; None if no span does in any layer. ``repaired``:
-    [num_spans, num_layers], whether a stand-in does the layer's work for them; None likewise.
+    [num_spans, num_layers], the number of the maps that do the layer's work for them, 0 where
+    none do; None likewise.
     """
 
     rows: Ints
@@ -32,7 +33,7 @@ class TokenSpans:
     stops: Ints
     active: Bools
     kv_only: Bools | None
-    repaired: Bools | None
+    repaired: Ints | None
 
     @classmethod
     def of_step(cls, table: RowTable, query_start: Ints, first_position: Ints) -> TokenSpans:
@@ -69,11 +70,11 @@ class TokenSpans:
         )
 
 
-def _repaired(table: RowTable, rows: Ints, active: Bools) -> Bools | None:
-    if not (table.has_stand_in.any() and table.is_repaired[rows].any()):  # true of dense steps
+def _repaired(table: RowTable, rows: Ints, active: Bools) -> Ints | None:
+    numbers = table.repair[rows]
+    if not numbers.any():  # true of dense steps
         return None
-    repaired: Bools = ~active & table.is_repaired[rows, None] & table.has_stand_in
-    return repaired
+    return np.where(~active & table.has_stand_in[numbers], numbers[:, None], 0)
 
 
 def _prompt_stops(table: RowTable, starts: Ints, stops: Ints, first_position: Ints) -> Ints:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from pruning.repair import (
+    Healing,
     LayerMap,
     RepairError,
     RepairMaps,
@@ -20,6 +22,7 @@ from pruning.repair import (
     save_maps,
     summarize_maps,
 )
+from pruning.repair.tensor_file import write_tensors
 
 
 @pytest.fixture
@@ -111,10 +114,42 @@ def test_another_format_is_refused(
     maps: RepairMaps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as later:
-        later.setattr("pruning.repair.storage.FORMAT_VERSION", 2)
+        later.setattr("pruning.repair.storage.FORMAT_VERSION", 3)
         save_maps(maps, tmp_path / "later")
-    with pytest.raises(RepairError, match="later: format_version: found 2, allowed: 1"):
+    with pytest.raises(RepairError, match="later: format_version: found 3, allowed: 1, 2"):
         load_maps(tmp_path / "later")
+
+
+def test_the_first_format_is_read(maps: RepairMaps, tmp_path: Path) -> None:
+    """It had no ``kind``."""
+    description = {
+        "format_version": 1,
+        "num_layers": 12,
+        "model_fingerprint": "sha256:aa",
+        "text_fingerprint": "sha256:bb",
+        "num_tokens": 1000,
+        "layers": {
+            str(layer): {"ridge": m.ridge, "unexplained": m.unexplained}
+            for layer, m in maps.layers.items()
+        },
+    }
+    tensors = {f"layers.{layer}.repair.weight": m.weight for layer, m in maps.layers.items()}
+    path = tmp_path / "first"
+    path.write_bytes(write_tensors("fathom_repair", json.dumps(description), tensors))
+    loaded = load_maps(path)
+    assert loaded.healing is None
+    assert replace(loaded, layers=maps.layers) == maps
+    for layer, layer_map in maps.layers.items():
+        assert torch.equal(loaded.layers[layer].weight, layer_map.weight)
+
+
+def test_healed_maps_say_how_they_were_trained(maps: RepairMaps, tmp_path: Path) -> None:
+    healing = Healing((0, 2, 11), "sha256:closed", 120, 80, 7, 0.5, 0.25)
+    healed = replace(maps, healing=healing)
+    save_maps(healed, tmp_path / "healed")
+    assert load_maps(tmp_path / "healed").healing == healing
+    save_maps(replace(healed, healing=replace(healing, started_from=None)), tmp_path / "healed")
+    assert load_maps(tmp_path / "healed").healing == replace(healing, started_from=None)
 
 
 def test_maps_of_another_model_are_refused(maps: RepairMaps) -> None:

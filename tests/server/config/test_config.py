@@ -328,6 +328,20 @@ def test_repair_needs_an_engine_that_skips_layers() -> None:
     ]
 
 
+def test_healing_needs_repair_and_weights_that_pass_gradients_on() -> None:
+    settings = load_settings({"repair": "healed", "heal": "true", "heal_steps": "60"})
+    assert (settings.heal, settings.heal_steps, settings.heal_seed) == (True, 60, 0)
+    for repair in ("none", "closed-form"):
+        assert problems(repair=repair, heal=True) == [
+            "heal: got True, allowed: false unless 'repair' is healed"
+        ]
+    assert problems(repair="healed", heal=True, quantize="gptq-4bit") == [
+        "heal: got True, allowed: false with 'quantize': quantized weights pass no gradients on"
+    ]
+    (problem,) = problems(repair="healed", heal_steps=0)
+    assert problem.startswith("heal_steps: got 0, allowed: ")
+
+
 def test_memory_shares() -> None:
     given = {"engine": "dedicated", "memory_shares": "full=0.75,half=0.25"}
     assert load_settings(given).memory_shares == {"full": 0.75, "half": 0.25}

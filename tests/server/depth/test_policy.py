@@ -270,3 +270,33 @@ def test_without_any_depth_measurements_go_with_their_level() -> None:
     left = measured.with_levels((Level("full", 8, 8),), None)
     assert left.qualities.keys() == {DepthPair(8, 8)}
     assert left.resolve(Auto(0.5))[1].decode_layers == 8
+
+
+def test_healed_maps_serve_the_layers_they_were_trained_for() -> None:
+    levels = (Level("dense", 8, 8), Level("fast", 4, 4), Level("prompt", 4, 8))
+    policy = DepthPolicy(plan(), levels).with_repair("sha256:closed")
+    skipped = policy.selection(DepthPair(4, 4)).decode_skips
+    assert policy.healable_levels() == {skipped: [DepthPair(4, 4), DepthPair(4, 8)]}
+    healed = policy.with_healed(skipped, "sha256:healed")
+    for pair in (DepthPair(4, 4), DepthPair(4, 8), DepthPair(8, 4)):
+        assert healed.selection(pair).repair == "sha256:healed", pair
+    for pair in (DepthPair(5, 5), DepthPair(4, 5), DepthPair(5, 4)):
+        assert healed.selection(pair).repair == "sha256:closed", pair
+    assert healed.selection(healed.dense).repair is None
+    assert healed.without_maps("sha256:healed").selection(DepthPair(4, 4)).repair == "sha256:closed"
+    plain = healed.without_maps("sha256:closed")
+    assert plain.selection(DepthPair(4, 4)).repair == "sha256:healed"
+    assert plain.selection(DepthPair(5, 5)).repair is None
+
+
+def test_measurements_stay_where_the_maps_do() -> None:
+    levels = (Level("dense", 8, 8), Level("fast", 4, 4))
+    policy = DepthPolicy(plan(), levels)
+    pairs = [DepthPair(layers, layers) for layers in (8, 5, 4)]
+    speed = Speed(100.0, 1.0, 8)
+    policy = policy.with_measurements(
+        dict.fromkeys(pairs, quality(10.0)), dict.fromkeys(pairs, speed)
+    )
+    skipped = policy.selection(DepthPair(4, 4)).decode_skips
+    healed = policy.with_healed(skipped, "sha256:healed")
+    assert list(healed.qualities) == list(healed.speeds) == pairs[:2]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import random
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,16 @@ import pytest
 import torch
 
 from pruning.quality import quality_of_windows, token_statistics
-from pruning.repair import LayerMap, RepairError, RepairMaps, fit_repair, load_maps, save_maps
+from pruning.repair import (
+    LayerMap,
+    RepairError,
+    RepairMaps,
+    fit_repair,
+    heal,
+    load_maps,
+    maps_fingerprint,
+    save_maps,
+)
 from server.engine.base import LayerSelection
 from server.errors import FailedPrecondition
 from tests.conftest import data_path
@@ -79,21 +90,86 @@ def selection(prefill_depth: int, decode_depth: int, repair: str | None) -> Laye
     return LayerSelection(prefill, decode, repair)
 
 
+@dataclass(frozen=True)
+class Healed:
+    """Healed maps of the layers that a depth skips, and the file that they are in."""
+
+    depth: int
+    maps: RepairMaps
+    path: Path
+
+    def selections(self) -> list[LayerSelection]:
+        """Return the selections that such maps serve."""
+        fingerprint = maps_fingerprint(self.path)
+        pairs = [(self.depth,) * 2, (self.depth, NUM_LAYERS), (NUM_LAYERS, self.depth)]
+        return [selection(*pair, fingerprint) for pair in pairs]
+
+
+@pytest.fixture(scope="module")
+def healed(
+    engine: RunningEngine,
+    dense: Any,
+    texts: list[str],
+    maps: RepairMaps,
+    repair: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[Healed]:
+    """Healed maps of two depths, which the engine has loaded beside the others."""
+    windows = [torch.tensor(engine.engine.tokenize(text)[:128]) for text in texts[6:]]
+    directory = tmp_path_factory.mktemp("healed")
+    found = []
+    for depth, start in ((3, maps), (2, None)):
+        trained = heal(
+            dense,
+            windows,
+            ORDER[: NUM_LAYERS - depth],
+            start,
+            model_fingerprint="sha256:aa",
+            text_fingerprint="sha256:b",
+            steps=20,
+        )
+        assert trained.healing is not None
+        assert trained.healing.loss < trained.healing.first_loss
+        found.append(Healed(depth, trained, directory / f"{depth}.safetensors"))
+        save_maps(trained, found[-1].path)
+        engine.run(engine.engine.install_repair(found[-1].path))
+    return found
+
+
+@pytest.fixture(scope="module")
+def maps_of(maps: RepairMaps, repair: str, healed: list[Healed]) -> dict[str | None, RepairMaps]:
+    of: dict[str | None, RepairMaps] = {repair: maps}
+    return of | {maps_fingerprint(each.path): each.maps for each in healed}
+
+
 @pytest.fixture(scope="module")
 def cases(
-    engine: RunningEngine, dense: Any, texts: list[str], maps: RepairMaps, repair: str
+    engine: RunningEngine,
+    dense: Any,
+    texts: list[str],
+    repair: str,
+    healed: list[Healed],
+    maps_of: dict[str | None, RepairMaps],
 ) -> list[Case]:
-    """Every pair of depths with repair, and every depth without, as transformers generates."""
+    """Every pair of depths with repair, every depth without, and those that healed maps serve.
+
+    The tokens are those that transformers generates.
+    """
     prompts = [engine.engine.tokenize(text)[: 5 + 11 * n] for n, text in enumerate(texts[:6])]
     depths = range(1, NUM_LAYERS + 1)
     selections = [selection(a, b, repair) for a, b in itertools.product(depths, repeat=2)]
     selections += [selection(depth, depth, None) for depth in depths]
+    selections += [layers for each in healed for layers in each.selections()]
     return [
         Case(
             prompt,
             layers,
             reference.generate_with_skips(
-                dense, prompt, NUM_TOKENS, layers, maps.layers if layers.repair else None
+                dense,
+                prompt,
+                NUM_TOKENS,
+                layers,
+                maps_of[layers.repair].layers if layers.repair else None,
             ),
         )
         for prompt, layers in zip(itertools.cycle(prompts), selections, strict=False)
@@ -116,7 +192,9 @@ def test_all_mixed_in_one_batch(engine: RunningEngine, cases: list[Case]) -> Non
     assert generated(engine, shuffled) == [case.expected for case in shuffled]
 
 
-def test_chunked_prefill_and_preemption(stories_model: Path, path: Path, cases: list[Case]) -> None:
+def test_chunked_prefill_and_preemption(
+    stories_model: Path, path: Path, healed: list[Healed], cases: list[Case]
+) -> None:
     """Prompts are cut into chunks, and requests that need more memory are recomputed."""
     settings = {
         "max_num_batched_tokens": 48,
@@ -127,8 +205,41 @@ def test_chunked_prefill_and_preemption(stories_model: Path, path: Path, cases: 
     with running_engine(
         stories_model, max_num_seqs=8, max_context=128, engine_args=settings
     ) as small:
-        small.run(small.engine.install_repair(path))
+        for file in (path, *(each.path for each in healed)):
+            small.run(small.engine.install_repair(file))
         assert generated(small, cases) == [case.expected for case in cases]
+
+
+def test_maps_are_loaded_again_after_a_crash(
+    stories_model: Path,
+    path: Path,
+    healed: list[Healed],
+    repair: str,
+    cases: list[Case],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Those whose file was damaged meanwhile are reported, and refused."""
+    damaged = tmp_path / "damaged"
+    damaged.write_bytes(healed[1].path.read_bytes())
+    with running_engine(stories_model) as other:
+        for file in (path, healed[0].path, damaged):
+            other.run(other.engine.install_repair(file))
+        damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+        for process_id in other.engine.process_ids:
+            os.kill(process_id, signal.SIGKILL)
+        while other.engine.is_alive:
+            other.run(asyncio.sleep(0.01))
+        other.run(other.engine.shutdown())
+        other.run(other.engine.start())
+        gone = maps_fingerprint(healed[1].path)
+        assert "damaged: sha256: the maps are not what was written" in caplog.text
+        assert not other.engine.has_repair(gone)
+        assert other.engine.has_repair(repair)
+        kept = [case for case in cases if case.layers.repair != gone]
+        assert generated(other, kept) == [case.expected for case in kept]
+        with pytest.raises(FailedPrecondition, match=f"maps {gone}, but the engine has {repair}, "):
+            generated(other, [case for case in cases if case.layers.repair == gone])
 
 
 def test_requests_with_and_without_repair_share_no_prefix(
@@ -151,9 +262,8 @@ def test_an_engine_that_is_started_again(
     stories_model: Path, path: Path, cases: list[Case], tmp_path: Path
 ) -> None:
     """It has its maps again, unless their file is damaged, gone or another: then it has none."""
-    chosen = [case for case in cases if case.layers.repair][::4]
-    repair = chosen[0].layers.repair
-    assert repair is not None
+    repair = maps_fingerprint(path)
+    chosen = [case for case in cases if case.layers.repair == repair][::4]
     kept = tmp_path / "maps"
     sound = path.read_bytes()
 
@@ -166,16 +276,18 @@ def test_an_engine_that_is_started_again(
 
     with running_engine(stories_model) as running:
         plain = [case for case in cases if case.layers.repair is None]
-        for fault in (lambda: None, damage, kept.unlink, replace_by_others):
+        faults: list[Callable[[], None]] = [damage, kept.unlink, replace_by_others]
+        for fault in (None, *faults):
             kept.write_bytes(sound)
             assert running.run(running.engine.install_repair(kept)) == repair
             assert generated(running, chosen) == [case.expected for case in chosen]
-            fault()
+            if fault is not None:
+                fault()
             kill(running)
             assert running.engine.has_repair(repair), "it may still be loaded again"
             running.run(running.engine.start())
             assert generated(running, plain) == [case.expected for case in plain]
-            if fault in (damage, kept.unlink, replace_by_others):
+            if fault is not None:
                 assert not running.engine.has_repair(repair)
                 with pytest.raises(FailedPrecondition, match="but the engine has none"):
                     generated(running, chosen)
@@ -197,10 +309,16 @@ def kill(running: RunningEngine) -> None:
 
 
 def test_quality_is_measured_with_repair(
-    engine: RunningEngine, dense: Any, texts: list[str], maps: RepairMaps, repair: str
+    engine: RunningEngine,
+    dense: Any,
+    texts: list[str],
+    repair: str,
+    healed: list[Healed],
+    maps_of: dict[str | None, RepairMaps],
 ) -> None:
     windows = [engine.engine.tokenize(text)[:96] for text in texts[:4]]
     selections = [selection(3, 3, repair), selection(3, 3, None), selection(2, 4, repair)]
+    selections += healed[0].selections()
     measured = engine.run(
         engine.engine.measure_quality(windows, selections, lambda done, total: None)
     )
@@ -209,7 +327,11 @@ def test_quality_is_measured_with_repair(
         for window in windows:
             half = len(window) // 2
             logits = reference.logits_with_skips(
-                dense, window, half, layers, maps.layers if layers.repair else None
+                dense,
+                window,
+                half,
+                layers,
+                maps_of[layers.repair].layers if layers.repair else None,
             )
             whole = reference.logits_with_skips(dense, window, half, LayerSelection())
             scored = slice(half - 1, len(window) - 1)
@@ -218,7 +340,7 @@ def test_quality_is_measured_with_repair(
         expected = quality_of_windows(sums)
         assert quality.perplexity == pytest.approx(expected.perplexity, rel=1e-4), layers
         assert quality.kl_nats == pytest.approx(expected.kl_nats, rel=1e-3), layers
-    assert measured[0].perplexity < measured[1].perplexity
+    assert measured[3].perplexity < measured[0].perplexity < measured[1].perplexity
 
 
 def test_the_engine_fits_what_transformers_fits(

@@ -14,7 +14,7 @@ from server.engine import elastic
 from server.engine.base import LayerSelection
 from server.engine.elastic.metadata_fields import FieldKind, fields_of
 from server.engine.elastic.payload import Payload
-from server.engine.elastic.residual_stream import ResidualStream
+from server.engine.elastic.residual_stream import Repair, ResidualStream
 from server.engine.elastic.row_table import RowTable
 from server.engine.elastic.step import ElasticStep, TokenIndices, TokenSubset, Whole
 
@@ -143,16 +143,17 @@ def test_layers_with_the_same_active_tokens_run_together() -> None:
 def test_stand_ins_repair_the_tokens_that_skip_their_layer() -> None:
     """Row B is repaired in layers 1 and 2, row C in none, for it does not ask; layer 0 has none."""
     table = RowTable(len(ROWS), NUM_LAYERS)
-    table.has_stand_in[[1, 2, 3]] = True
+    number = table.add_repair("sha256:maps", [1, 2, 3])
     for row, (layers, num_prompt, _, _) in enumerate(ROWS):
         repair = "sha256:maps" if row == 1 else None
         table.put(row, Payload(replace(layers, repair=repair)), range(num_prompt))
     example = ElasticStep(PlainBuilder(), metadata(), table)
-    assert [example.repaired_tokens(layer) for layer in (0, 3)] == [Whole.NONE, Whole.NONE]
-    repaired = example.repaired_tokens(1)
+    assert [example.repaired_tokens(layer) for layer in (0, 3)] == [[], []]
+    [(found, repaired)] = example.repaired_tokens(1)
+    assert found == number
     assert isinstance(repaired, TokenIndices)
     assert repaired.tokens.tolist() == [1]
-    assert example.repaired_tokens(2) is repaired, "the same tokens"
+    assert example.repaired_tokens(2)[0][1] is repaired, "the same tokens"
 
     ran: list[tuple[list[int], list[int]]] = []
 
@@ -162,8 +163,11 @@ def test_stand_ins_repair_the_tokens_that_skip_their_layer() -> None:
 
     stream = ResidualStream(run, torch.arange(5), torch.zeros(5, 1), torch.ones(5, 1))
     for layer in range(NUM_LAYERS):
-        stand_in = torch.tensor([[float(layer)]])
-        stream.add(layer, example.active_tokens(layer), stand_in, example.repaired_tokens(layer))
+        repairs = [
+            Repair(torch.tensor([[float(layer)]]), tokens)
+            for _, tokens in example.repaired_tokens(layer)
+        ]
+        stream.add(layer, example.active_tokens(layer), repairs)
     hidden, residual = stream.parts()
     assert ran == [([0], [0, 1, 2, 3, 4]), ([1, 2], [0, 2, 3, 4]), ([3], [0, 1, 4])]
     # Token 1 is 2 after layer 0; it is doubled, then tripled, and layer 3 adds 1.
@@ -172,26 +176,70 @@ def test_stand_ins_repair_the_tokens_that_skip_their_layer() -> None:
 
 def test_a_layer_that_all_tokens_skip_is_repaired_whole() -> None:
     table = RowTable(len(ROWS), NUM_LAYERS)
-    table.has_stand_in[1] = True
+    number = table.add_repair("sha256:maps", [1])
     for row in range(len(ROWS)):
         table.put(row, Payload(LayerSelection((1,), (1,), "sha256:maps")), range(2))
     example = ElasticStep(PlainBuilder(), metadata(), table)
     assert example.is_uniform
-    assert example.repaired_tokens(1) is Whole.ALL
+    assert example.repaired_tokens(1) == [(number, Whole.ALL)]
     table.put(0, Payload(LayerSelection((1,), (1,))), range(2))
     mixed = ElasticStep(PlainBuilder(), metadata(), table)
     assert not mixed.is_uniform, "one row does not ask for repair"
-    assert isinstance(mixed.repaired_tokens(1), TokenIndices)
+    [(found, tokens)] = mixed.repaired_tokens(1)
+    assert found == number
+    assert isinstance(tokens, TokenIndices)
+
+
+def test_rows_are_repaired_by_the_maps_that_each_asks_for() -> None:
+    """Rows A and C skip layer 1, row B layers 1 and 2, with maps of their own; C's lack layer 1."""
+    table = RowTable(len(ROWS), NUM_LAYERS)
+    first = table.add_repair("sha256:first", [1, 2])
+    second = table.add_repair("sha256:second", [1, 2])
+    table.add_repair("sha256:third", [3])
+    assert table.add_repair("sha256:first", [1, 2]) == first
+    for row, (skips, repair) in enumerate(
+        [((1,), "sha256:first"), ((1, 2), "sha256:second"), ((1,), "sha256:third")]
+    ):
+        table.put(row, Payload(LayerSelection(skips, skips, repair)), range(2))
+    example = ElasticStep(PlainBuilder(), metadata(), table)
+    assert not example.is_uniform
+
+    def repaired(layer: int) -> list[tuple[int, list[int]]]:
+        found = []
+        for number, tokens in example.repaired_tokens(layer):
+            assert isinstance(tokens, TokenIndices)
+            found.append((number, tokens.tokens.tolist()))
+        return found
+
+    assert repaired(1) == [(first, [0]), (second, [1])]
+    assert repaired(2) == [(second, [1])]
+    maps = {first: torch.tensor([[10.0]]), second: torch.tensor([[2.0]])}
+    ran: list[tuple[list[int], list[int]]] = []
+
+    def run(layers: Any, positions: Any, hidden: Any, residual: Any) -> Any:
+        ran.append((list(layers), positions.tolist()))
+        return hidden + 1, residual
+
+    stream = ResidualStream(run, torch.arange(5), torch.zeros(5, 1), torch.ones(5, 1))
+    for layer in range(NUM_LAYERS):
+        repairs = [Repair(maps[n], tokens) for n, tokens in example.repaired_tokens(layer)]
+        stream.add(layer, example.active_tokens(layer), repairs)
+    hidden, residual = stream.parts()
+    assert ran == [([0], [0, 1, 2, 3, 4]), ([2], [0, 2, 3, 4]), ([3], [0, 1, 2, 3, 4])]
+    # After layer 0 all are 2. Token 0 is eleven times that, token 1 three times, twice.
+    assert (hidden + residual).flatten().tolist() == [24, 19, 4, 4, 4]
 
 
 def test_rows_that_move_keep_their_repair() -> None:
     table = RowTable(4, NUM_LAYERS)
+    table.add_repair("sha256:others", [1])
+    assert table.add_repair("sha256:maps", [1]) == 2
     table.put(0, Payload(LayerSelection((1,), (1,), "sha256:maps")), range(2))
     table.move(0, 3)
     table.swap(3, 1)
-    assert table.is_repaired.tolist() == [True, True, False, False]
+    assert table.repair.tolist() == [2, 2, 0, 0]
     table.clear(1)
-    assert table.is_repaired.tolist() == [True, False, False, False]
+    assert table.repair.tolist() == [2, 0, 0, 0]
 
 
 def test_field_that_cannot_be_cut_is_an_error() -> None:

@@ -11,8 +11,10 @@ class StandIn(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     STAND_IN_NONE: _ClassVar[StandIn]
     STAND_IN_CLOSED_FORM: _ClassVar[StandIn]
+    STAND_IN_HEALED: _ClassVar[StandIn]
 STAND_IN_NONE: StandIn
 STAND_IN_CLOSED_FORM: StandIn
+STAND_IN_HEALED: StandIn
 
 class Depth(_message.Message):
     __slots__ = ("layers", "prune_ratio", "level", "auto")

@@ -1,0 +1,389 @@
+"""Healing: the maps of one set of skipped layers, trained by distillation.
+
+The dense model is the teacher: of each window of text, the maps learn to bring the next-token
+distributions of the model without the layers closer to its own, and everything else stays as it
+is. As the layers of section 4.6 of ShortGPT (arXiv 2403.03853) they replace what was removed, but
+they begin with maps in closed form, so that minutes are enough. Such maps belong to the set of
+layers that they were trained for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pruning.decoder import StandIn, find_decoder, inference_options, without_layers
+from pruning.fingerprint import token_fingerprint
+from pruning.repair.errors import RepairError
+from pruning.repair.maps import Healing, LayerMap, RepairMaps
+from pruning.repair.training_state import TrainingFile, TrainingState
+from pruning.repair.windows import split_windows
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+DEFAULT_STEPS = 120
+# Adam's learning rate at the first step; it falls to 0 along a cosine.
+LEARNING_RATE = 3e-4
+# Steps between two looks at the held-out windows, and looks in a row without gain that end it.
+EVALUATE_EVERY = 20
+PATIENCE = 3
+# A look at more of the held-out windows would cost more than the steps between two looks.
+_MAX_HELD_OUT = 4
+# Steps that are lost at most when the process is killed.
+_SAVE_EVERY = 10
+# What a map learns from less text is that text.
+MIN_TOKENS = 1024
+# Limits each temporary tensor of a chunk of tokens to some 64 MiB.
+_CHUNK_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class HealingStep:
+    """What a step of a training has shown.
+
+    ``loss`` is the divergence from the dense model on the step's window before the step, in nats
+    a token, ``held_out_loss`` that on the held-out windows after it; None: it was not measured.
+    """
+
+    step: int
+    num_steps: int
+    loss: float | None
+    held_out_loss: float | None
+
+
+def heal(
+    model: nn.Module,
+    windows: Sequence[torch.Tensor],
+    skipped: Collection[int],
+    closed_form: RepairMaps | None = None,
+    *,
+    model_fingerprint: str,
+    text_fingerprint: str,
+    started_from: str | None = None,
+    steps: int = DEFAULT_STEPS,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    layers: Sequence[nn.Module] | None = None,
+    on_step: Callable[[HealingStep], None] | None = None,
+) -> RepairMaps:
+    """Return maps of the layers ``skipped``, trained to stand in for them all at once.
+
+    They begin with those of ``closed_form``, whose fingerprint is ``started_from``; without it
+    with zero, which is a plain skip. ``windows`` are token ids, [length] each; one in eight is
+    held out, and the maps that are returned are those with the least divergence there, be it
+    those of the beginning. A step takes one window. Held in memory are the activations of that
+    window, which for windows of 512 tokens are fewer than the weights of any but the smallest
+    models, and its logits three times.
+
+    The result is determined by the arguments, the number of threads and the machine.
+    ``checkpoint`` is a file that keeps the state: after an interruption the training goes on
+    from there, with the same result. It is removed at the end.
+
+    Raises :class:`ValueError` for a model in training mode, for one whose layers cannot be found
+    and for layers that it does not have; :class:`RepairError` for too little text, for no
+    skipped layers, for ``closed_form`` that lacks one of them, and for a training that gives
+    what is not a finite number.
+    """
+    if steps < 1:
+        raise RepairError(f"steps: got {steps}, allowed: 1 or more")
+    if not skipped:
+        raise RepairError("skipped: got no layers, allowed: one or more; there is nothing to heal")
+    fit, held_out = split_windows(windows)
+    num_tokens = sum(map(len, fit))
+    if num_tokens < MIN_TOKENS:
+        raise RepairError(
+            f"text: got {num_tokens} tokens to train on, allowed: {MIN_TOKENS} or more"
+        )
+    decoder = find_decoder(model, layers)
+    for layer in skipped:
+        if not 0 <= layer < len(decoder.layers):
+            raise ValueError(f"skipped: got layer {layer}, allowed: 0 to {len(decoder.layers) - 1}")
+    first = _first_maps(model, sorted(skipped), closed_form)
+    kept = None
+    if checkpoint is not None:
+        identity = {
+            "model": model_fingerprint,
+            "tokens": token_fingerprint(window.tolist() for window in windows),
+            "skipped": sorted(skipped),
+            "began_with": _fingerprint(first),
+            "steps": steps,
+            "seed": seed,
+            "learning_rate": LEARNING_RATE,
+        }
+        kept = TrainingFile(checkpoint, identity)
+    training = _Training(model, decoder.layers, fit, held_out[:_MAX_HELD_OUT], first, steps, seed)
+    state = training.run(kept, on_step or (lambda _: None))
+    if kept is not None:
+        kept.remove()
+    return RepairMaps(
+        layers={
+            layer: LayerMap(
+                weight.cpu(),
+                0.0 if closed_form is None else closed_form.layers[layer].ridge,
+                1.0 if closed_form is None else closed_form.layers[layer].unexplained,
+            )
+            for layer, weight in state.best.items()
+        },
+        num_layers=len(decoder.layers),
+        model_fingerprint=model_fingerprint,
+        text_fingerprint=text_fingerprint,
+        num_tokens=num_tokens,
+        healing=Healing(
+            skipped=tuple(sorted(skipped)),
+            started_from=started_from,
+            steps=steps,
+            num_steps_taken=state.step,
+            seed=seed,
+            first_loss=state.first_loss,
+            loss=state.best_loss,
+        ),
+    )
+
+
+class _Training:
+    """The training of one set of maps on one model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[nn.Module],
+        windows: Sequence[torch.Tensor],
+        held_out: Sequence[torch.Tensor],
+        first: Mapping[int, torch.Tensor],
+        steps: int,
+        seed: int,
+    ) -> None:
+        self._model = model
+        self._options = inference_options(model)
+        self._layers = layers
+        self._windows = windows
+        self._held_out = held_out
+        self._first = first
+        self._steps = steps
+        self._seed = seed
+
+    def run(
+        self, kept: TrainingFile | None, on_step: Callable[[HealingStep], None]
+    ) -> TrainingState:
+        """Return the state at the end; raises :class:`RepairError` for what is not finite."""
+        import torch
+
+        state = None if kept is None else kept.load()
+        if state is None:
+            state = self._first_state()
+            self._evaluate(state)
+            state.first_loss = state.best_loss
+        on_step(HealingStep(state.step, self._steps, None, state.best_loss))
+        parameters = {
+            layer: torch.nn.Parameter(weight.to(self._first[layer]))
+            for layer, weight in state.weight.items()
+        }
+        state.weight = {layer: parameter.detach() for layer, parameter in parameters.items()}
+        optimizer = _adam(parameters, state)
+        with _frozen(self._model):
+            while state.step < self._steps and state.num_stale < PATIENCE:
+                optimizer.param_groups[0]["lr"] = self._learning_rate(state.step)
+                loss = self._step(optimizer, parameters, state.step)
+                state.step += 1
+                held_out_loss = None
+                if state.step % EVALUATE_EVERY == 0 or state.step == self._steps:
+                    held_out_loss = self._evaluate(state)
+                if kept is not None and state.step % _SAVE_EVERY == 0:
+                    _take_moments(optimizer, parameters, state)
+                    kept.save(state)
+                on_step(HealingStep(state.step, self._steps, loss, held_out_loss))
+        return state
+
+    def _first_state(self) -> TrainingState:
+        import torch
+
+        return TrainingState(
+            weight=dict(self._first),
+            first_moment={i: torch.zeros_like(weight) for i, weight in self._first.items()},
+            second_moment={i: torch.zeros_like(weight) for i, weight in self._first.items()},
+            best={i: weight.clone() for i, weight in self._first.items()},
+        )
+
+    def _learning_rate(self, step: int) -> float:
+        return LEARNING_RATE * (1 + math.cos(math.pi * step / self._steps)) / 2
+
+    def _step(
+        self, optimizer: torch.optim.Optimizer, parameters: Mapping[int, nn.Parameter], step: int
+    ) -> float:
+        import torch
+
+        window = self._window(step)
+        target = self._logits(window, {})
+        with torch.enable_grad(), without_layers(self._layers, self._first, stand_ins(parameters)):
+            logits = self._model(input_ids=window[None], **self._options).logits[0]
+        # What the loss does to the logits is known, so it needs no graph of its own: that would
+        # hold several tensors of the size of the logits.
+        loss, gradient = divergence(logits.detach(), target)
+        _check_finite(loss, f"the loss of step {step + 1}")
+        optimizer.zero_grad()
+        logits.backward(gradient)
+        for layer, parameter in parameters.items():
+            if parameter.grad is None or not bool(parameter.grad.isfinite().all()):
+                raise RepairError(
+                    f"healing: the gradient of layer {layer}'s map at step {step + 1} is not finite"
+                )
+        optimizer.step()
+        return loss
+
+    def _window(self, step: int) -> torch.Tensor:
+        """Return the window of a step: all of them in turn, in another order each time."""
+        epoch, place = divmod(step, len(self._windows))
+        order = list(range(len(self._windows)))
+        random.Random(f"{self._seed} {epoch}").shuffle(order)
+        return self._windows[order[place]].to(self._device)
+
+    def _evaluate(self, state: TrainingState) -> float:
+        """Return the loss on the held-out windows, and note whether it is the best."""
+        total, num_tokens = 0.0, 0
+        for window in self._held_out:
+            window = window.to(self._device)
+            target = self._logits(window, {})
+            loss, _ = divergence(self._logits(window, state.weight), target)
+            total += loss * len(window)
+            num_tokens += len(window)
+        loss = total / num_tokens
+        _check_finite(loss, f"the loss on held-out text after {state.step} steps")
+        if loss < state.best_loss:
+            state.best_loss, state.num_stale = loss, 0
+            state.best = {layer: weight.clone() for layer, weight in state.weight.items()}
+        else:
+            state.num_stale += 1
+        return loss
+
+    def _logits(self, window: torch.Tensor, maps: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """Return the logits of a window without the layers of ``maps``, or of the dense model."""
+        import torch
+
+        with torch.no_grad(), without_layers(self._layers, maps, stand_ins(maps)):
+            output = self._model(input_ids=window[None], **self._options)
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._first.values())).device
+
+
+def stand_ins(maps: Mapping[int, torch.Tensor]) -> dict[int, StandIn]:
+    """Return what skipped layers do instead with these maps, each [hidden, hidden]."""
+
+    def stand_in(weight: torch.Tensor) -> StandIn:
+        return lambda states: states + states @ weight.to(states.dtype)
+
+    return {layer: stand_in(weight) for layer, weight in maps.items()}
+
+
+def divergence(logits: torch.Tensor, target: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """Return the mean KL(target || logits), in nats, and its gradient with respect to ``logits``.
+
+    Both are [num_tokens, vocabulary]. ``target`` is overwritten with the gradient, (softmax(logits)
+    - softmax(target)) / num_tokens.
+    """
+    import torch
+
+    num_tokens, vocab_size = logits.shape
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    chunk = max(_CHUNK_ELEMENTS // max(vocab_size, 1), 1)
+    with torch.no_grad():
+        for start in range(0, num_tokens, chunk):
+            rows = slice(start, start + chunk)
+            logprobs = logits[rows].float().log_softmax(-1)
+            reference = target[rows].float().log_softmax(-1)
+            probabilities = reference.exp()
+            # A token with probability 0 in the target adds nothing, even if it is 0 in both.
+            total += torch.where(
+                reference.isneginf(), 0.0, probabilities * (reference - logprobs)
+            ).sum(dtype=torch.float64)
+            target[rows] = (logprobs.exp() - probabilities) / num_tokens
+    return float(total / num_tokens), target
+
+
+def _first_maps(
+    model: nn.Module, skipped: Sequence[int], closed_form: RepairMaps | None
+) -> dict[int, torch.Tensor]:
+    import torch
+
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    device = embeddings.weight.device
+    hidden_size = _hidden_size(model)
+    if closed_form is None:
+        return {layer: torch.zeros(hidden_size, hidden_size, device=device) for layer in skipped}
+    if missing := [layer for layer in skipped if layer not in closed_form.layers]:
+        raise RepairError(f"closed_form: there is no map of layer {missing[0]}, which is skipped")
+    if closed_form.hidden_size != hidden_size:
+        raise RepairError(
+            f"hidden_size: the maps are of a model with {closed_form.hidden_size}, allowed: "
+            f"{hidden_size}, that of this model"
+        )
+    return {
+        layer: closed_form.layers[layer].weight.detach().to(device, torch.float32, copy=True)
+        for layer in skipped
+    }
+
+
+def _hidden_size(model: nn.Module) -> int:
+    config: Any = model.config
+    return int(config.get_text_config().hidden_size)
+
+
+def _adam(parameters: Mapping[int, nn.Parameter], state: TrainingState) -> torch.optim.Optimizer:
+    import torch
+
+    optimizer = torch.optim.Adam(parameters.values(), lr=LEARNING_RATE)
+    if state.step:
+        for layer, parameter in parameters.items():
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(state.step)),
+                "exp_avg": state.first_moment[layer].to(parameter, copy=True),
+                "exp_avg_sq": state.second_moment[layer].to(parameter, copy=True),
+            }
+    return optimizer
+
+
+def _take_moments(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[int, nn.Parameter], state: TrainingState
+) -> None:
+    for layer, parameter in parameters.items():
+        moments = optimizer.state[parameter]
+        state.first_moment[layer] = moments["exp_avg"]
+        state.second_moment[layer] = moments["exp_avg_sq"]
+
+
+class _frozen:
+    """Keeps the model's own weights from learning, while in context."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._learning = [p for p in model.parameters() if p.requires_grad]
+
+    def __enter__(self) -> None:
+        for parameter in self._learning:
+            parameter.requires_grad_(False)
+
+    def __exit__(self, *_: object) -> None:
+        for parameter in self._learning:
+            parameter.requires_grad_(True)
+
+
+def _check_finite(loss: float, what: str) -> None:
+    if not math.isfinite(loss):
+        raise RepairError(f"healing: {what} is not a finite number")
+
+
+def _fingerprint(maps: Mapping[int, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for layer in sorted(maps):
+        digest.update(f"{layer} {list(maps[layer].shape)}\n".encode())
+        digest.update(maps[layer].cpu().contiguous().numpy().data)
+    return f"sha256:{digest.hexdigest()}"

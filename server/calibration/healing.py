@@ -1,0 +1,126 @@
+"""Healed maps in place of others, where they bring levels closer to the dense model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pruning.quality import Quality
+from pruning.repair import RepairError
+from server.calibration.calibrator import Calibrator, OnProgress
+from server.calibration.healed_store import HealedStore
+from server.calibration.policy_store import PolicyStore
+from server.depth.levels import DepthPair
+from server.depth.policy import DepthPolicy
+from server.engine.base import RepairsLayers
+
+logger = logging.getLogger(__name__)
+
+
+def what_is_not_better(before: Quality, after: Quality) -> str:
+    """Return what of the quality on held-out text is not better than before; empty: nothing.
+
+    Everything that decides whether healed maps are used is compared here, offline and in the
+    server.
+    """
+    problems = []
+    for name, old, new in (
+        ("perplexity", before.perplexity, after.perplexity),
+        ("divergence from the dense model", before.kl_nats, after.kl_nats),
+    ):
+        if old is None or new is None:
+            problems.append(f"{name} was not measured")
+        elif new >= old:
+            problems.append(f"{name} {new:.4g}, before: {old:.4g}")
+    return "; ".join(problems)
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """The policy with healed maps, and what is not better with them; empty: nothing is."""
+
+    policy: DepthPolicy
+    fingerprint: str
+    problem: str
+
+
+class HealedLevels:
+    """Judges healed maps at the levels that they serve, in the engine that serves them."""
+
+    def __init__(
+        self,
+        engine: RepairsLayers,
+        calibrator: Calibrator,
+        store: PolicyStore,
+        kept: HealedStore,
+    ) -> None:
+        self._engine = engine
+        self._calibrator = calibrator
+        self._store = store
+        self._kept = kept
+
+    async def with_kept(self, policy: DepthPolicy, on_progress: OnProgress) -> DepthPolicy:
+        """Return the policy with the maps that are kept for its levels, where they are better."""
+        for skipped in policy.healable_levels():
+            path = self._kept.find(skipped)
+            if path is None:
+                continue
+            try:
+                found = await self.judge(policy, skipped, path, on_progress)
+            except (RepairError, OSError) as error:
+                logger.warning("healed maps are not used: %s", error)
+                continue
+            if found.problem:
+                logger.warning(
+                    "healed maps of %s are not used: %s", self.name(policy, skipped), found.problem
+                )
+            else:
+                logger.info("healed maps of %s: %s", self.name(policy, skipped), path)
+                policy = found.policy
+        return policy
+
+    async def judge(
+        self, policy: DepthPolicy, skipped: tuple[int, ...], path: Path, on_progress: OnProgress
+    ) -> Judgement:
+        """Load the maps in ``path`` into the engine, and compare them with those of ``policy``.
+
+        They are better only if they are at every level that they serve. Raises
+        :class:`RepairError` and :class:`OSError` for maps that cannot be loaded, and
+        :class:`EngineDead`.
+        """
+        fingerprint = await self._engine.install_repair(path)
+        healed = policy.with_healed(skipped, fingerprint)
+        pairs = policy.healable_levels()[skipped]
+        before = await self._qualities(policy, pairs, on_progress)
+        after = await self._qualities(healed, pairs, on_progress)
+        problems = [
+            f"{problem} at {_depth(pair)}"
+            for pair in pairs
+            if (problem := what_is_not_better(before[pair], after[pair]))
+        ]
+        return Judgement(healed.with_measurements(after, {}), fingerprint, "; ".join(problems))
+
+    async def install(self, path: Path) -> str:
+        """Let the engine load the maps from this file from now on; return their fingerprint."""
+        return await self._engine.install_repair(path)
+
+    def name(self, policy: DepthPolicy, skipped: tuple[int, ...]) -> str:
+        """Return what the log calls the depth that skips these layers."""
+        return f"{policy.num_layers - len(skipped)} of {policy.num_layers} layers"
+
+    async def _qualities(
+        self, policy: DepthPolicy, pairs: Sequence[DepthPair], on_progress: OnProgress
+    ) -> dict[DepthPair, Quality]:
+        return await self._store.qualities(
+            policy,
+            pairs,
+            lambda missing: self._calibrator.measure_quality(policy, missing, on_progress),
+        )
+
+
+def _depth(pair: DepthPair) -> str:
+    if pair.prefill_layers == pair.decode_layers:
+        return f"depth {pair.decode_layers}"
+    return f"depth {pair.prefill_layers}/{pair.decode_layers}"
