@@ -1,0 +1,16 @@
+"""What the probes of one depth found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pruning.probes.choosing import Choosing
+from pruning.probes.writing import Writing
+
+
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """How one depth writes and chooses; None: there was too little text for that probe."""
+
+    writing: Writing | None
+    choosing: Choosing | None
