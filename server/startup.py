@@ -37,6 +37,7 @@ _WORK = {
     "repair": "Fitting what stands in for skipped layers",
     "levels": "Starting the engines of the levels",
     "quality": "Measuring quality",
+    "probes": "Probing writing and choosing",
     "speed": "Measuring speed",
 }
 
@@ -189,12 +190,18 @@ class Startup:
     async def _measure(
         self, policy: DepthPolicy, calibrator: Calibrator, store: PolicyStore
     ) -> DepthPolicy:
-        """Return the policy with its qualities and speeds; those that are not kept are measured."""
+        """Return the policy with its measurements; those that are not kept are made."""
         with self._service.phase("quality"):
             qualities = await store.qualities(
                 policy,
                 calibrator.depths_to_measure(policy),
                 lambda missing: calibrator.measure_quality(policy, missing, self._on_progress),
+            )
+        with self._service.phase("probes"):
+            probes = await store.probes(
+                policy,
+                calibrator.depths_to_time(policy),
+                lambda missing: calibrator.measure_probes(policy, missing, self._on_progress),
             )
         with self._service.phase("speed"):
             speeds = await store.speeds(
@@ -202,7 +209,7 @@ class Startup:
                 calibrator.depths_to_time(policy),
                 lambda missing: calibrator.measure_speed(policy, missing, self._on_progress),
             )
-        return policy.with_measurements(qualities, speeds)
+        return policy.with_measurements(qualities, speeds, probes)
 
     def _calibrator(self) -> Calibrator:
         settings, inputs = self._settings, self._inputs

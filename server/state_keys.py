@@ -9,6 +9,7 @@ its key, or is compared when the entry is read:
 | ``plan-*`` | ranking of the layers | model, tokenizer, calibration text and number of tokens, metric, data type, context, vLLM's arguments; one by a search also on the tokens that it may run and on repair; one that transformers has measured does not depend on vLLM's arguments |
 | ``search-*`` | divergence from the dense model, by the layers that are left out | model, tokenizer, token ids of the text, repair maps, data type, context, vLLM's arguments |
 | ``quality-*`` | perplexity and the like, by the layers that are left out | as a plan, with the held-out text |
+| ``probes-*`` | how depths write and choose, by the layers that are left out | as quality |
 | ``repair-*`` | maps that stand in for skipped layers | as a plan; it is compared with its digest |
 | ``speed-*`` | tokens per second, by the layers that are left out | as quality, and hardware, versions of packages, requests at a time |
 | ``quantized-*`` | quantized checkpoint, and a record of its files | model, how it is quantized, token ids that it is calibrated on, version of GPTQModel, companion files, whether code is copied; each file is compared with its record |
@@ -34,8 +35,8 @@ from typing import Any
 
 Key = dict[str, object]
 
-_HASH, _PLAN, _SEARCH, _QUALITY, _REPAIR, _SPEED, _QUANTIZED, _CHECKPOINT = (
-    {"method": method} for method in (1, 1, 1, 1, 1, 1, 3, 1)
+_HASH, _PLAN, _SEARCH, _QUALITY, _PROBES, _REPAIR, _SPEED, _QUANTIZED, _CHECKPOINT = (
+    {"method": method} for method in (1, 1, 1, 1, 1, 1, 1, 3, 1)
 )
 
 
@@ -115,6 +116,14 @@ def transformers_plan_key(
 def quality_key(measuring: Measuring, *, text: str, num_tokens: int) -> Key:
     """Return the key of qualities; ``text`` is the fingerprint of the held-out text."""
     return {**_QUALITY, **asdict(measuring), "text": text, "num_tokens": num_tokens}
+
+
+def probes_key(measuring: Measuring, *, text: str, num_tokens: int) -> Key:
+    """Return the key of probes, which are made of the held-out text.
+
+    Their method number is the version of their design (:mod:`server.calibration.probes`).
+    """
+    return {**_PROBES, **asdict(measuring), "text": text, "num_tokens": num_tokens}
 
 
 def repair_key(measuring: Measuring, *, text: str, num_tokens: int) -> Key:

@@ -16,9 +16,11 @@ from pruning.importance import ImportanceError
 from pruning.metrics import Evidence
 from pruning.metrics.names import BLOCK_INFLUENCE
 from pruning.plan import Plan
+from pruning.probes import Probes
 from pruning.quality import Quality, QualityError
 from pruning.text import TextError, token_windows
 from server.calibration.layer_search import LayerSearch, search_text_tokens
+from server.calibration.probes import Prober
 from server.calibration.search_store import SearchStore
 from server.calibration.served_metrics import find_metric, searches
 from server.config.depth import DEFAULT_SEARCH_TOKENS
@@ -55,7 +57,7 @@ _ROUNDS = 2
 class Progress:
     """Progress of a measurement.
 
-    ``phase`` is importance, search, repair, levels, quality or speed; in the phase levels,
+    ``phase`` is importance, search, repair, levels, quality, probes or speed; in the phase levels,
     engines are started for them.
     """
 
@@ -111,6 +113,8 @@ class Calibrator:
             self._held_out = self._two_windows_or_more(held_out_texts, max_held_out_tokens)
         except TextError as error:
             raise FailedPrecondition(f"the held-out text: {error}") from None
+        start = engine.tokenize("")
+        self._prober = Prober(engine, [each[len(start) :] for each in self._held_out], start)
 
     async def measure_plan(
         self,
@@ -191,7 +195,7 @@ class Calibrator:
         return sorted(depths, key=lambda pair: (-pair.decode_layers, -pair.prefill_layers))
 
     def depths_to_time(self, policy: DepthPolicy) -> list[DepthPair]:
-        """Return dense, where a request may have it, and the levels."""
+        """Return dense, where a request may have it, and the levels; these are probed, too."""
         dense = [policy.dense] if policy.can_have(policy.dense) else []
         return list(dict.fromkeys([*dense, *(level.depths for level in policy.levels)]))
 
@@ -208,6 +212,23 @@ class Calibrator:
                 _report(on_progress, "quality"),
             )
         return dict(zip(depths, qualities, strict=True))
+
+    async def measure_probes(
+        self, policy: DepthPolicy, depths: Sequence[DepthPair], on_progress: OnProgress
+    ) -> dict[DepthPair, Probes]:
+        """Measure how each of ``depths`` writes and chooses, under the policy's plan.
+
+        The probes are made of the held-out text. What compares with the dense model is None where
+        no request may have it.
+        """
+        if not depths:
+            return {}
+        probes = await self._prober.run(
+            [policy.selection(pair) for pair in depths],
+            _report(on_progress, "probes"),
+            has_dense=policy.can_have(policy.dense),
+        )
+        return dict(zip(depths, probes, strict=True))
 
     async def measure_speed(
         self, policy: DepthPolicy, depths: Iterable[DepthPair], on_progress: OnProgress

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from pruning.plan import Plan
+from pruning.probes import Probes
 from pruning.quality import Quality
 from pruning.repair import RepairError, load_maps
 from server.depth.levels import DepthPair
@@ -50,7 +51,7 @@ class PlanFile:
 
 
 class PolicyStore:
-    """Keeps plan, qualities and speeds, each under a key of all that it depends on."""
+    """Keeps plan, qualities, probes and speeds, each under a key of all that it depends on."""
 
     def __init__(
         self,
@@ -60,6 +61,7 @@ class PolicyStore:
         plan_key: Key,
         repair_key: Key,
         quality_key: Key,
+        probes_key: Key,
         speed_key: Key,
     ) -> None:
         self._state = state
@@ -68,6 +70,9 @@ class PolicyStore:
         self._repair_key = repair_key
         self._qualities: _Table[Quality] = _Table(
             state, "quality", quality_key, JsonEntry(list[Measured[Quality]], quality_key)
+        )
+        self._probes: _Table[Probes] = _Table(
+            state, "probes", probes_key, JsonEntry(list[Measured[Probes]], probes_key)
         )
         self._speeds: _Table[Speed] = _Table(
             state, "speed", speed_key, JsonEntry(list[Measured[Speed]], speed_key)
@@ -112,6 +117,15 @@ class PolicyStore:
         """Return the qualities of ``depths``; those that are not kept are made."""
         return await self._qualities.complete(policy, depths, make)
 
+    async def probes(
+        self,
+        policy: DepthPolicy,
+        depths: Sequence[DepthPair],
+        make: Callable[[Sequence[DepthPair]], Awaitable[Mapping[DepthPair, Probes]]],
+    ) -> dict[DepthPair, Probes]:
+        """Return what the probes of ``depths`` found; those that are not kept are made."""
+        return await self._probes.complete(policy, depths, make)
+
     async def speeds(
         self,
         policy: DepthPolicy,
@@ -125,6 +139,7 @@ class PolicyStore:
         """Keep a policy that was measured while serving: the next start begins with it."""
         self._state.save("plan", self._plan_key, self._plan_file, policy.plan)
         self._qualities.add(policy, policy.qualities)
+        self._probes.add(policy, policy.probes)
         self._speeds.add(policy, policy.speeds)
 
 

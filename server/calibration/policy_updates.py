@@ -94,7 +94,7 @@ class PolicyUpdates:
                 # SetPolicy may have changed the policy meanwhile; its changes stay.
                 self._in_force.install(
                     self._in_force.policy.with_levels(levels, default_level).with_measurements(
-                        policy.qualities, policy.speeds
+                        policy.qualities, policy.speeds, policy.probes
                     )
                 )
             await self._keep()
@@ -123,7 +123,7 @@ class PolicyUpdates:
             # SetPolicy may have changed the policy meanwhile; its changes stay.
             self._in_force.install(
                 self._in_force.policy.with_plan(plan).with_measurements(
-                    policy.qualities, policy.speeds
+                    policy.qualities, policy.speeds, policy.probes
                 )
             )
         await self._keep()
@@ -139,17 +139,21 @@ class PolicyUpdates:
             self._engine.release_others(self._in_force.policy.level_selections().values())
 
     async def _measured(self, policy: DepthPolicy, on_progress: OnProgress) -> DepthPolicy:
-        """Return the policy with the quality and speed of those of its depths that lack them."""
+        """Return the policy with what its depths lack of quality, probes and speed."""
         wanted = self._calibrator.depths_to_measure(policy)
         qualities = await self._calibrator.measure_quality(
             policy, [pair for pair in wanted if pair not in policy.qualities], on_progress
+        )
+        probed = self._calibrator.depths_to_time(policy)
+        probes = await self._calibrator.measure_probes(
+            policy, [pair for pair in probed if pair not in policy.probes], on_progress
         )
         speeds = await self._calibrator.measure_speed(
             policy,
             [level.depths for level in policy.levels if level.depths not in policy.speeds],
             on_progress,
         )
-        return policy.with_measurements(qualities, speeds)
+        return policy.with_measurements(qualities, speeds, probes)
 
     async def _keep(self) -> None:
         if self._store is not None:

@@ -17,6 +17,7 @@ from server.state_keys import (
     Key,
     Measuring,
     plan_key,
+    probes_key,
     quality_key,
     repair_key,
     speed_key,
@@ -48,6 +49,7 @@ def policy_store(
             measuring, text=text_fingerprint(texts), num_tokens=settings.calibration_tokens
         ),
         quality_key=quality_key(measuring, text=held_out, num_tokens=settings.quality_tokens),
+        probes_key=probes_key(measuring, text=held_out, num_tokens=settings.quality_tokens),
         speed_key=speed_key(
             measuring,
             text=held_out,

@@ -156,12 +156,30 @@ class DepthSettings(BaseModel):
     auto_max_quality_loss: Annotated[float, Ge(0)] = Field(
         0.25,
         description="Largest loss of quality of a level that automatic depth may use: its "
-        "perplexity divided by that of the dense model, less 1.",
+        "perplexity divided by that of the dense model, less 1. For `Score` only where "
+        "`auto_max_choosing_loss` is 1.",
     )
     auto_min_agreement: Annotated[float, Ge(0), Le(1)] = Field(
         0.0,
         description="Smallest agreement of such a level: the share of positions where its most "
         "likely next token is that of the dense model.",
+    )
+    auto_max_writing_loss: Annotated[float, Ge(0)] = Field(
+        0.5,
+        description="Largest loss in writing of a level that automatic depth may use for "
+        "`Generate`: the perplexity under the dense model of what the level writes divided by "
+        "that of what the dense model writes, less 1; inf: any.",
+    )
+    auto_max_repetition: Annotated[float, Ge(0), Le(1)] = Field(
+        0.2,
+        description="Largest repetition of such a level: the share of sequences of four tokens "
+        "that were there before, less the dense model's own; 1: any.",
+    )
+    auto_max_choosing_loss: Annotated[float, Ge(0), Le(1)] = Field(
+        0.15,
+        description="Largest loss in choosing of a level that automatic depth may use for "
+        "`Score`: the share of passages whose true continuation the dense model finds, less that "
+        "of the level; 1: any, and `auto_max_quality_loss` holds instead.",
     )
 
     @field_validator("levels")

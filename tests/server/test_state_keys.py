@@ -51,6 +51,7 @@ KINDS: dict[str, tuple[Make, dict[str, Any]]] = {
         },
     ),
     "quality": (measured(state_keys.quality_key), {**MEASURING, **TEXT}),
+    "probes": (measured(state_keys.probes_key), {**MEASURING, **TEXT}),
     "repair": (measured(state_keys.repair_key), {**MEASURING, **TEXT}),
     "speed": (
         measured(state_keys.speed_key),
@@ -127,5 +128,6 @@ def test_every_kind_of_entry_is_described() -> None:
             )
     assert state_keys.__doc__ is not None
     described = set(re.findall(r"^\| ``(\w+)-\*`` \|", state_keys.__doc__, re.MULTILINE))
-    expected = {"hash", "plan", "search", "repair", "quality", "speed", "quantized", "checkpoint"}
+    expected = {"hash", "plan", "search", "repair", "quality", "probes", "speed"}
+    expected |= {"quantized", "checkpoint"}
     assert kinds == described == expected
