@@ -14,3 +14,11 @@ class Probes:
 
     writing: Writing | None
     choosing: Choosing | None
+
+    @property
+    def has_dense(self) -> bool:
+        """Whether all that was found was compared with the dense model."""
+        writing, choosing = self.writing, self.choosing
+        return (writing is None or writing.ratio is not None) and (
+            choosing is None or choosing.agreement is not None
+        )

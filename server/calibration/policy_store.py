@@ -123,8 +123,11 @@ class PolicyStore:
         depths: Sequence[DepthPair],
         make: Callable[[Sequence[DepthPair]], Awaitable[Mapping[DepthPair, Probes]]],
     ) -> dict[DepthPair, Probes]:
-        """Return what the probes of ``depths`` found; those that are not kept are made."""
-        return await self._probes.complete(policy, depths, make)
+        """Return what the probes of ``depths`` found; those that are not kept are made.
+
+        So are those that were kept without a dense model, where there is one now.
+        """
+        return await self._probes.complete(policy, depths, make, policy.is_probed)
 
     async def speeds(
         self,
@@ -159,12 +162,19 @@ class _Table(Generic[M]):
         policy: DepthPolicy,
         depths: Sequence[DepthPair],
         make: Callable[[Sequence[DepthPair]], Awaitable[Mapping[DepthPair, M]]],
+        is_enough: Callable[[DepthPair, M], bool] = lambda depths, measurement: True,
     ) -> dict[DepthPair, M]:
-        found = self._found(policy, depths)
+        """Return the measurements of ``depths``; make those that are missing or not enough."""
+
+        def kept() -> dict[DepthPair, M]:
+            found = self._found(policy, depths)
+            return {pair: value for pair, value in found.items() if is_enough(pair, value)}
+
+        found = kept()
         if len(found) == len(depths):
             return found
         async with self._state.locked(self._kind, self._key):
-            found = self._found(policy, depths)
+            found = kept()
             missing = [pair for pair in depths if pair not in found]
             if missing:
                 found |= await make(missing)

@@ -146,7 +146,7 @@ class PolicyUpdates:
         )
         probed = self._calibrator.depths_to_time(policy)
         probes = await self._calibrator.measure_probes(
-            policy, [pair for pair in probed if pair not in policy.probes], on_progress
+            policy, [pair for pair in probed if not policy.is_probed(pair)], on_progress
         )
         speeds = await self._calibrator.measure_speed(
             policy,

@@ -157,6 +157,15 @@ class DepthPolicy:
         """Return whether a request may run at these depths."""
         return self.any_depth or any(level.depths == depths for level in self.levels)
 
+    def is_probed(self, depths: DepthPair, probes: Probes | None = None) -> bool:
+        """Return whether there is nothing to gain from another probe of ``depths``.
+
+        ``probes`` are what is known of them, by default what the policy has. What was measured
+        without a dense model is measured again once there is one to compare with.
+        """
+        probes = self.probes.get(depths) if probes is None else probes
+        return probes is not None and (probes.has_dense or not self.can_have(self.dense))
+
     def level_selections(self) -> dict[str, LayerSelection]:
         """Return the layers that each level skips, by its name."""
         return {level.name: self.selection(level.depths) for level in self.levels}

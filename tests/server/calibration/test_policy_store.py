@@ -72,10 +72,10 @@ def quality(pair: DepthPair) -> Quality:
 
 
 def probes(pair: DepthPair) -> Probes:
-    """Return probes with a share that tells depths apart, and all that may be missing missing."""
+    """Return probes with a share that tells depths apart."""
     share = 1 / pair.decode_layers
     if pair == MIXED:
-        return Probes(Writing(None, None, None, None, share, None, None, 16, 768), None)
+        return Probes(None, None)
     ratio = math.inf if pair == FAST else 1.5
     return Probes(
         Writing(3.0, 2.0, ratio, 0.25, share, 0.1, 0.3, 16, 768),
@@ -127,6 +127,28 @@ async def test_probes_are_kept_as_they_are(tmp_path: Path) -> None:
     assert await store(tmp_path).probes(POLICY, list(expected), measuring.probes) == expected
     assert await store(tmp_path).probes(POLICY, list(expected), measuring.probes) == expected
     assert measuring.asked == [list(expected)]
+
+
+async def test_probes_without_a_dense_model_are_made_again_where_there_is_one(
+    tmp_path: Path,
+) -> None:
+    measuring = Measuring()
+    alone = Probes(
+        Writing(None, None, None, None, 0.25, None, None, 16, 768),
+        Choosing(0.75, 0.05, None, None, 64, 0.25),
+    )
+
+    async def without_dense(depths: Sequence[DepthPair]) -> Mapping[DepthPair, Probes]:
+        return dict.fromkeys(depths, alone)
+
+    no_dense = DepthPolicy(PLAN, POLICY.levels[1:], any_depth=False)
+    assert await store(tmp_path).probes(no_dense, [FAST], without_dense) == {FAST: alone}
+    assert await store(tmp_path).probes(no_dense, [FAST], measuring.probes) == {FAST: alone}
+    assert measuring.asked == []
+    for _ in range(2):
+        found = await store(tmp_path).probes(POLICY, [FAST], measuring.probes)
+        assert found == {FAST: probes(FAST)}
+    assert measuring.asked == [[FAST]]
 
 
 async def test_measurements_belong_to_layers_and_not_to_depths(tmp_path: Path) -> None:
