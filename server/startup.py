@@ -16,7 +16,7 @@ from pruning.text import TextError
 from server.calibration.calibrator import Calibrator, Progress
 from server.calibration.offline_plan import kept_plan
 from server.calibration.policy_store import PolicyStore
-from server.calibration.served_metrics import searches
+from server.calibration.served_metrics import AUTO, searches
 from server.calibration.state_keys import policy_store, search_store
 from server.calibration.versions import measuring_versions
 from server.config import Settings
@@ -34,6 +34,7 @@ _MAX_LAYERS_FOR_EVERY_DEPTH = 16
 _WORK = {
     "importance": "Ranking the layers",
     "search": "Searching for the layers to leave out",
+    "orders": "Comparing what to leave out first",
     "repair": "Fitting what stands in for skipped layers",
     "levels": "Starting the engines of the levels",
     "quality": "Measuring quality",
@@ -122,11 +123,16 @@ class Startup:
                 # Such an engine loads a model only to rank its layers: any kept plan of the metric
                 # will do.
                 inputs, settings = self._inputs, self._settings
+                metric = None if settings.metric == AUTO else settings.metric
                 plan = kept_plan(
-                    settings, inputs.fingerprint, inputs.tokenizer, inputs.texts, settings.metric
+                    settings, inputs.fingerprint, inputs.tokenizer, inputs.texts, metric
                 )
             return plan or await store.plan(
-                lambda: calibrator.measure_plan(self._on_progress, repair=repair)
+                lambda: calibrator.measure_plan(
+                    self._on_progress,
+                    repair=repair,
+                    depths=[level.depths for level in self._inputs.levels],
+                )
             )
 
     async def _fitted_repair(self, calibrator: Calibrator, store: PolicyStore) -> str | None:

@@ -115,7 +115,12 @@ class PolicyUpdates:
         on_progress: OnProgress,
     ) -> Plan:
         plan = await self._calibrator.measure_plan(
-            on_progress, texts, max_tokens, metric, repair=self._in_force.policy.repair
+            on_progress,
+            texts,
+            max_tokens,
+            metric,
+            repair=self._in_force.policy.repair,
+            depths=[level.depths for level in self._in_force.policy.levels],
         )
         policy = self._in_force.policy.with_plan(plan)
         async with self._prepared(policy, on_progress):

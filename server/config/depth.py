@@ -21,9 +21,9 @@ from server.config.errors import conflict, not_allowed
 from server.config.values import names_from, pairs_from
 from server.depth.levels import LevelSpec
 
-# Those of pruning.metrics whose evidence the engines measure.
+# Those of pruning.metrics whose evidence the engines measure, and the better one of two of them.
 ServedMetric = Literal[
-    "block_influence", "reverse_order", "sequential", "single_removal_kl", "greedy_kl"
+    "block_influence", "reverse_order", "sequential", "single_removal_kl", "greedy_kl", "auto"
 ]
 DEFAULT_SEARCH_TOKENS = 1 << 19
 
@@ -98,7 +98,8 @@ class DepthSettings(BaseModel):
     metric: ServedMetric = Field(
         "block_influence",
         description="What the layers are ranked by where no plan is given or kept; "
-        "`single_removal_kl` and `greedy_kl` search with the elastic engine.",
+        "`single_removal_kl` and `greedy_kl` search with the elastic engine; `auto`: the better "
+        "one of `block_influence` and `greedy_kl` on held-out text.",
     )
     search_tokens: Annotated[int, Ge(1024)] = Field(
         DEFAULT_SEARCH_TOKENS,

@@ -36,7 +36,14 @@ def measured(make: Make) -> Make:
 KINDS: dict[str, tuple[Make, dict[str, Any]]] = {
     "plan": (
         measured(state_keys.plan_key),
-        {**MEASURING, **TEXT, "metric": "m", "search_tokens": 9, "repair": "none"},
+        {
+            **MEASURING,
+            **TEXT,
+            "metric": "m",
+            "search_tokens": 9,
+            "repair": "none",
+            "compared_on": {"levels": []},
+        },
     ),
     "search": (measured(state_keys.search_key), {**MEASURING, "tokens": "t", "repair": "r"}),
     "transformers plan": (
