@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import statistics
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -189,6 +190,8 @@ def main() -> None:
             auto_inter_token_seconds=INTER_TOKEN_SECONDS,
             auto_hold_seconds=HOLD_SECONDS,
             auto_max_quality_loss=arguments.max_quality_loss,
+            auto_max_writing_loss=math.inf,
+            auto_max_repetition=1.0,
             engine_args='{"enable_prefix_caching": false}',
         ) as server:
             await measure(arguments, server)

@@ -20,7 +20,7 @@ from server.calibration.healing import HealedLevels
 from server.calibration.offline_plan import kept_plan
 from server.calibration.policy_store import PolicyStore
 from server.calibration.repairer import InstalledRepair, Repairer
-from server.calibration.served_metrics import searches
+from server.calibration.served_metrics import AUTO, searches
 from server.calibration.state_keys import policy_store, search_store
 from server.calibration.versions import measuring_versions
 from server.config import Settings
@@ -39,9 +39,11 @@ _MAX_LAYERS_FOR_EVERY_DEPTH = 16
 _WORK = {
     "importance": "Ranking the layers",
     "search": "Searching for the layers to leave out",
+    "orders": "Comparing what to leave out first",
     "repair": "Fitting what stands in for skipped layers",
     "levels": "Starting the engines of the levels",
     "quality": "Measuring quality",
+    "probes": "Probing writing and choosing",
     "speed": "Measuring speed",
 }
 
@@ -140,12 +142,17 @@ class Startup:
                 # Such an engine loads a model only to rank its layers: any kept plan of the metric
                 # will do.
                 inputs, settings = self._inputs, self._settings
+                metric = None if settings.metric == AUTO else settings.metric
                 plan = kept_plan(
-                    settings, inputs.fingerprint, inputs.tokenizer, inputs.texts, settings.metric
+                    settings, inputs.fingerprint, inputs.tokenizer, inputs.texts, metric
                 )
             fingerprint = None if repair is None else repair.fingerprint
             return plan or await store.plan(
-                lambda: calibrator.measure_plan(self._on_progress, repair=fingerprint)
+                lambda: calibrator.measure_plan(
+                    self._on_progress,
+                    repair=fingerprint,
+                    depths=[level.depths for level in self._inputs.levels],
+                )
             )
 
     async def _installed_repair(self, repairer: Repairer | None) -> InstalledRepair | None:
@@ -212,12 +219,18 @@ class Startup:
     async def _measure(
         self, policy: DepthPolicy, calibrator: Calibrator, store: PolicyStore
     ) -> DepthPolicy:
-        """Return the policy with its qualities and speeds; those that are not kept are measured."""
+        """Return the policy with its measurements; those that are not kept are made."""
         with self._service.phase("quality"):
             qualities = await store.qualities(
                 policy,
                 calibrator.depths_to_measure(policy),
                 lambda missing: calibrator.measure_quality(policy, missing, self._on_progress),
+            )
+        with self._service.phase("probes"):
+            probes = await store.probes(
+                policy,
+                calibrator.depths_to_time(policy),
+                lambda missing: calibrator.measure_probes(policy, missing, self._on_progress),
             )
         with self._service.phase("speed"):
             speeds = await store.speeds(
@@ -225,7 +238,7 @@ class Startup:
                 calibrator.depths_to_time(policy),
                 lambda missing: calibrator.measure_speed(policy, missing, self._on_progress),
             )
-        return policy.with_measurements(qualities, speeds)
+        return policy.with_measurements(qualities, speeds, probes)
 
     def _calibrator(self) -> Calibrator:
         settings, inputs = self._settings, self._inputs

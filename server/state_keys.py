@@ -6,9 +6,10 @@ its key, or is compared when the entry is read:
 | entry | what it is | what it depends on |
 |---|---|---|
 | ``hash-*`` | SHA-256 of one file | path, size, times and inode of the file |
-| ``plan-*`` | ranking of the layers | model, tokenizer, calibration text and number of tokens, metric, data type, context, vLLM's arguments; one by a search also on the tokens that it may run and on repair; one that transformers has measured does not depend on vLLM's arguments |
+| ``plan-*`` | ranking of the layers | model, tokenizer, calibration text and number of tokens, metric, data type, context, vLLM's arguments; one by a search also on the tokens that it may run and on repair, the better one of two also on the held-out text and the levels; one that transformers has measured does not depend on vLLM's arguments |
 | ``search-*`` | divergence from the dense model, by the layers that are left out | model, tokenizer, token ids of the text, repair maps, data type, context, vLLM's arguments |
 | ``quality-*`` | perplexity and the like, by the layers that are left out | as a plan, with the held-out text |
+| ``probes-*`` | how depths write and choose, by the layers that are left out | as quality |
 | ``repair-*`` | maps that stand in for skipped layers | as a plan; it is compared with its digest |
 | ``healed-*`` | maps trained for one set of skipped layers | model, skipped layers; the latest training replaces an earlier one |
 | ``healing-*`` | state of an unfinished training of such maps, or what it came to | model, skipped layers, token ids to train and to judge on, the closed-form maps it began with, data type, steps, seed |
@@ -36,8 +37,8 @@ from typing import Any
 
 Key = dict[str, object]
 
-_HASH, _PLAN, _SEARCH, _QUALITY, _REPAIR, _SPEED, _QUANTIZED, _CHECKPOINT = (
-    {"method": method} for method in (1, 1, 1, 1, 1, 1, 3, 1)
+_HASH, _PLAN, _SEARCH, _QUALITY, _PROBES, _REPAIR, _SPEED, _QUANTIZED, _CHECKPOINT = (
+    {"method": method} for method in (1, 1, 1, 1, 1, 1, 1, 3, 1)
 )
 _HEALED = {"method": 1}
 
@@ -66,13 +67,18 @@ def plan_key(
     metric: str,
     search_tokens: int,
     repair: str,
+    compared_on: Mapping[str, object] | None = None,
 ) -> Key:
     """Return the key of a plan that an engine has measured; ``text`` is a fingerprint.
 
     ``search_tokens`` is 0, and ``repair`` is none, for a metric that does not search.
+    ``compared_on`` is the held-out text and the levels on which orders are compared; None for
+    a metric that is not the better one of several.
     """
+    compared = {} if compared_on is None else {"compared_on": compared_on}
     return {
         **_PLAN,
+        **compared,
         **asdict(measuring),
         "text": text,
         "num_tokens": num_tokens,
@@ -118,6 +124,14 @@ def transformers_plan_key(
 def quality_key(measuring: Measuring, *, text: str, num_tokens: int) -> Key:
     """Return the key of qualities; ``text`` is the fingerprint of the held-out text."""
     return {**_QUALITY, **asdict(measuring), "text": text, "num_tokens": num_tokens}
+
+
+def probes_key(measuring: Measuring, *, text: str, num_tokens: int) -> Key:
+    """Return the key of probes, which are made of the held-out text.
+
+    Their method number is the version of their design (:mod:`server.calibration.probes`).
+    """
+    return {**_PROBES, **asdict(measuring), "text": text, "num_tokens": num_tokens}
 
 
 def repair_key(measuring: Measuring, *, text: str, num_tokens: int) -> Key:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from pruning.fingerprint import text_fingerprint
 from pruning.importance import ImportanceError
 from pruning.metrics import Evidence
-from pruning.metrics.names import BLOCK_INFLUENCE
+from pruning.metrics.names import BLOCK_INFLUENCE, GREEDY_KL
 from pruning.plan import Plan
+from pruning.probes import Probes
 from pruning.quality import Quality, QualityError
 from pruning.text import TextError, token_windows
 from server.calibration.layer_search import LayerSearch, search_text_tokens
+from server.calibration.order_choice import OrderChoice
+from server.calibration.probes import Prober
 from server.calibration.search_store import SearchStore
-from server.calibration.served_metrics import find_metric, searches
+from server.calibration.served_metrics import AUTO, find_metric, searches
 from server.config.depth import DEFAULT_SEARCH_TOKENS
 from server.depth.levels import DepthPair
 from server.depth.policy import DepthPolicy, Speed
@@ -50,13 +54,16 @@ _TOKENS_PER_STREAM = 32
 _PROMPT_TOKENS = 16
 _ROUNDS = 2
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
     """Progress of a measurement.
 
-    ``phase`` is importance, search, repair, levels, quality or speed; in the phase levels,
-    engines are started for them.
+    ``phase`` is importance, search, orders, repair, levels, quality, probes or speed; in the
+    phase orders, two orders of the layers are compared, and in the phase levels, engines are
+    started for them.
     """
 
     phase: str
@@ -111,6 +118,8 @@ class Calibrator:
             self._held_out = self._two_windows_or_more(held_out_texts, max_held_out_tokens)
         except TextError as error:
             raise FailedPrecondition(f"the held-out text: {error}") from None
+        start = engine.tokenize("")
+        self._prober = Prober(engine, [each[len(start) :] for each in self._held_out], start)
 
     async def measure_plan(
         self,
@@ -120,25 +129,39 @@ class Calibrator:
         metric: str | None = None,
         *,
         repair: str | None = None,
+        depths: Sequence[DepthPair] = (),
     ) -> Plan:
         """Rank the layers on ``texts``, or on those of the server where there are none.
 
         They are ranked by ``metric``, or by the server's; Block Influence is measured in any
-        case. ``repair`` is the fingerprint of the maps that stand in for skipped layers.
+        case. ``repair`` is the fingerprint of the maps that stand in for skipped layers, and
+        ``depths`` are those of the levels. The metric "auto" compares the order of Block Influence
+        with that of greedy removal there, where the engine and ``search_tokens`` allow a search,
+        and takes the better one.
 
         Raises :class:`InvalidArgument` for texts that give no tokens or none that the model
         knows, for too few tokens to measure on, and for an unknown metric;
         :class:`FailedPrecondition` for a search that the engine cannot do, or not within its
         tokens.
         """
-        chosen = find_metric(self._metric if metric is None else metric, self._engine)
+        metric = self._metric if metric is None else metric
+        is_auto = metric == AUTO
+        if is_auto:
+            metric = GREEDY_KL if self._engine.serves_any_depth else BLOCK_INFLUENCE
+        chosen = find_metric(metric, self._engine)
         max_tokens = self._max_tokens if max_tokens is None else max_tokens
         if max_tokens < 2:
             raise InvalidArgument("max_tokens", max_tokens, "2 or more")
         windows = await asyncio.to_thread(self._calibration_windows, texts, max_tokens)
         search = None
         if searches(chosen.name):  # what is refused is refused before anything is measured
-            search = await self._layer_search(texts, max_tokens, repair, on_progress)
+            try:
+                search = await self._layer_search(texts, max_tokens, repair, on_progress)
+            except (FailedPrecondition, InvalidArgument) as error:
+                if not is_auto:
+                    raise
+                logger.warning("layers are ranked by %s: %s", BLOCK_INFLUENCE, error)
+                chosen = find_metric(BLOCK_INFLUENCE, self._engine)
         with _measuring():
             importance = await self._engine.measure_importance(
                 windows, _report(on_progress, "importance")
@@ -152,7 +175,20 @@ class Calibrator:
         )
         if search is not None:
             with _measuring():
-                return plan.ranked_by(chosen.name, await search.rank(chosen))
+                searched = plan.ranked_by(chosen.name, await search.rank(chosen))
+                if not is_auto:
+                    return searched
+                # Whatever is taken carries the scores of both.
+                choice = OrderChoice(
+                    self._engine,
+                    self._prober,
+                    self._held_out,
+                    depths=depths,
+                    repair=repair,
+                    progress=_report(on_progress, "orders"),
+                )
+                plan = replace(plan, other_scores=searched.other_scores)
+                return await choice.choose(plan, searched)
         if chosen.name == BLOCK_INFLUENCE:
             return plan
         return plan.ranked_by(chosen.name, chosen.rank(Evidence(plan.num_layers)))
@@ -199,7 +235,7 @@ class Calibrator:
         return sorted(depths, key=lambda pair: (-pair.decode_layers, -pair.prefill_layers))
 
     def depths_to_time(self, policy: DepthPolicy) -> list[DepthPair]:
-        """Return dense, where a request may have it, and the levels."""
+        """Return dense, where a request may have it, and the levels; these are probed, too."""
         dense = [policy.dense] if policy.can_have(policy.dense) else []
         return list(dict.fromkeys([*dense, *(level.depths for level in policy.levels)]))
 
@@ -216,6 +252,23 @@ class Calibrator:
                 _report(on_progress, "quality"),
             )
         return dict(zip(depths, qualities, strict=True))
+
+    async def measure_probes(
+        self, policy: DepthPolicy, depths: Sequence[DepthPair], on_progress: OnProgress
+    ) -> dict[DepthPair, Probes]:
+        """Measure how each of ``depths`` writes and chooses, under the policy's plan.
+
+        The probes are made of the held-out text. What compares with the dense model is None where
+        no request may have it.
+        """
+        if not depths:
+            return {}
+        probes = await self._prober.run(
+            [policy.selection(pair) for pair in depths],
+            _report(on_progress, "probes"),
+            has_dense=policy.can_have(policy.dense),
+        )
+        return dict(zip(depths, probes, strict=True))
 
     async def measure_speed(
         self, policy: DepthPolicy, depths: Iterable[DepthPair], on_progress: OnProgress

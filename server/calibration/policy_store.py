@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from pruning.plan import Plan
+from pruning.probes import Probes
 from pruning.quality import Quality
 from pruning.repair import RepairError, load_maps
 from server.depth.levels import DepthPair
@@ -50,7 +51,7 @@ class PlanFile:
 
 
 class PolicyStore:
-    """Keeps plan, qualities and speeds, each under a key of all that it depends on."""
+    """Keeps plan, qualities, probes and speeds, each under a key of all that it depends on."""
 
     def __init__(
         self,
@@ -60,6 +61,7 @@ class PolicyStore:
         plan_key: Key,
         repair_key: Key,
         quality_key: Key,
+        probes_key: Key,
         speed_key: Key,
     ) -> None:
         self._state = state
@@ -68,6 +70,9 @@ class PolicyStore:
         self._repair_key = repair_key
         self._qualities: _Table[Quality] = _Table(
             state, "quality", quality_key, JsonEntry(list[Measured[Quality]], quality_key)
+        )
+        self._probes: _Table[Probes] = _Table(
+            state, "probes", probes_key, JsonEntry(list[Measured[Probes]], probes_key)
         )
         self._speeds: _Table[Speed] = _Table(
             state, "speed", speed_key, JsonEntry(list[Measured[Speed]], speed_key)
@@ -112,6 +117,18 @@ class PolicyStore:
         """Return the qualities of ``depths``; those that are not kept are made."""
         return await self._qualities.complete(policy, depths, make)
 
+    async def probes(
+        self,
+        policy: DepthPolicy,
+        depths: Sequence[DepthPair],
+        make: Callable[[Sequence[DepthPair]], Awaitable[Mapping[DepthPair, Probes]]],
+    ) -> dict[DepthPair, Probes]:
+        """Return what the probes of ``depths`` found; those that are not kept are made.
+
+        So are those that were kept without a dense model, where there is one now.
+        """
+        return await self._probes.complete(policy, depths, make, policy.is_probed)
+
     async def speeds(
         self,
         policy: DepthPolicy,
@@ -123,14 +140,19 @@ class PolicyStore:
 
     def kept(
         self, policy: DepthPolicy, depths: Sequence[DepthPair]
-    ) -> tuple[dict[DepthPair, Quality], dict[DepthPair, Speed]]:
-        """Return the qualities and speeds of those of ``depths`` that are kept."""
-        return self._qualities.found(policy, depths), self._speeds.found(policy, depths)
+    ) -> tuple[dict[DepthPair, Quality], dict[DepthPair, Speed], dict[DepthPair, Probes]]:
+        """Return the qualities, speeds and probes of those of ``depths`` that are kept."""
+        return (
+            self._qualities.found(policy, depths),
+            self._speeds.found(policy, depths),
+            self._probes.found(policy, depths),
+        )
 
     def save(self, policy: DepthPolicy) -> None:
         """Keep a policy that was measured while serving: the next start begins with it."""
         self._state.save("plan", self._plan_key, self._plan_file, policy.plan)
         self._qualities.add(policy, policy.qualities)
+        self._probes.add(policy, policy.probes)
         self._speeds.add(policy, policy.speeds)
 
 
@@ -150,12 +172,19 @@ class _Table(Generic[M]):
         policy: DepthPolicy,
         depths: Sequence[DepthPair],
         make: Callable[[Sequence[DepthPair]], Awaitable[Mapping[DepthPair, M]]],
+        is_enough: Callable[[DepthPair, M], bool] = lambda depths, measurement: True,
     ) -> dict[DepthPair, M]:
-        found = self.found(policy, depths)
+        """Return the measurements of ``depths``; make those that are missing or not enough."""
+
+        def kept() -> dict[DepthPair, M]:
+            found = self.found(policy, depths)
+            return {pair: value for pair, value in found.items() if is_enough(pair, value)}
+
+        found = kept()
         if len(found) == len(depths):
             return found
         async with self._state.locked(self._kind, self._key):
-            found = self.found(policy, depths)
+            found = kept()
             missing = [pair for pair in depths if pair not in found]
             if missing:
                 found |= await make(missing)

@@ -100,7 +100,7 @@ class PolicyUpdates:
                 # SetPolicy may have changed the policy meanwhile; its changes stay.
                 self._in_force.install(
                     self._in_force.policy.with_levels(levels, default_level).with_measurements(
-                        policy.qualities, policy.speeds
+                        policy.qualities, policy.speeds, policy.probes
                     )
                 )
             await self._keep()
@@ -140,7 +140,7 @@ class PolicyUpdates:
             # SetPolicy may have changed the policy meanwhile; its changes stay.
             self._in_force.install(
                 self._in_force.policy.with_healed(skipped, found.fingerprint).with_measurements(
-                    policy.qualities, policy.speeds
+                    policy.qualities, policy.speeds, policy.probes
                 )
             )
             await self._keep()
@@ -162,7 +162,12 @@ class PolicyUpdates:
         on_progress: OnProgress,
     ) -> Plan:
         plan = await self._calibrator.measure_plan(
-            on_progress, texts, max_tokens, metric, repair=self._in_force.policy.repair
+            on_progress,
+            texts,
+            max_tokens,
+            metric,
+            repair=self._in_force.policy.repair,
+            depths=[level.depths for level in self._in_force.policy.levels],
         )
         policy = self._in_force.policy.with_plan(plan)
         async with self._prepared(policy, on_progress):
@@ -171,7 +176,7 @@ class PolicyUpdates:
             # SetPolicy may have changed the policy meanwhile; its changes stay.
             self._in_force.install(
                 self._in_force.policy.with_plan(plan).with_measurements(
-                    policy.qualities, policy.speeds
+                    policy.qualities, policy.speeds, policy.probes
                 )
             )
         await self._keep()
@@ -185,7 +190,7 @@ class PolicyUpdates:
             # SetPolicy may have changed the policy meanwhile; its changes stay.
             self._in_force.install(
                 self._in_force.policy.with_repair(policy.repair).with_measurements(
-                    policy.qualities, policy.speeds
+                    policy.qualities, policy.speeds, policy.probes
                 )
             )
         self._in_force.set_repair(status)
@@ -208,7 +213,7 @@ class PolicyUpdates:
             )
 
     async def _kept_or_measured(self, policy: DepthPolicy) -> DepthPolicy:
-        """Return the policy with the quality and speed of its depths, kept or measured now."""
+        """Return the policy with what its depths lack, kept or measured now."""
         calibrator, store = self._calibrator, self._store
         if store is None:
             return await self._measured(policy, lambda _: None)
@@ -222,20 +227,29 @@ class PolicyUpdates:
             calibrator.depths_to_time(policy),
             lambda missing: calibrator.measure_speed(policy, missing, lambda _: None),
         )
-        return policy.with_measurements(qualities, speeds)
+        probes = await store.probes(
+            policy,
+            calibrator.depths_to_time(policy),
+            lambda missing: calibrator.measure_probes(policy, missing, lambda _: None),
+        )
+        return policy.with_measurements(qualities, speeds, probes)
 
     async def _measured(self, policy: DepthPolicy, on_progress: OnProgress) -> DepthPolicy:
-        """Return the policy with the quality and speed of those of its depths that lack them."""
+        """Return the policy with what its depths lack of quality, probes and speed."""
         wanted = self._calibrator.depths_to_measure(policy)
         qualities = await self._calibrator.measure_quality(
             policy, [pair for pair in wanted if pair not in policy.qualities], on_progress
+        )
+        probed = self._calibrator.depths_to_time(policy)
+        probes = await self._calibrator.measure_probes(
+            policy, [pair for pair in probed if not policy.is_probed(pair)], on_progress
         )
         speeds = await self._calibrator.measure_speed(
             policy,
             [level.depths for level in policy.levels if level.depths not in policy.speeds],
             on_progress,
         )
-        return policy.with_measurements(qualities, speeds)
+        return policy.with_measurements(qualities, speeds, probes)
 
     async def _keep(self) -> None:
         if self._store is not None:

@@ -11,15 +11,17 @@ from server.engine.base import Engine
 from server.errors import FailedPrecondition, InvalidArgument
 
 SERVED_METRICS: tuple[str, ...] = typing.get_args(ServedMetric)
+# Takes the better order of Block Influence's and of greedy removal's.
+AUTO = "auto"
 
 
 def searches(name: str) -> bool:
     """Return whether the metric of that name compares the model without some of its layers."""
-    return METRICS[name].need is Need.LOSSES
+    return name == AUTO or METRICS[name].need is Need.LOSSES
 
 
 def find_metric(name: str, engine: Engine) -> Metric:
-    """Return the metric of that name, one that ``engine`` can measure.
+    """Return the metric of that name, other than ``AUTO``, one that ``engine`` can measure.
 
     Raises :class:`InvalidArgument` for a name that no server takes, and
     :class:`FailedPrecondition` for a search where the engine runs the depths of levels alone.

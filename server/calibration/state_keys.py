@@ -8,7 +8,7 @@ from pruning.fingerprint import text_fingerprint
 from server.calibration.hardware import describe_hardware
 from server.calibration.policy_store import PlanFile, PolicyStore
 from server.calibration.search_store import SearchStore
-from server.calibration.served_metrics import searches
+from server.calibration.served_metrics import AUTO, searches
 from server.calibration.versions import measuring_versions
 from server.config import Settings
 from server.engine.base import ModelInfo
@@ -17,6 +17,7 @@ from server.state_keys import (
     Key,
     Measuring,
     plan_key,
+    probes_key,
     quality_key,
     repair_key,
     speed_key,
@@ -43,11 +44,12 @@ def policy_store(
     return PolicyStore(
         StateDirectory(settings.state_dir),
         PlanFile(fingerprint, num_layers),
-        plan_key=_plan_key(settings, measuring, text_fingerprint(texts)),
+        plan_key=_plan_key(settings, measuring, text_fingerprint(texts), held_out),
         repair_key=repair_key(
             measuring, text=text_fingerprint(texts), num_tokens=settings.calibration_tokens
         ),
         quality_key=quality_key(measuring, text=held_out, num_tokens=settings.quality_tokens),
+        probes_key=probes_key(measuring, text=held_out, num_tokens=settings.quality_tokens),
         speed_key=speed_key(
             measuring,
             text=held_out,
@@ -78,8 +80,16 @@ def _measuring(settings: Settings, model: ModelInfo, fingerprint: str, tokenizer
     )
 
 
-def _plan_key(settings: Settings, measuring: Measuring, text: str) -> Key:
+def _plan_key(settings: Settings, measuring: Measuring, text: str, held_out: str) -> Key:
     if settings.engine == "elastic":
+        compared_on = None
+        if settings.metric == AUTO:
+            depths = [(spec.depth, spec.prefill_depth) for spec in settings.levels.values()]
+            compared_on = {
+                "text": held_out,
+                "num_tokens": settings.quality_tokens,
+                "levels": sorted(depths, key=str),
+            }
         does_search = searches(settings.metric)
         return plan_key(
             measuring,
@@ -89,6 +99,7 @@ def _plan_key(settings: Settings, measuring: Measuring, text: str) -> Key:
             search_tokens=settings.search_tokens if does_search else 0,
             # A search lets maps in closed form stand in, also where levels have healed ones.
             repair="closed-form" if does_search and settings.repair != "none" else "none",
+            compared_on=compared_on,
         )
     return transformers_plan_key(
         model=measuring.model,

@@ -8,6 +8,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from server.cli.connection import Connection, connected, with_connection
+from server.cli.probes_table import probes_table
+from server.cli.short_number import short_number as _short
 from server.cli.stand_in import stand_in_name
 from server.rpc.generated.fathom.v1 import common_pb2, inference_pb2
 
@@ -28,6 +30,8 @@ def model(connection: Connection) -> None:
     if served.HasField("repair"):
         console.print(_repair(served.repair))
     console.print(_table(served))
+    if (probes := probes_table(served)) is not None:
+        console.print(probes)
 
 
 def _repair(repair: inference_pb2.Repair) -> str:
@@ -91,13 +95,3 @@ def _measurements(level: common_pb2.Level) -> list[str]:
             f"{_short(speed.speedup)}x" if speed.HasField("speedup") else "-",
         ]
     return cells
-
-
-def _short(value: float, num_decimals: int = 2) -> str:
-    """Return a number that is not negative in at most 7 characters."""
-    if value < 999.9995:
-        return f"{value:.{num_decimals}f}"
-    if value < 99_999.5:
-        return f"{value:.0f}"
-    mantissa, _, exponent = f"{value:.1e}".partition("e+")
-    return f"{mantissa}e{int(exponent)}" if exponent else mantissa  # inf and nan have none

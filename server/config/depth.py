@@ -22,9 +22,9 @@ from server.config.errors import conflict, not_allowed
 from server.config.values import names_from, pairs_from
 from server.depth.levels import LevelSpec
 
-# Those of pruning.metrics whose evidence the engines measure.
+# Those of pruning.metrics whose evidence the engines measure, and the better one of two of them.
 ServedMetric = Literal[
-    "block_influence", "reverse_order", "sequential", "single_removal_kl", "greedy_kl"
+    "block_influence", "reverse_order", "sequential", "single_removal_kl", "greedy_kl", "auto"
 ]
 DEFAULT_SEARCH_TOKENS = 1 << 19
 
@@ -99,7 +99,8 @@ class DepthSettings(BaseModel):
     metric: ServedMetric = Field(
         "block_influence",
         description="What the layers are ranked by where no plan is given or kept; "
-        "`single_removal_kl` and `greedy_kl` search with the elastic engine.",
+        "`single_removal_kl` and `greedy_kl` search with the elastic engine; `auto`: the better "
+        "one of `block_influence` and `greedy_kl` on held-out text.",
     )
     search_tokens: Annotated[int, Ge(1024)] = Field(
         DEFAULT_SEARCH_TOKENS,
@@ -170,12 +171,30 @@ class DepthSettings(BaseModel):
     auto_max_quality_loss: Annotated[float, Ge(0)] = Field(
         0.25,
         description="Largest loss of quality of a level that automatic depth may use: its "
-        "perplexity divided by that of the dense model, less 1.",
+        "perplexity divided by that of the dense model, less 1. For `Score` only where "
+        "`auto_max_choosing_loss` is 1.",
     )
     auto_min_agreement: Annotated[float, Ge(0), Le(1)] = Field(
         0.0,
         description="Smallest agreement of such a level: the share of positions where its most "
         "likely next token is that of the dense model.",
+    )
+    auto_max_writing_loss: Annotated[float, Ge(0)] = Field(
+        0.5,
+        description="Largest loss in writing of a level that automatic depth may use for "
+        "`Generate`: the perplexity under the dense model of what the level writes divided by "
+        "that of what the dense model writes, less 1; inf: any.",
+    )
+    auto_max_repetition: Annotated[float, Ge(0), Le(1)] = Field(
+        0.2,
+        description="Largest repetition of such a level: the share of sequences of four tokens "
+        "that were there before, less the dense model's own; 1: any.",
+    )
+    auto_max_choosing_loss: Annotated[float, Ge(0), Le(1)] = Field(
+        0.15,
+        description="Largest loss in choosing of a level that automatic depth may use for "
+        "`Score`: the share of passages whose true continuation the dense model finds, less that "
+        "of the level; 1: any, and `auto_max_quality_loss` holds instead.",
     )
 
     @field_validator("levels")

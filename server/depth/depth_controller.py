@@ -67,6 +67,10 @@ class DepthController:
     def rung(self) -> int:
         return self._rung
 
+    def renumber(self, rung: int) -> None:
+        """Call the present rung by another number, because others have come or gone."""
+        self._rung = rung
+
     def update(self, now: float, load: Load, speedups: Sequence[float]) -> int:
         """Return the rung for this load.
 

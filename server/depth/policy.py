@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pruning.plan import Plan
+from pruning.probes import Probes
 from pruning.quality import Quality
 from server.depth.levels import DepthPair, Level, check_levels, layers_of
 from server.depth.repair import StandIn
@@ -67,6 +68,13 @@ def healable_layers(
 DepthChoice = Layers | PruneRatio | NamedLevel | Auto | None
 
 
+class RequestKind(enum.Enum):
+    """What a request asks the model for: to write, or to say how likely given tokens are."""
+
+    GENERATE = "generate"
+    SCORE = "score"
+
+
 class Reason(enum.Enum):
     """Why a request is served at its depth."""
 
@@ -120,13 +128,16 @@ class DepthPolicy:
     levels: tuple[Level, ...]
     default_level: str = ""
     auto_level: str = ""
-    # The level of Auto at present; auto_level is its level without load.
+    # The levels of Auto at present, for requests that generate and for those that score;
+    # auto_level is the level of both without load.
     present_level: str = ""
+    present_score_level: str = ""
     # Whether requests that name no depth are served as Auto.
     auto_by_default: bool = False
     # Measured under this plan.
     qualities: Mapping[DepthPair, Quality] = field(default_factory=dict)
     speeds: Mapping[DepthPair, Speed] = field(default_factory=dict)
+    probes: Mapping[DepthPair, Probes] = field(default_factory=dict)
     any_depth: bool = True
     # The fingerprint of the maps that stand in for skipped layers; None: nothing does.
     repair: str | None = None
@@ -143,12 +154,18 @@ class DepthPolicy:
                         level.prefill_layers,
                         f"{level.decode_layers}, its depth: {_ONE_DEPTH}",
                     )
-        for name in ("qualities", "speeds", "healed"):
+        for name in ("qualities", "speeds", "probes", "healed"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
         object.__setattr__(self, "default_level", self.default_level or self.levels[0].name)
         object.__setattr__(self, "auto_level", self.auto_level or self.default_level)
-        object.__setattr__(self, "present_level", self.present_level or self.auto_level)
-        for name in (self.default_level, self.auto_level, self.present_level):
+        for name in ("present_level", "present_score_level"):
+            object.__setattr__(self, name, getattr(self, name) or self.auto_level)
+        for name in (
+            self.default_level,
+            self.auto_level,
+            self.present_level,
+            self.present_score_level,
+        ):
             self.level(name)
 
     @property
@@ -162,6 +179,15 @@ class DepthPolicy:
     def can_have(self, depths: DepthPair) -> bool:
         """Return whether a request may run at these depths."""
         return self.any_depth or any(level.depths == depths for level in self.levels)
+
+    def is_probed(self, depths: DepthPair, probes: Probes | None = None) -> bool:
+        """Return whether there is nothing to gain from another probe of ``depths``.
+
+        ``probes`` are what is known of them, by default what the policy has. What was measured
+        without a dense model is measured again once there is one to compare with.
+        """
+        probes = self.probes.get(depths) if probes is None else probes
+        return probes is not None and (probes.has_dense or not self.can_have(self.dense))
 
     def level_selections(self) -> dict[str, LayerSelection]:
         """Return the layers that each level skips, by its name."""
@@ -201,20 +227,29 @@ class DepthPolicy:
             return StandIn.NONE
         return StandIn.CLOSED_FORM if repair == self.repair else StandIn.HEALED
 
+    @property
+    def is_degraded(self) -> bool:
+        """Whether load has turned down the depth of any requests with ``Auto``."""
+        return {self.present_level, self.present_score_level} != {self.auto_level}
+
     def resolve(
-        self, depth: DepthChoice, prefill_depth: DepthChoice = None
+        self,
+        depth: DepthChoice,
+        prefill_depth: DepthChoice = None,
+        kind: RequestKind = RequestKind.GENERATE,
     ) -> tuple[LayerSelection, ServedDepth]:
         """Return the layers that a request skips, and the depth it is served at.
 
-        A level sets both depths, unless ``prefill_depth`` is given.
+        A level sets both depths, unless ``prefill_depth`` is given. What ``Auto`` gets under load
+        depends on the ``kind`` of request.
 
         Raises :class:`InvalidArgument`, naming the field, for a depth that the request cannot
         have, :class:`UnknownLevel` for a level that does not exist, and
         :class:`FailedPrecondition` if a quality is asked for and none has been measured.
         """
-        depths, reason = self._depths(depth, "depth")
+        depths, reason = self._depths(depth, "depth", kind)
         if prefill_depth is not None:
-            prefill, _ = self._depths(prefill_depth, "prefill_depth")
+            prefill, _ = self._depths(prefill_depth, "prefill_depth", kind)
             depths = DepthPair(prefill.prefill_layers, depths.decode_layers)
         self._check_depths(depths, depth)
         served = ServedDepth(
@@ -227,11 +262,11 @@ class DepthPolicy:
 
         The speeds stay: they depend on how many layers run, not on which.
         """
-        return dataclasses.replace(self, plan=plan, qualities={})
+        return dataclasses.replace(self, plan=plan, qualities={}, probes={})
 
     def with_repair(self, repair: str | None) -> DepthPolicy:
         """Return the policy with other maps for skipped layers, which has not been measured."""
-        return dataclasses.replace(self, repair=repair, qualities={}, speeds={})
+        return dataclasses.replace(self, repair=repair, qualities={}, speeds={}, probes={})
 
     def with_healed(self, skipped: tuple[int, ...], fingerprint: str) -> DepthPolicy:
         """Return the policy with these healed maps for the layers ``skipped``.
@@ -254,13 +289,14 @@ class DepthPolicy:
         changed = dataclasses.replace(self, **maps)
         same = [
             pair
-            for pair in {*self.qualities, *self.speeds}
+            for pair in {*self.qualities, *self.speeds, *self.probes}
             if changed.selection(pair) == self.selection(pair)
         ]
         return dataclasses.replace(
             changed,
             qualities={pair: self.qualities[pair] for pair in same if pair in self.qualities},
             speeds={pair: self.speeds[pair] for pair in same if pair in self.speeds},
+            probes={pair: self.probes[pair] for pair in same if pair in self.probes},
         )
 
     def with_levels(self, levels: tuple[Level, ...], default_level: str | None) -> DepthPolicy:
@@ -272,44 +308,58 @@ class DepthPolicy:
         """
         names = {level.name for level in levels}
         kept = self.default_level if self.default_level in names else ""
-        qualities, speeds = self.qualities, self.speeds
+        qualities, speeds, probes = self.qualities, self.speeds, self.probes
         if not self.any_depth:  # measurements of a removed level no longer apply to this server
             served = {level.depths for level in levels}
             qualities = {pair: value for pair, value in qualities.items() if pair in served}
             speeds = {pair: value for pair, value in speeds.items() if pair in served}
+            probes = {pair: value for pair, value in probes.items() if pair in served}
         return dataclasses.replace(
             self,
             qualities=qualities,
             speeds=speeds,
+            probes=probes,
             levels=levels,
             default_level=kept if default_level is None else default_level,
             auto_level=self.auto_level if self.auto_level in names else "",
             present_level="",
+            present_score_level="",
         )
 
     def with_auto_level(self, name: str) -> DepthPolicy:
         """Return the policy with another level of ``Auto`` without load."""
         self.level(name)
-        return dataclasses.replace(self, auto_level=name, present_level="")
+        return dataclasses.replace(self, auto_level=name, present_level="", present_score_level="")
 
-    def with_present_level(self, name: str) -> DepthPolicy:
-        """Return the policy with another level of ``Auto`` at present."""
-        return dataclasses.replace(self, present_level=name)
+    def with_present_level(self, name: str, score_level: str | None = None) -> DepthPolicy:
+        """Return the policy with another level of ``Auto`` at present.
+
+        ``score_level`` is that of requests that score; None: the same.
+        """
+        return dataclasses.replace(
+            self, present_level=name, present_score_level=score_level or name
+        )
 
     def with_auto_by_default(self, auto_by_default: bool) -> DepthPolicy:
         return dataclasses.replace(self, auto_by_default=auto_by_default)
 
     def with_measurements(
-        self, qualities: Mapping[DepthPair, Quality], speeds: Mapping[DepthPair, Speed]
+        self,
+        qualities: Mapping[DepthPair, Quality],
+        speeds: Mapping[DepthPair, Speed],
+        probes: Mapping[DepthPair, Probes] = MappingProxyType({}),
     ) -> DepthPolicy:
         """Return the policy with these measurements added."""
         return dataclasses.replace(
             self,
             qualities={**self.qualities, **qualities},
             speeds={**self.speeds, **speeds},
+            probes={**self.probes, **probes},
         )
 
-    def _depths(self, choice: DepthChoice, field: str) -> tuple[DepthPair, Reason]:
+    def _depths(
+        self, choice: DepthChoice, field: str, kind: RequestKind
+    ) -> tuple[DepthPair, Reason]:
         match choice:
             case Layers(num_layers):
                 layers = layers_of(num_layers, self.num_layers, f"{field}.layers")
@@ -320,9 +370,9 @@ class DepthPolicy:
             case NamedLevel(name):
                 return self.level(name).depths, Reason.REQUESTED
             case Auto(max_quality_loss=loss):
-                return self._auto(loss, f"{field}.auto.max_quality_loss")
+                return self._auto(loss, f"{field}.auto.max_quality_loss", kind)
             case None if self.auto_by_default:
-                return self._auto(None, field)
+                return self._auto(None, field, kind)
             case None:
                 return self.level(self.default_level).depths, Reason.DEFAULT
 
@@ -340,10 +390,16 @@ class DepthPolicy:
             raise InvalidArgument("depth.prune_ratio", depth.ratio, allowed)
         raise InvalidArgument("depth.layers", depths.decode_layers, allowed)
 
-    def _auto(self, max_quality_loss: float | None, field: str) -> tuple[DepthPair, Reason]:
+    def _auto(
+        self, max_quality_loss: float | None, field: str, kind: RequestKind
+    ) -> tuple[DepthPair, Reason]:
+        scores = kind is RequestKind.SCORE
         unloaded, present = (
             self._within(self.level(name).depths, max_quality_loss, field)
-            for name in (self.auto_level, self.present_level)
+            for name in (
+                self.auto_level,
+                self.present_score_level if scores else self.present_level,
+            )
         )
         return present, Reason.AUTO if present == unloaded else Reason.DEGRADED
 

@@ -165,6 +165,9 @@ def auto_rules(settings: Settings) -> AutoRules:
         inter_token_latency=settings.auto_inter_token_seconds,
         max_quality_loss=settings.auto_max_quality_loss,
         min_agreement=settings.auto_min_agreement,
+        max_writing_loss=settings.auto_max_writing_loss,
+        max_repetition=settings.auto_max_repetition,
+        max_choosing_loss=settings.auto_max_choosing_loss,
         hold_seconds=settings.auto_hold_seconds,
     )
 

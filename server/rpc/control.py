@@ -71,7 +71,11 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
     async def GetStatus(
         self, request: pb.GetStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.GetStatusResponse:
-        return replies.status_message(self._service.status())
+        service = self._service
+        policy = None
+        if service.is_open:
+            policy = replies.policy_message(service.policy, service.auto_rules)
+        return replies.status_message(service.status(), policy)
 
     async def Drain(
         self, request: pb.DrainRequest, context: grpc.aio.ServicerContext[Any, Any]

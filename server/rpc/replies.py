@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterable
 
 from pruning.plan import Plan
+from pruning.probes import Choosing, Writing
 from pruning.quality import Quality
 from server.calibration.calibrator import Progress
 from server.calls.generation import FinishInfo, PromptInfo
 from server.depth.auto_rules import AutoRules, ladder
 from server.depth.levels import DepthPair, Level
-from server.depth.policy import DepthPolicy, Reason, ServedDepth, Speed
+from server.depth.policy import DepthPolicy, Reason, RequestKind, ServedDepth, Speed
 from server.depth.repair import RepairStatus, StandIn
 from server.engine.base import FinishReason, GenerationDelta, ModelInfo, TokenScore
 from server.rpc.generated.fathom.v1 import common_pb2, control_pb2, inference_pb2
@@ -53,6 +54,10 @@ def policy_message(policy: DepthPolicy, rules: AutoRules) -> control_pb2.Policy:
         max_quality_loss=rules.max_quality_loss,
         min_agreement=rules.min_agreement,
         by_default=rules.by_default,
+        score_ladder=[level.name for level in ladder(policy, rules, RequestKind.SCORE)],
+        max_writing_loss=rules.max_writing_loss,
+        max_repetition=rules.max_repetition,
+        max_choosing_loss=rules.max_choosing_loss,
     )
 
 
@@ -162,7 +167,7 @@ def model_message(
     model: ModelInfo, engine: str, policy: DepthPolicy, repair: RepairStatus
 ) -> inference_pb2.Model:
     measured = sorted(
-        policy.qualities.keys() | policy.speeds.keys(),
+        policy.qualities.keys() | policy.speeds.keys() | policy.probes.keys(),
         key=lambda pair: (-pair.decode_layers, -pair.prefill_layers),
     )
     return inference_pb2.Model(
@@ -192,7 +197,9 @@ def state_message(state: State) -> control_pb2.GetStatusResponse.State:
     return _STATES[state]
 
 
-def status_message(status: Status) -> control_pb2.GetStatusResponse:
+def status_message(
+    status: Status, policy: control_pb2.Policy | None
+) -> control_pb2.GetStatusResponse:
     return control_pb2.GetStatusResponse(
         state=_STATES[status.state],
         num_running=status.load.num_running,
@@ -209,6 +216,8 @@ def status_message(status: Status) -> control_pb2.GetStatusResponse:
             StandIn.NONE if status.repair.in_force is None else status.repair.in_force.kind
         ],
         repair_problem=status.repair.problem,
+        auto_score_level=status.auto_score_level,
+        policy=policy,
     )
 
 
@@ -220,6 +229,9 @@ def _measured_message(
     name: str, pair: DepthPair, policy: DepthPolicy, *, is_default: bool
 ) -> common_pb2.Level:
     quality, speed = policy.qualities.get(pair), policy.speeds.get(pair)
+    probes = policy.probes.get(pair)
+    writing = None if probes is None else probes.writing
+    choosing = None if probes is None else probes.choosing
     return common_pb2.Level(
         name=name,
         prefill_layers=pair.prefill_layers,
@@ -228,6 +240,8 @@ def _measured_message(
         speed=None if speed is None else _speed_message(speed),
         is_default=is_default,
         stand_in=_STAND_INS[policy.stand_in(pair)],
+        writing=None if writing is None else _writing_message(writing),
+        choosing=None if choosing is None else _choosing_message(choosing),
     )
 
 
@@ -238,6 +252,31 @@ def _quality_message(quality: Quality) -> common_pb2.Quality:
         agreement=quality.agreement,
         kl_nats=quality.kl_nats,
         num_tokens=quality.num_tokens,
+    )
+
+
+def _writing_message(writing: Writing) -> common_pb2.Writing:
+    return common_pb2.Writing(
+        perplexity=writing.perplexity,
+        dense_perplexity=writing.dense_perplexity,
+        ratio=writing.ratio,
+        ratio_stderr=writing.ratio_stderr,
+        repeated_share=writing.repeated_share,
+        dense_repeated_share=writing.dense_repeated_share,
+        first_token_changed=writing.first_token_changed,
+        num_prompts=writing.num_prompts,
+        num_tokens=writing.num_tokens,
+    )
+
+
+def _choosing_message(choosing: Choosing) -> common_pb2.Choosing:
+    return common_pb2.Choosing(
+        accuracy=choosing.accuracy,
+        accuracy_stderr=choosing.accuracy_stderr,
+        agreement=choosing.agreement,
+        agreement_stderr=choosing.agreement_stderr,
+        num_items=choosing.num_items,
+        chance=choosing.chance,
     )
 
 

@@ -132,6 +132,9 @@ def auto_rules(policy: control_pb2.Policy, present: AutoRules) -> tuple[str | No
             ("hold_seconds", _number(policy, "hold_seconds", "policy", 0.0)),
             ("max_quality_loss", _number(policy, "max_quality_loss", "policy", 0.0)),
             ("min_agreement", _number(policy, "min_agreement", "policy", 0.0, 1.0)),
+            ("max_writing_loss", _limit(policy, "max_writing_loss", "policy")),
+            ("max_repetition", _number(policy, "max_repetition", "policy", 0.0, 1.0)),
+            ("max_choosing_loss", _number(policy, "max_choosing_loss", "policy", 0.0, 1.0)),
         )
         if value is not None
     }
@@ -227,6 +230,13 @@ def _number(
     else:
         allowed = f"more than {low:g}, up to {high:g}" if above_low else f"{low:g} to {high:g}"
     raise InvalidArgument(field, value, allowed)
+
+
+def _limit(message: Message, name: str, path: str) -> float | None:
+    """Return an optional double that must not be negative, and may be infinite."""
+    if message.HasField(name) and getattr(message, name) == math.inf:
+        return math.inf
+    return _number(message, name, path, 0.0)
 
 
 def _fixed_depth(depth: common_pb2.Depth, field: str) -> int | float | None:

@@ -18,7 +18,7 @@ from server.calls.generation import (
     ScoringResult,
 )
 from server.depth.autodepth import AutoDepth
-from server.depth.policy import ServedDepth
+from server.depth.policy import Reason, RequestKind, ServedDepth
 from server.engine.base import (
     EVERYONE,
     CacheNamespace,
@@ -142,10 +142,13 @@ class Inference:
             claim = self._claim(admitted, deadline)
             context_ids, ids = await self._prompts.read_to_score(request, claim)
             self._admission.count_tokens(admitted, len(context_ids) + len(ids))
-            _, served = self._in_force.policy.resolve(request.depth, request.prefill_depth)
+            depths = request.depth, request.prefill_depth, RequestKind.SCORE
+            _, served = self._in_force.policy.resolve(*depths)
+            if served.reason in (Reason.AUTO, Reason.DEGRADED):
+                self._auto.observe_score()
             async with self._slot(admitted, served, claim) as slot:
                 self._admission.begin(admitted)
-                layers, served = self._in_force.policy.resolve(request.depth, request.prefill_depth)
+                layers, served = self._in_force.policy.resolve(*depths)
                 attempts = Attempts(self._restarter, slot, admitted, may_repeat=True)
                 while True:
                     attempts.begin()

@@ -13,7 +13,7 @@ _INTERVAL_SECONDS = 0.5
 
 
 class LoadFollower:
-    """Installs the level that :class:`AutoDepth` chooses for the load of the queue."""
+    """Installs the levels that :class:`AutoDepth` chooses for the load of the queue."""
 
     def __init__(
         self, auto: AutoDepth, queue: FairQueue, in_force: PolicyInForce, metrics: Metrics
@@ -24,17 +24,19 @@ class LoadFollower:
         self._metrics = metrics
 
     async def run(self) -> None:
-        """Choose a level every half second, for ever. A policy must have been installed."""
+        """Choose levels every half second, for ever. A policy must have been installed."""
         while True:
             await asyncio.sleep(_INTERVAL_SECONDS)
             rung = self._auto.rung
-            level = self._auto.choose(
-                self._in_force.policy,
+            policy = self._in_force.policy
+            levels = self._auto.choose(
+                policy,
                 num_waiting=self._queue.num_waiting,
                 longest_wait=self._queue.longest_wait(),
                 utilization=self._queue.utilization,
             )
-            if level.name != self._in_force.policy.present_level:
-                self._in_force.install(self._in_force.policy.with_present_level(level.name))
+            names = levels.generate.name, levels.score.name
+            if names != (policy.present_level, policy.present_score_level):
+                self._in_force.install(policy.with_present_level(*names))
             if self._auto.rung != rung:
                 self._metrics.count_policy_change(down=self._auto.rung > rung)

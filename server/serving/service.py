@@ -14,9 +14,9 @@ from server.calibration.policy_store import PolicyStore
 from server.calibration.policy_updates import PolicyUpdates
 from server.calibration.repair_renewal import RepairRenewal
 from server.calibration.repairer import Repairer
-from server.depth.auto_rules import AutoRules, check_rules
+from server.depth.auto_rules import AutoRules, check_rules, ladder
 from server.depth.autodepth import AutoDepth
-from server.depth.policy import DepthPolicy
+from server.depth.policy import DepthPolicy, RequestKind
 from server.depth.repair import RepairStatus
 from server.engine.base import Engine, EngineDead, LoadInfo, ModelInfo
 from server.serving.admission import Admission
@@ -219,6 +219,7 @@ class Service:
         self._prompts.close()
 
     def status(self) -> Status:
+        policy = self._in_force.policy if self._in_force.is_known else None
         return Status(
             state=self.state,
             startup_phase=self._state.startup_phase,
@@ -227,7 +228,8 @@ class Service:
             uptime=self._state.uptime,
             num_engine_restarts=self._restarter.num_restarts,
             version=self._version,
-            auto_level=self._in_force.policy.present_level if self._in_force.is_known else "",
+            auto_level="" if policy is None else policy.present_level,
+            auto_score_level="" if policy is None else policy.present_score_level,
             problems=self._state.problems,
             repair=self._in_force.repair,
         )
@@ -249,6 +251,11 @@ class Service:
     @property
     def engine_name(self) -> str:
         return self._engine.name
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a policy in force, as there is from :meth:`open` on."""
+        return self._in_force.is_known
 
     @property
     def policy(self) -> DepthPolicy:
@@ -294,6 +301,11 @@ class Service:
         policy = policy.with_auto_level(level).with_auto_by_default(rules.by_default)
         self._auto.set_rules(rules)
         self._in_force.install(policy)
+        generate, score = (
+            ", ".join(each.name for each in ladder(policy, rules, kind))
+            for kind in (RequestKind.GENERATE, RequestKind.SCORE)
+        )
+        logger.info("levels of automatic depth: %s for Generate, %s for Score", generate, score)
 
     # Inside
 

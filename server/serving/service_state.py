@@ -41,8 +41,10 @@ class Status:
     uptime: float
     num_engine_restarts: int
     version: str
-    # The level that requests get now if they leave the depth to the server; empty until known.
+    # The levels that requests which generate and which score get now if they leave the depth to
+    # the server; empty until known.
     auto_level: str
+    auto_score_level: str
     # What is wrong with depths that the server has checked, one sentence each.
     problems: tuple[str, ...] = ()
     repair: RepairStatus = field(default_factory=RepairStatus)

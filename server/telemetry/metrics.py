@@ -22,6 +22,7 @@ from server.depth.policy import DepthPolicy, Reason
 from server.depth.repair import RepairStatus
 from server.depth.sliding_window import SlidingWindow
 from server.engine.base import LayerSelection, LoadInfo
+from server.telemetry.probe_gauges import probe_gauges
 from server.telemetry.repair_metrics import RepairCollector
 
 # The gauge of tokens per second is a mean over this time.
@@ -332,6 +333,16 @@ class _PolicyCollector(Collector):
             {level.name: float(level.name == policy.present_level) for level in policy.levels},
         )
         yield _gauge(
+            "fathom_policy_score_level",
+            "The same for requests to Score.",
+            "level",
+            {
+                level.name: float(level.name == policy.present_score_level)
+                for level in policy.levels
+            },
+        )
+        yield from probe_gauges(policy)
+        yield _gauge(
             "fathom_level_up",
             "Whether the engine that runs the level is up.",
             "level",
@@ -343,7 +354,7 @@ class _PolicyCollector(Collector):
         degraded = GaugeMetricFamily(
             "fathom_policy_degraded",
             "Whether load has turned down the depth of requests that leave it to the server.",
-            value=float(policy.present_level != policy.auto_level),
+            value=float(policy.is_degraded),
         )
         yield degraded
 

@@ -57,6 +57,18 @@ def test_tokens_are_those_of_the_elastic_engine(client: Client, demo_client: Cli
             assert answer.served == requested(depth, depth)
 
 
+def test_probes_are_those_of_the_elastic_engine(client: Client, demo_client: Client) -> None:
+    elastic = {level.decode_layers: level for level in demo_client.get_model().levels}
+    for level in client.get_model().levels:
+        other = elastic[level.decode_layers]
+        assert level.choosing == other.choosing
+        for name in ("perplexity", "dense_perplexity", "ratio", "ratio_stderr"):
+            value = getattr(level.writing, name)
+            assert value == pytest.approx(getattr(other.writing, name), rel=1e-3)
+        for name in ("repeated_share", "dense_repeated_share", "first_token_changed"):
+            assert getattr(level.writing, name) == getattr(other.writing, name)
+
+
 def test_the_levels_are_all_there_is(client: Client, demo_client: Client) -> None:
     model = client.get_model()
     assert model.engine == "dedicated"

@@ -137,6 +137,7 @@ def test_a_second_start_measures_nothing_again(life: Life, demo_server: RunningS
         "engine",
         "plan",
         "quality",
+        "probes",
         "speed",
     }
     with demo_server.client() as client:

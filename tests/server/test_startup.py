@@ -75,7 +75,9 @@ async def test_a_start_measures_what_is_not_kept(start: Start, tmp_path: Path) -
     policy = start.service.policy
     assert policy.default_level == "fast"
     assert {level.depths for level in LEVELS} <= policy.qualities.keys() & policy.speeds.keys()
-    assert list(start.service.status().startup_seconds) == ["engine", "plan", "quality", "speed"]
+    assert {level.depths for level in LEVELS} <= policy.probes.keys()
+    phases = ["engine", "plan", "quality", "probes", "speed"]
+    assert list(start.service.status().startup_seconds) == phases
 
     again = Start(tmp_path)
     await again.startup.run()

@@ -36,7 +36,14 @@ def measured(make: Make) -> Make:
 KINDS: dict[str, tuple[Make, dict[str, Any]]] = {
     "plan": (
         measured(state_keys.plan_key),
-        {**MEASURING, **TEXT, "metric": "m", "search_tokens": 9, "repair": "none"},
+        {
+            **MEASURING,
+            **TEXT,
+            "metric": "m",
+            "search_tokens": 9,
+            "repair": "none",
+            "compared_on": {"levels": []},
+        },
     ),
     "search": (measured(state_keys.search_key), {**MEASURING, "tokens": "t", "repair": "r"}),
     "transformers plan": (
@@ -51,6 +58,7 @@ KINDS: dict[str, tuple[Make, dict[str, Any]]] = {
         },
     ),
     "quality": (measured(state_keys.quality_key), {**MEASURING, **TEXT}),
+    "probes": (measured(state_keys.probes_key), {**MEASURING, **TEXT}),
     "repair": (measured(state_keys.repair_key), {**MEASURING, **TEXT}),
     "transformers repair": (
         state_keys.transformers_repair_key,
@@ -133,5 +141,6 @@ def test_every_kind_of_entry_is_described() -> None:
     assert state_keys.__doc__ is not None
     described = set(re.findall(r"^\| ``(\w+)-\*`` \|", state_keys.__doc__, re.MULTILINE))
     expected = {"hash", "plan", "search", "repair", "healed", "healing", "quality", "speed"}
+    expected |= {"probes"}
     expected |= {"quantized", "checkpoint"}
     assert kinds == described == expected

@@ -9,8 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from rich.table import Table
 
-from server.cli.model import _repair, _short, _table
+from server.cli.model import _repair, _table
+from server.cli.probes_table import probes_table
+from server.cli.short_number import short_number as _short
 from server.rpc.generated.fathom.v1 import common_pb2, inference_pb2
 
 COLUMNS = 80
@@ -37,8 +40,12 @@ def levels(draw: st.DrawFn, names: st.SearchStrategy[str]) -> common_pb2.Level:
 
 
 def printed(model: inference_pb2.Model) -> list[str]:
+    return lines_of(_table(model))
+
+
+def lines_of(table: Table) -> list[str]:
     file = io.StringIO()
-    Console(file=file, width=COLUMNS, highlight=False).print(_table(model))
+    Console(file=file, width=COLUMNS, highlight=False).print(table)
     return file.getvalue().splitlines()
 
 
@@ -131,3 +138,69 @@ def test_a_long_line_about_repair_is_wrapped() -> None:
     Console(file=file, width=COLUMNS, highlight=False).print(_repair(repair))
     assert max(map(len, file.getvalue().splitlines())) <= COLUMNS
     assert "…" not in file.getvalue()
+
+
+@st.composite
+def probed_levels(draw: st.DrawFn) -> common_pb2.Level:
+    """Return a level with any values, or without the dense model, or without a probe."""
+    shares = st.floats(0, 1)
+    level = common_pb2.Level(
+        name=draw(NAMES), prefill_layers=draw(DEPTHS), decode_layers=draw(DEPTHS)
+    )
+    has_dense = draw(st.booleans())
+    if draw(st.booleans()):
+        level.writing.CopyFrom(common_pb2.Writing(repeated_share=draw(shares)))
+        if has_dense:
+            level.writing.ratio = draw(NUMBERS)
+            level.writing.ratio_stderr = draw(NUMBERS)
+            level.writing.first_token_changed = draw(shares)
+    if draw(st.booleans()):
+        level.choosing.CopyFrom(
+            common_pb2.Choosing(accuracy=draw(shares), accuracy_stderr=draw(st.floats(0, 0.25)))
+        )
+        if has_dense:
+            level.choosing.agreement = draw(shares)
+            level.choosing.agreement_stderr = draw(st.floats(0, 0.25))
+    return level
+
+
+@given(st.lists(probed_levels(), min_size=1, max_size=4))
+def test_the_whole_table_of_probes_fits(levels: list[common_pb2.Level]) -> None:
+    table = probes_table(inference_pb2.Model(levels=levels))
+    measured = [each for each in levels if each.HasField("writing") or each.HasField("choosing")]
+    if not measured:
+        assert table is None
+        return
+    assert table is not None
+    lines = lines_of(table)
+    assert max(map(len, lines)) <= COLUMNS
+    assert "…" not in "".join(lines)
+    rows = cells(lines)
+    names = "".join(row[0] for row in rows)
+    for level in measured:
+        assert level.name in names
+        if level.writing.HasField("ratio"):
+            ratio = f"{_short(level.writing.ratio)} ± {_short(level.writing.ratio_stderr)}"
+            assert any(row[1] == ratio for row in rows)
+
+
+def test_the_probes_of_a_model_as_it_mostly_is() -> None:
+    dense, fast, small = (
+        common_pb2.Level(name=name, prefill_layers=depth, decode_layers=depth)
+        for name, depth in (("dense", 30), ("fast", 25), ("small", 20))
+    )
+    dense.writing.CopyFrom(
+        common_pb2.Writing(ratio=1, ratio_stderr=0, repeated_share=0.286, first_token_changed=0)
+    )
+    dense.choosing.CopyFrom(
+        common_pb2.Choosing(
+            accuracy=0.891, accuracy_stderr=0.041, agreement=1, agreement_stderr=0.02
+        )
+    )
+    fast.writing.CopyFrom(common_pb2.Writing(repeated_share=0.567))
+    table = probes_table(inference_pb2.Model(levels=[fast, small, dense]))
+    assert table is not None
+    assert cells(lines_of(table)) == [
+        ["dense", "1.00 ± 0.00", "29%", "0%", "89% ± 4%", "100% ± 2%"],
+        ["fast", "-", "57%", "-", "-", "-"],
+    ]

@@ -20,6 +20,7 @@ from server.depth.policy import (
     NamedLevel,
     PruneRatio,
     Reason,
+    RequestKind,
     ServedDepth,
     Speed,
 )
@@ -185,6 +186,30 @@ def test_auto_never_loses_more_than_allowed(
     depth = policy.with_present_level("fast").resolve(Auto(max_loss))[1].decode_layers
     good = {8} | {d for d, p in perplexities.items() if p / dense - 1 <= max_loss}
     assert depth == min(d for d in good if d >= 4)
+
+
+def test_the_two_kinds_of_requests_have_present_levels_of_their_own() -> None:
+    under_load = POLICY.with_present_level("generative", "fast")
+    assert under_load.is_degraded
+    assert under_load.resolve(Auto())[1] == ServedDepth(5, 8, Reason.DEGRADED)
+    layers, served = under_load.resolve(Auto(), kind=RequestKind.SCORE)
+    assert served == ServedDepth(4, 4, Reason.DEGRADED)
+    assert layers == POLICY.selection(DepthPair(4, 4))
+    for kind in RequestKind:
+        assert under_load.resolve(Layers(7), kind=kind)[1] == ServedDepth(7, 7, Reason.REQUESTED)
+        assert under_load.resolve(None, kind=kind)[1] == ServedDepth(8, 8, Reason.DEFAULT)
+    # A request's own limit holds for both.
+    measured = under_load.with_measurements(qualities({8: 10.0, 4: 20.0}), {})
+    strict = measured.resolve(Auto(0.5), kind=RequestKind.SCORE)[1]
+    assert strict == ServedDepth(8, 8, Reason.AUTO)
+    only_scores = POLICY.with_present_level("dense", "fast")
+    assert only_scores.is_degraded
+    assert only_scores.resolve(Auto())[1].reason is Reason.AUTO
+    assert not POLICY.is_degraded
+    for changed in (under_load.with_levels(LEVELS, None), under_load.with_auto_level("fast")):
+        assert changed.present_level == changed.present_score_level == changed.auto_level
+    with pytest.raises(UnknownLevel):
+        POLICY.with_present_level("dense", "slow")
 
 
 def test_degraded_is_what_load_made_of_it() -> None:

@@ -64,6 +64,9 @@ class Deployment:
     service: Service
     rpc: RpcServer
     saved: list[DepthPolicy] = field(default_factory=list)
+    # Too little for probes.
+    held_out: str = "held-out text " * 20
+    max_held_out_tokens: int = 200
     client: AsyncClient = field(init=False)
     metrics_server: MetricsServer | None = None
 
@@ -84,8 +87,8 @@ class Deployment:
             versions={"toy": "1"},
             texts=["calibration text " * 20],
             max_tokens=200,
-            held_out_texts=["held-out text " * 20],
-            max_held_out_tokens=200,
+            held_out_texts=[self.held_out],
+            max_held_out_tokens=self.max_held_out_tokens,
             every_depth=True,
         )
         store = RecordingStore(self.saved)

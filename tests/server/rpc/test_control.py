@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import math
 
 import grpc
 import pytest
 
+from server.depth.levels import DepthPair
 from server.rpc.generated.fathom.v1 import (
     common_pb2,
     control_pb2,
@@ -106,6 +109,56 @@ async def test_running_requests_keep_their_layers(
     assert token_ids == expected_tokens(running.prompt_ids, running.layers, 1000)
     await deployment.client.inference.Generate(generate_request(layers=4))
     assert deployment.engine.requests[-1].layers != running.layers
+
+
+async def test_levels_are_probed(starting: Deployment) -> None:
+    """Enough held-out text for probes, no two passages of which are alike."""
+    starting.held_out = "".join(f"{i * i} is the square of {i}. " for i in range(99))
+    starting.max_held_out_tokens = 1000
+    await starting.open()
+    client = starting.client
+    calls = client.control.Calibrate(control_pb2.CalibrateRequest())
+    *events, _ = [event async for event in calls]
+    steps = [
+        (event.progress.done, event.progress.total)
+        for event in events
+        if event.progress.phase == "probes"
+    ]
+    assert steps == [(i, len(steps)) for i in range(1, len(steps) + 1)]
+    phases = dict.fromkeys(event.progress.phase for event in events)
+    assert list(phases) == ["importance", "quality", "probes", "speed"]
+
+    model = (await client.inference.GetModel(inference_pb2.GetModelRequest())).model
+    policy = starting.service.policy
+    assert starting.saved[-1].probes == policy.probes
+    by_depth = {(each.prefill_layers, each.decode_layers): each for each in model.depths}
+    for level in model.levels:
+        probes = policy.probes[policy.level(level.name).depths]
+        for name, found, shown in (
+            ("writing", probes.writing, level.writing),
+            ("choosing", probes.choosing, level.choosing),
+        ):
+            assert level.HasField(name)
+            assert found is not None
+            for field in dataclasses.fields(found):
+                assert getattr(shown, field.name) == getattr(found, field.name)
+        depths = by_depth[level.prefill_layers, level.decode_layers]
+        assert (depths.writing, depths.choosing) == (level.writing, level.choosing)
+    assert not by_depth[7, 7].HasField("writing"), "only levels are probed"
+
+    request = control_pb2.SetLevelsRequest()
+    request.levels.add(name="dense").depth.layers = 8
+    request.levels.add(name="thin").depth.layers = 2
+    num_requests = len(starting.engine.requests)
+    _, thin = (await client.control.SetLevels(request)).levels
+    assert thin.HasField("writing")
+    assert thin.HasField("choosing")
+    probed = {
+        each.layers
+        for each in starting.engine.requests[num_requests:]
+        if each.request_id.startswith("probe-")
+    }
+    assert probed == {policy.selection(DepthPair(2, 2))}, "the others have been probed"
 
 
 async def test_calibrate_by_another_metric(deployment: Deployment) -> None:
@@ -226,6 +279,10 @@ async def test_set_policy(deployment: Deployment) -> None:
         max_quality_loss=0.25,
         min_agreement=0.0,
         by_default=False,
+        score_ladder=["fast"],
+        max_writing_loss=math.inf,
+        max_repetition=1.0,
+        max_choosing_loss=1.0,
     )
     answered = await deployment.client.inference.Generate(generate_request(auto=common_pb2.Auto()))
     assert answered.served == common_pb2.Served(
@@ -243,7 +300,8 @@ async def test_set_policy(deployment: Deployment) -> None:
     answered = await deployment.client.inference.Generate(generate_request())
     assert answered.served.reason == common_pb2.Served.REASON_AUTO
     status = await deployment.client.control.GetStatus(control_pb2.GetStatusRequest())
-    assert status.auto_level == "fast"
+    assert (status.auto_level, status.auto_score_level) == ("fast", "fast")
+    assert status.policy == in_force
 
 
 @pytest.mark.parametrize(
@@ -278,6 +336,21 @@ async def test_set_policy(deployment: Deployment) -> None:
             control_pb2.Policy(max_quality_loss=-1),
             grpc.StatusCode.INVALID_ARGUMENT,
             "policy.max_quality_loss: got -1.0, allowed: 0 or more",
+        ),
+        (
+            control_pb2.Policy(max_writing_loss=math.nan),
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "policy.max_writing_loss: got nan, allowed: 0 or more",
+        ),
+        (
+            control_pb2.Policy(max_repetition=-0.1),
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "policy.max_repetition: got -0.1, allowed: 0 to 1",
+        ),
+        (
+            control_pb2.Policy(max_choosing_loss=math.inf),
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "policy.max_choosing_loss: got inf, allowed: 0 to 1",
         ),
         (
             control_pb2.Policy(min_agreement=1.5),

@@ -9,8 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
-from server.depth.autodepth import AutoDepth
-from server.depth.levels import Level
+from server.depth.autodepth import AutoDepth, PresentLevels
 from server.rpc.client import retry_delay
 from server.rpc.generated.fathom.v1 import control_pb2, inference_pb2
 from server.serving.service_state import State
@@ -300,7 +299,7 @@ async def test_what_follows_the_load_is_started_again(
 ) -> None:
     choose, calls = AutoDepth.choose, asyncio.Queue[bool]()
 
-    def failing_once(*arguments: Any, **options: Any) -> Level:
+    def failing_once(*arguments: Any, **options: Any) -> PresentLevels:
         calls.put_nowait(True)
         if not caplog.records:
             raise ZeroDivisionError("a mistake")

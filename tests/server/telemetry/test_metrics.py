@@ -11,6 +11,7 @@ import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 
+from pruning.probes import Choosing, Probes, Writing
 from pruning.quality import Quality
 from server.depth.levels import DepthPair
 from server.depth.repair import Repair, RepairStatus, StandIn
@@ -163,6 +164,43 @@ def test_repair_is_shown_where_it_is_wanted(metrics: Metrics, server: MetricsSer
     assert {name for name, _ in samples if name.startswith("fathom_repair_")} == {
         "fathom_repair_up"
     }
+
+
+def test_probes_by_level(metrics: Metrics, server: MetricsServer) -> None:
+    writing = Writing(3.0, 2.0, 1.5, 0.125, 0.25, 0.1, 0.375, 16, 768)
+    alone = Writing(None, None, None, None, 0.75, None, None, 16, 768)
+    choosing = Choosing(0.875, 0.0625, 0.5, 0.03125, 64, 0.25)
+    dense, fast = DepthPair(8, 8), DepthPair(4, 4)
+    probes = {fast: Probes(writing, choosing), dense: Probes(alone, None)}
+    metrics.set_policy(
+        POLICY.with_measurements(
+            {}, {}, {**probes, DepthPair(3, 3): probes[fast]}
+        ).with_present_level("dense", "fast")
+    )
+    samples = scrape(server)
+    expected = {
+        "writing_perplexity_ratio": {"fast": 1.5},
+        "writing_perplexity_ratio_stderr": {"fast": 0.125},
+        "writing_repeated_ratio": {"fast": 0.25, "dense": 0.75},
+        "writing_first_token_changed_ratio": {"fast": 0.375},
+        "choosing_accuracy_ratio": {"fast": 0.875},
+        "choosing_accuracy_stderr": {"fast": 0.0625},
+        "choosing_agreement_ratio": {"fast": 0.5},
+        "choosing_agreement_stderr": {"fast": 0.03125},
+    }
+    shown = {
+        name: {
+            dict(labels)["level"]: value
+            for (family, labels), value in samples.items()
+            if family == f"fathom_level_{name}"
+        }
+        for name in expected
+    }
+    assert shown == expected
+    assert sample(samples, "fathom_policy_level", level="dense") == 1
+    assert sample(samples, "fathom_policy_score_level", level="fast") == 1
+    assert sample(samples, "fathom_policy_score_level", level="dense") == 0
+    assert sample(samples, "fathom_policy_degraded") == 1, "for Score"
 
 
 def test_startup_by_phase(metrics: Metrics, server: MetricsServer) -> None:

@@ -106,13 +106,13 @@ def live(
         if now >= next_look:
             next_look = now + LOOK_SECONDS
             rung = auto.rung
-            level = auto.choose(
+            levels = auto.choose(
                 present,
                 num_waiting=len(engine.waiting),
                 longest_wait=engine.longest_wait(),
                 utilization=engine.utilization,
             )
-            present = present.with_present_level(level.name)
+            present = present.with_present_level(levels.generate.name, levels.score.name)
             if auto.rung != rung:
                 day.changes.append((now, auto.rung))
             day.rungs_seen.add(auto.rung)

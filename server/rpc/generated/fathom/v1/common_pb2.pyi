@@ -59,7 +59,7 @@ class Served(_message.Message):
     def __init__(self, prefill_layers: _Optional[int] = ..., decode_layers: _Optional[int] = ..., reason: _Optional[_Union[Served.Reason, str]] = ..., stand_in: _Optional[_Union[StandIn, str]] = ...) -> None: ...
 
 class Level(_message.Message):
-    __slots__ = ("name", "prefill_layers", "decode_layers", "quality", "speed", "is_default", "stand_in")
+    __slots__ = ("name", "prefill_layers", "decode_layers", "quality", "speed", "is_default", "stand_in", "writing", "choosing")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PREFILL_LAYERS_FIELD_NUMBER: _ClassVar[int]
     DECODE_LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -67,6 +67,8 @@ class Level(_message.Message):
     SPEED_FIELD_NUMBER: _ClassVar[int]
     IS_DEFAULT_FIELD_NUMBER: _ClassVar[int]
     STAND_IN_FIELD_NUMBER: _ClassVar[int]
+    WRITING_FIELD_NUMBER: _ClassVar[int]
+    CHOOSING_FIELD_NUMBER: _ClassVar[int]
     name: str
     prefill_layers: int
     decode_layers: int
@@ -74,7 +76,9 @@ class Level(_message.Message):
     speed: Speed
     is_default: bool
     stand_in: StandIn
-    def __init__(self, name: _Optional[str] = ..., prefill_layers: _Optional[int] = ..., decode_layers: _Optional[int] = ..., quality: _Optional[_Union[Quality, _Mapping]] = ..., speed: _Optional[_Union[Speed, _Mapping]] = ..., is_default: _Optional[bool] = ..., stand_in: _Optional[_Union[StandIn, str]] = ...) -> None: ...
+    writing: Writing
+    choosing: Choosing
+    def __init__(self, name: _Optional[str] = ..., prefill_layers: _Optional[int] = ..., decode_layers: _Optional[int] = ..., quality: _Optional[_Union[Quality, _Mapping]] = ..., speed: _Optional[_Union[Speed, _Mapping]] = ..., is_default: _Optional[bool] = ..., stand_in: _Optional[_Union[StandIn, str]] = ..., writing: _Optional[_Union[Writing, _Mapping]] = ..., choosing: _Optional[_Union[Choosing, _Mapping]] = ...) -> None: ...
 
 class Quality(_message.Message):
     __slots__ = ("perplexity", "perplexity_stderr", "agreement", "kl_nats", "num_tokens")
@@ -89,6 +93,44 @@ class Quality(_message.Message):
     kl_nats: float
     num_tokens: int
     def __init__(self, perplexity: _Optional[float] = ..., perplexity_stderr: _Optional[float] = ..., agreement: _Optional[float] = ..., kl_nats: _Optional[float] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+
+class Writing(_message.Message):
+    __slots__ = ("perplexity", "dense_perplexity", "ratio", "ratio_stderr", "repeated_share", "dense_repeated_share", "first_token_changed", "num_prompts", "num_tokens")
+    PERPLEXITY_FIELD_NUMBER: _ClassVar[int]
+    DENSE_PERPLEXITY_FIELD_NUMBER: _ClassVar[int]
+    RATIO_FIELD_NUMBER: _ClassVar[int]
+    RATIO_STDERR_FIELD_NUMBER: _ClassVar[int]
+    REPEATED_SHARE_FIELD_NUMBER: _ClassVar[int]
+    DENSE_REPEATED_SHARE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_CHANGED_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    perplexity: float
+    dense_perplexity: float
+    ratio: float
+    ratio_stderr: float
+    repeated_share: float
+    dense_repeated_share: float
+    first_token_changed: float
+    num_prompts: int
+    num_tokens: int
+    def __init__(self, perplexity: _Optional[float] = ..., dense_perplexity: _Optional[float] = ..., ratio: _Optional[float] = ..., ratio_stderr: _Optional[float] = ..., repeated_share: _Optional[float] = ..., dense_repeated_share: _Optional[float] = ..., first_token_changed: _Optional[float] = ..., num_prompts: _Optional[int] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+
+class Choosing(_message.Message):
+    __slots__ = ("accuracy", "accuracy_stderr", "agreement", "agreement_stderr", "num_items", "chance")
+    ACCURACY_FIELD_NUMBER: _ClassVar[int]
+    ACCURACY_STDERR_FIELD_NUMBER: _ClassVar[int]
+    AGREEMENT_FIELD_NUMBER: _ClassVar[int]
+    AGREEMENT_STDERR_FIELD_NUMBER: _ClassVar[int]
+    NUM_ITEMS_FIELD_NUMBER: _ClassVar[int]
+    CHANCE_FIELD_NUMBER: _ClassVar[int]
+    accuracy: float
+    accuracy_stderr: float
+    agreement: float
+    agreement_stderr: float
+    num_items: int
+    chance: float
+    def __init__(self, accuracy: _Optional[float] = ..., accuracy_stderr: _Optional[float] = ..., agreement: _Optional[float] = ..., agreement_stderr: _Optional[float] = ..., num_items: _Optional[int] = ..., chance: _Optional[float] = ...) -> None: ...
 
 class Speed(_message.Message):
     __slots__ = ("tokens_per_second", "speedup", "num_streams")

@@ -83,7 +83,7 @@ class SetPolicyResponse(_message.Message):
     def __init__(self, policy: _Optional[_Union[Policy, _Mapping]] = ...) -> None: ...
 
 class Policy(_message.Message):
-    __slots__ = ("level", "ladder", "time_to_first_token_seconds", "inter_token_latency_seconds", "hold_seconds", "max_quality_loss", "min_agreement", "by_default")
+    __slots__ = ("level", "ladder", "time_to_first_token_seconds", "inter_token_latency_seconds", "hold_seconds", "max_quality_loss", "min_agreement", "by_default", "score_ladder", "max_writing_loss", "max_repetition", "max_choosing_loss")
     LEVEL_FIELD_NUMBER: _ClassVar[int]
     LADDER_FIELD_NUMBER: _ClassVar[int]
     TIME_TO_FIRST_TOKEN_SECONDS_FIELD_NUMBER: _ClassVar[int]
@@ -92,6 +92,10 @@ class Policy(_message.Message):
     MAX_QUALITY_LOSS_FIELD_NUMBER: _ClassVar[int]
     MIN_AGREEMENT_FIELD_NUMBER: _ClassVar[int]
     BY_DEFAULT_FIELD_NUMBER: _ClassVar[int]
+    SCORE_LADDER_FIELD_NUMBER: _ClassVar[int]
+    MAX_WRITING_LOSS_FIELD_NUMBER: _ClassVar[int]
+    MAX_REPETITION_FIELD_NUMBER: _ClassVar[int]
+    MAX_CHOOSING_LOSS_FIELD_NUMBER: _ClassVar[int]
     level: str
     ladder: _containers.RepeatedScalarFieldContainer[str]
     time_to_first_token_seconds: float
@@ -100,14 +104,18 @@ class Policy(_message.Message):
     max_quality_loss: float
     min_agreement: float
     by_default: bool
-    def __init__(self, level: _Optional[str] = ..., ladder: _Optional[_Iterable[str]] = ..., time_to_first_token_seconds: _Optional[float] = ..., inter_token_latency_seconds: _Optional[float] = ..., hold_seconds: _Optional[float] = ..., max_quality_loss: _Optional[float] = ..., min_agreement: _Optional[float] = ..., by_default: _Optional[bool] = ...) -> None: ...
+    score_ladder: _containers.RepeatedScalarFieldContainer[str]
+    max_writing_loss: float
+    max_repetition: float
+    max_choosing_loss: float
+    def __init__(self, level: _Optional[str] = ..., ladder: _Optional[_Iterable[str]] = ..., time_to_first_token_seconds: _Optional[float] = ..., inter_token_latency_seconds: _Optional[float] = ..., hold_seconds: _Optional[float] = ..., max_quality_loss: _Optional[float] = ..., min_agreement: _Optional[float] = ..., by_default: _Optional[bool] = ..., score_ladder: _Optional[_Iterable[str]] = ..., max_writing_loss: _Optional[float] = ..., max_repetition: _Optional[float] = ..., max_choosing_loss: _Optional[float] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("state", "num_running", "num_waiting", "uptime_seconds", "startup_seconds", "num_engine_restarts", "version", "startup_phase", "auto_level", "problems", "repair_wanted", "repair_in_force", "repair_problem")
+    __slots__ = ("state", "num_running", "num_waiting", "uptime_seconds", "startup_seconds", "num_engine_restarts", "version", "startup_phase", "auto_level", "problems", "repair_wanted", "repair_in_force", "repair_problem", "auto_score_level", "policy")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[GetStatusResponse.State]
@@ -140,6 +148,8 @@ class GetStatusResponse(_message.Message):
     REPAIR_WANTED_FIELD_NUMBER: _ClassVar[int]
     REPAIR_IN_FORCE_FIELD_NUMBER: _ClassVar[int]
     REPAIR_PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    AUTO_SCORE_LEVEL_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
     state: GetStatusResponse.State
     num_running: int
     num_waiting: int
@@ -153,7 +163,9 @@ class GetStatusResponse(_message.Message):
     repair_wanted: _common_pb2.StandIn
     repair_in_force: _common_pb2.StandIn
     repair_problem: str
-    def __init__(self, state: _Optional[_Union[GetStatusResponse.State, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., startup_seconds: _Optional[_Mapping[str, float]] = ..., num_engine_restarts: _Optional[int] = ..., version: _Optional[str] = ..., startup_phase: _Optional[str] = ..., auto_level: _Optional[str] = ..., problems: _Optional[_Iterable[str]] = ..., repair_wanted: _Optional[_Union[_common_pb2.StandIn, str]] = ..., repair_in_force: _Optional[_Union[_common_pb2.StandIn, str]] = ..., repair_problem: _Optional[str] = ...) -> None: ...
+    auto_score_level: str
+    policy: Policy
+    def __init__(self, state: _Optional[_Union[GetStatusResponse.State, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., startup_seconds: _Optional[_Mapping[str, float]] = ..., num_engine_restarts: _Optional[int] = ..., version: _Optional[str] = ..., startup_phase: _Optional[str] = ..., auto_level: _Optional[str] = ..., problems: _Optional[_Iterable[str]] = ..., repair_wanted: _Optional[_Union[_common_pb2.StandIn, str]] = ..., repair_in_force: _Optional[_Union[_common_pb2.StandIn, str]] = ..., repair_problem: _Optional[str] = ..., auto_score_level: _Optional[str] = ..., policy: _Optional[_Union[Policy, _Mapping]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("grace_seconds",)
