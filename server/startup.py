@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,12 +15,14 @@ from pruning.repair import RepairError
 from pruning.surgery import SurgeryError
 from pruning.text import TextError
 from server.calibration.calibrator import Calibrator, Progress
+from server.calibration.measuring_steps import MeasuringSteps
 from server.calibration.offline_plan import kept_plan
 from server.calibration.policy_store import PolicyStore
 from server.calibration.served_metrics import searches
 from server.calibration.state_keys import policy_store, search_store
 from server.calibration.versions import measuring_versions
 from server.config import Settings
+from server.depth.level_search import with_found_levels
 from server.depth.levels import DepthPair
 from server.depth.policy import DepthPolicy
 from server.engine.base import Engine, EngineDead, RepairsLayers
@@ -30,6 +33,9 @@ from server.telemetry.progress import ProgressReport
 
 # Models with more layers have their quality measured at the levels alone.
 _MAX_LAYERS_FOR_EVERY_DEPTH = 16
+
+# The depths, as shares of all layers, at which repair must help levels that are yet to be found.
+_SHARES_FOR_REPAIR = (0.9, 0.8, 0.65)
 
 _WORK = {
     "importance": "Ranking the layers",
@@ -73,19 +79,15 @@ class Startup:
             calibrator, store = self._calibrator(), self._policy_store()
             repair = await self._fitted_repair(calibrator, store)
             plan = await self._plan(calibrator, store, repair)
-            policy = DepthPolicy(
-                plan,
-                self._inputs.levels,
-                self._inputs.default_level,
-                any_depth=self._engine.serves_any_depth,
-            )
+            policy = self._policy(plan)
             if not policy.any_depth:
                 with self._service.phase("levels"):
                     await calibrator.prepare(policy, self._on_progress)
             if repair is not None:
                 policy = await self._repair(policy, repair, calibrator, store)
-            policy = await self._measure(policy, calibrator, store)
-        self._service.open(policy, calibrator, store)
+            steps = MeasuringSteps(calibrator, store, self._on_progress)
+            policy = await self._measure(policy, store, steps)
+        self._service.open(policy, calibrator, store, measures_on=steps.next(policy) is not None)
         # An operator who has set others with SetLevels may look for them here.
         logger.info(
             "levels, as the settings have them: %s; the default is %s",
@@ -146,7 +148,7 @@ class Startup:
         """Return the policy with repair, where that brings its levels closer to the dense model."""
         repaired = policy.with_repair(repair)
         with self._service.phase("repair"):
-            pruned = [level.depths for level in policy.levels if level.depths != policy.dense]
+            pruned = self._pruned(policy)
             losses = [await self._loss(of, pruned, calibrator, store) for of in (policy, repaired)]
         without, with_repair = losses
         if not pruned:
@@ -186,23 +188,55 @@ class Startup:
             for quality in qualities.values()
         ) / max(len(qualities), 1)
 
+    def _policy(self, plan: Plan) -> DepthPolicy:
+        """Return the policy of the settings; levels are searched for once it has been measured."""
+        num_layers, specs = self._inputs.num_layers, self._inputs.levels
+        policy = DepthPolicy(
+            plan,
+            tuple(spec.resolve(num_layers) for spec in specs),
+            self._inputs.default_level,
+            any_depth=self._engine.serves_any_depth,
+            specs=specs,
+        )
+        return with_found_levels(policy)
+
+    def _pruned(self, policy: DepthPolicy) -> list[DepthPair]:
+        """Return the pruned depths that decide about repair: of the levels, as far as they are
+        given, and in place of those that are to be searched for some that they may have.
+        """
+        pairs = [level.depths for level in policy.levels]
+        if any(spec.is_searched for spec in policy.specs):
+            depths = [int(policy.num_layers * share) for share in _SHARES_FOR_REPAIR]
+            pairs += [DepthPair(depth, depth) for depth in depths if depth >= 1]
+        return [pair for pair in dict.fromkeys(pairs) if pair != policy.dense]
+
     async def _measure(
-        self, policy: DepthPolicy, calibrator: Calibrator, store: PolicyStore
+        self, policy: DepthPolicy, store: PolicyStore, steps: MeasuringSteps
     ) -> DepthPolicy:
-        """Return the policy with its qualities and speeds; those that are not kept are measured."""
+        """Return the policy with what is kept of its measurements and what is measured now.
+
+        That is what levels need, as far as there is time for it, or with time without end
+        everything; the service measures the rest.
+        """
+        seconds = self._settings.startup_seconds
         with self._service.phase("quality"):
-            qualities = await store.qualities(
-                policy,
-                calibrator.depths_to_measure(policy),
-                lambda missing: calibrator.measure_quality(policy, missing, self._on_progress),
-            )
+            layers = range(policy.num_layers, 0, -1)
+            pairs = [level.depths for level in policy.levels]
+            pairs += [DepthPair(depth, depth) for depth in layers]
+            pairs += [DepthPair(depth, policy.num_layers) for depth in layers]
+            pairs = [pair for pair in dict.fromkeys(pairs) if policy.can_have(pair)]
+            policy = policy.with_measurements(store.kept_qualities(policy, pairs), {})
+            policy = with_found_levels(policy)
         with self._service.phase("speed"):
-            speeds = await store.speeds(
-                policy,
-                calibrator.depths_to_time(policy),
-                lambda missing: calibrator.measure_speed(policy, missing, self._on_progress),
-            )
-        return policy.with_measurements(qualities, speeds)
+            speeds = store.kept_speeds(policy, [level.depths for level in policy.levels])
+            policy = policy.with_measurements({}, speeds)
+        started = time.monotonic()
+        while (step := steps.next(policy)) is not None:
+            if (math.isfinite(seconds) and step.can_wait) or time.monotonic() - started >= seconds:
+                break
+            with self._service.phase(step.phase):
+                policy = await steps.take(policy, step)
+        return policy
 
     def _calibrator(self) -> Calibrator:
         settings, inputs = self._settings, self._inputs

@@ -121,6 +121,18 @@ class PolicyStore:
         """Return the speeds of ``depths``; those that are not kept are made."""
         return await self._speeds.complete(policy, depths, make)
 
+    def kept_qualities(
+        self, policy: DepthPolicy, depths: Sequence[DepthPair]
+    ) -> dict[DepthPair, Quality]:
+        """Return those of the qualities of ``depths`` that are kept."""
+        return self._qualities.found(policy, depths)
+
+    def kept_speeds(
+        self, policy: DepthPolicy, depths: Sequence[DepthPair]
+    ) -> dict[DepthPair, Speed]:
+        """Return those of the speeds of ``depths`` that are kept."""
+        return self._speeds.found(policy, depths)
+
     def save(self, policy: DepthPolicy) -> None:
         """Keep a policy that was measured while serving: the next start begins with it."""
         self._state.save("plan", self._plan_key, self._plan_file, policy.plan)
@@ -145,11 +157,11 @@ class _Table(Generic[M]):
         depths: Sequence[DepthPair],
         make: Callable[[Sequence[DepthPair]], Awaitable[Mapping[DepthPair, M]]],
     ) -> dict[DepthPair, M]:
-        found = self._found(policy, depths)
+        found = self.found(policy, depths)
         if len(found) == len(depths):
             return found
         async with self._state.locked(self._kind, self._key):
-            found = self._found(policy, depths)
+            found = self.found(policy, depths)
             missing = [pair for pair in depths if pair not in found]
             if missing:
                 found |= await make(missing)
@@ -162,7 +174,7 @@ class _Table(Generic[M]):
         rows = [Measured(layers, measurement) for layers, measurement in table.items()]
         self._state.save(self._kind, self._key, self._entry, rows)
 
-    def _found(self, policy: DepthPolicy, depths: Sequence[DepthPair]) -> dict[DepthPair, M]:
+    def found(self, policy: DepthPolicy, depths: Sequence[DepthPair]) -> dict[DepthPair, M]:
         table = self._load()
         selections = {pair: policy.selection(pair) for pair in depths}
         return {pair: table[layers] for pair, layers in selections.items() if layers in table}

@@ -9,8 +9,10 @@ from contextlib import asynccontextmanager
 
 from pruning.plan import Plan
 from server.calibration.calibrator import Calibrator, OnProgress, Progress
+from server.calibration.measuring_steps import MeasuringSteps
 from server.calibration.policy_in_force import PolicyInForce
 from server.calibration.policy_store import PolicyStore
+from server.depth.level_search import with_found_levels
 from server.depth.levels import LevelSpec, check_levels
 from server.depth.policy import DepthPolicy
 from server.engine.base import Engine
@@ -85,17 +87,21 @@ class PolicyUpdates:
         levels = check_levels(
             spec.resolve(num_layers, f"levels[{i}]") for i, spec in enumerate(specs)
         )
+        if not self._in_force.policy.any_depth:
+            for i, spec in enumerate(specs):
+                spec.refuse_search(f"levels[{i}]")
+        asked = tuple(specs)
         # A default that does not exist is refused before anything is measured.
-        self._in_force.policy.with_levels(levels, default_level)
+        self._in_force.policy.with_levels(levels, default_level, asked)
         async with self._update():
-            policy = self._in_force.policy.with_levels(levels, default_level)
+            policy = self._in_force.policy.with_levels(levels, default_level, asked)
             async with self._prepared(policy, lambda _: None):
                 policy = await self._measured(policy, lambda _: None)
                 # SetPolicy may have changed the policy meanwhile; its changes stay.
                 self._in_force.install(
-                    self._in_force.policy.with_levels(levels, default_level).with_measurements(
-                        policy.qualities, policy.speeds
-                    )
+                    self._in_force.policy.with_levels(
+                        policy.levels, default_level, asked
+                    ).with_measurements(policy.qualities, policy.speeds)
                 )
             await self._keep()
             return self._in_force.policy
@@ -117,14 +123,13 @@ class PolicyUpdates:
         plan = await self._calibrator.measure_plan(
             on_progress, texts, max_tokens, metric, repair=self._in_force.policy.repair
         )
-        policy = self._in_force.policy.with_plan(plan)
+        policy = with_found_levels(self._in_force.policy.with_plan(plan))
         async with self._prepared(policy, on_progress):
             policy = await self._measured(policy, on_progress)
             # SetPolicy may have changed the policy meanwhile; its changes stay.
+            present = self._in_force.policy.with_plan(plan)
             self._in_force.install(
-                self._in_force.policy.with_plan(plan).with_measurements(
-                    policy.qualities, policy.speeds
-                )
+                with_found_levels(present.with_measurements(policy.qualities, policy.speeds))
             )
         await self._keep()
         return plan
@@ -139,17 +144,11 @@ class PolicyUpdates:
             self._engine.release_others(self._in_force.policy.level_selections().values())
 
     async def _measured(self, policy: DepthPolicy, on_progress: OnProgress) -> DepthPolicy:
-        """Return the policy with the quality and speed of those of its depths that lack them."""
-        wanted = self._calibrator.depths_to_measure(policy)
-        qualities = await self._calibrator.measure_quality(
-            policy, [pair for pair in wanted if pair not in policy.qualities], on_progress
-        )
-        speeds = await self._calibrator.measure_speed(
-            policy,
-            [level.depths for level in policy.levels if level.depths not in policy.speeds],
-            on_progress,
-        )
-        return policy.with_measurements(qualities, speeds)
+        """Return the policy with the quality and speed of those of its depths that lack them.
+
+        Its levels are those that follow from their quality.
+        """
+        return await MeasuringSteps(self._calibrator, None, on_progress).take_all(policy)
 
     async def _keep(self) -> None:
         if self._store is not None:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from pruning.plan import Plan
 from pruning.quality import Quality
-from server.depth.levels import DepthPair, Level, check_levels, layers_of
+from server.depth.levels import DepthPair, Level, LevelSpec, check_levels, layers_of, spec_of
 from server.engine.base import LayerSelection
 from server.errors import FailedPrecondition, InvalidArgument, UnknownLevel
 
@@ -109,6 +109,8 @@ class DepthPolicy:
     any_depth: bool = True
     # The fingerprint of the maps that stand in for skipped layers; None: nothing does.
     repair: str | None = None
+    # The levels as they were asked for; by default those that there are.
+    specs: tuple[LevelSpec, ...] = ()
 
     def __post_init__(self) -> None:
         check_levels(self.levels)
@@ -120,6 +122,7 @@ class DepthPolicy:
                         level.prefill_layers,
                         f"{level.decode_layers}, its depth: {_ONE_DEPTH}",
                     )
+        object.__setattr__(self, "specs", self.specs or tuple(map(spec_of, self.levels)))
         for name in ("qualities", "speeds"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
         object.__setattr__(self, "default_level", self.default_level or self.levels[0].name)
@@ -189,8 +192,13 @@ class DepthPolicy:
         """Return the policy with other maps for skipped layers, which has not been measured."""
         return dataclasses.replace(self, repair=repair, qualities={}, speeds={})
 
-    def with_levels(self, levels: tuple[Level, ...], default_level: str | None) -> DepthPolicy:
-        """Return the policy with other levels.
+    def with_levels(
+        self,
+        levels: tuple[Level, ...],
+        default_level: str | None,
+        specs: tuple[LevelSpec, ...] = (),
+    ) -> DepthPolicy:
+        """Return the policy with other levels, which were asked for as ``specs`` say.
 
         Without ``default_level``, the default level stays if it still exists, else the first level
         is the default. The level of ``Auto`` without load stays if it still exists, else it is the
@@ -208,9 +216,24 @@ class DepthPolicy:
             qualities=qualities,
             speeds=speeds,
             levels=levels,
+            specs=specs,
             default_level=kept if default_level is None else default_level,
             auto_level=self.auto_level if self.auto_level in names else "",
             present_level="",
+        )
+
+    def with_found(self, levels: tuple[Level, ...]) -> DepthPolicy:
+        """Return the policy with the levels that were found for its ``specs``.
+
+        Load goes on to count: the level of ``Auto`` at present stays if it still exists.
+        """
+        names = {level.name for level in levels}
+        default, auto, present = (
+            name if name in names else ""
+            for name in (self.default_level, self.auto_level, self.present_level)
+        )
+        return dataclasses.replace(
+            self, levels=levels, default_level=default, auto_level=auto, present_level=present
         )
 
     def with_auto_level(self, name: str) -> DepthPolicy:

@@ -130,14 +130,23 @@ def plan_message(plan: Plan) -> common_pb2.Plan:
 
 
 def level_message(level: Level, policy: DepthPolicy) -> common_pb2.Level:
-    return _measured_message(
+    message = _measured_message(
         level.name, level.depths, policy, is_default=level.name == policy.default_level
     )
+    if level.max_quality_loss is not None:
+        message.max_quality_loss = level.max_quality_loss
+    return message
 
 
 def model_message(model: ModelInfo, engine: str, policy: DepthPolicy) -> inference_pb2.Model:
+    levels = {level.depths for level in policy.levels}
     measured = sorted(
-        policy.qualities.keys() | policy.speeds.keys(),
+        # A search for a level of the prompt has measured others, which nobody has asked for.
+        (
+            pair
+            for pair in policy.qualities.keys() | policy.speeds.keys()
+            if pair.prefill_layers == pair.decode_layers or pair in levels
+        ),
         key=lambda pair: (-pair.decode_layers, -pair.prefill_layers),
     )
     return inference_pb2.Model(
@@ -178,6 +187,8 @@ def status_message(status: Status) -> control_pb2.GetStatusResponse:
         startup_phase=status.startup_phase,
         auto_level=status.auto_level,
         problems=status.problems,
+        level_problems=status.level_problems,
+        unmeasured=status.unmeasured,
     )
 
 

@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, contextmanager
 
 from server.background import BackgroundTask
 from server.calibration.calibrator import Calibrator
+from server.calibration.late_measurements import LateMeasurements
+from server.calibration.measuring_steps import MeasuringSteps
 from server.calibration.policy_in_force import PolicyInForce
 from server.calibration.policy_store import PolicyStore
 from server.calibration.policy_updates import PolicyUpdates
@@ -84,6 +86,7 @@ class Service:
         self._in_force = PolicyInForce(metrics, self._follow_policy)
         self._results = ResultCheck(engine, self._state, metrics)
         self._updates: PolicyUpdates | None = None
+        self._late: LateMeasurements | None = None
         self._restarter = EngineRestarter(
             engine,
             self._state,
@@ -145,11 +148,17 @@ class Service:
         return self._state.phase(name)
 
     def open(
-        self, policy: DepthPolicy, calibrator: Calibrator, store: PolicyStore | None = None
+        self,
+        policy: DepthPolicy,
+        calibrator: Calibrator,
+        store: PolicyStore | None = None,
+        *,
+        measures_on: bool = False,
     ) -> None:
         """Begin to serve; the engine has been started, and is watched from now on.
 
-        ``store`` keeps what is measured while serving for the next start.
+        ``store`` keeps what is measured while serving for the next start. ``measures_on``: what
+        ``policy`` lacks is measured in the gaps of load.
         """
         self._model = self._engine.model
         self._updates = PolicyUpdates(self._engine, calibrator, self._in_force, store)
@@ -158,6 +167,14 @@ class Service:
         self.set_auto_rules(self._auto.rules)
         loop = asyncio.get_running_loop()
         self.metrics.watch_tasks(lambda: len(asyncio.all_tasks(loop)))
+        if measures_on:
+            self._late = LateMeasurements(
+                MeasuringSteps(calibrator, store, lambda _: None),
+                self._in_force,
+                is_busy=lambda: self._is_busy,
+                errors=self._restarter.errors,
+            )
+            self._tasks.append(BackgroundTask("what is measured while serving", self._late.run))
         for task in self._tasks:
             task.start()
         if self.state is State.STARTING:
@@ -214,6 +231,8 @@ class Service:
             version=self._version,
             auto_level=self._in_force.policy.present_level if self._in_force.is_known else "",
             problems=self._state.problems,
+            level_problems=(*self._in_force.problems, *(self._late.problems if self._late else ())),
+            unmeasured=tuple(self._late.pending if self._late else ()),
         )
 
     # Model and policy
@@ -275,6 +294,12 @@ class Service:
         self._in_force.install(policy)
 
     # Inside
+
+    @property
+    def _is_busy(self) -> bool:
+        """Whether requests are in flight, or no measurement can be made besides."""
+        is_serving = self.state is State.SERVING
+        return not is_serving or self.is_measuring or self._admission.num_in_flight > 0
 
     def _load(self) -> LoadInfo:
         try:

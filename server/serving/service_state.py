@@ -44,6 +44,11 @@ class Status:
     auto_level: str
     # What is wrong with depths that the server has checked, one sentence each.
     problems: tuple[str, ...] = ()
+    # What is wrong with levels that were asked for by their quality, and with measurements of
+    # depths, one sentence each.
+    level_problems: tuple[str, ...] = ()
+    # What is still to be measured while serving.
+    unmeasured: tuple[str, ...] = ()
 
 
 class ServiceState:

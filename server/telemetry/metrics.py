@@ -382,6 +382,12 @@ class _PolicyCollector(Collector):
             {level.name: float(level.name == policy.present_level) for level in policy.levels},
         )
         yield _gauge(
+            "fathom_level_max_quality_loss",
+            "What the depths of the level were chosen for: perplexity over dense's, minus 1.",
+            "level",
+            {level.name: level.max_quality_loss for level in policy.levels},
+        )
+        yield _gauge(
             "fathom_level_up",
             "Whether the engine that runs the level is up.",
             "level",

@@ -48,20 +48,22 @@ class Served(_message.Message):
     def __init__(self, prefill_layers: _Optional[int] = ..., decode_layers: _Optional[int] = ..., reason: _Optional[_Union[Served.Reason, str]] = ...) -> None: ...
 
 class Level(_message.Message):
-    __slots__ = ("name", "prefill_layers", "decode_layers", "quality", "speed", "is_default")
+    __slots__ = ("name", "prefill_layers", "decode_layers", "quality", "speed", "is_default", "max_quality_loss")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PREFILL_LAYERS_FIELD_NUMBER: _ClassVar[int]
     DECODE_LAYERS_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
     SPEED_FIELD_NUMBER: _ClassVar[int]
     IS_DEFAULT_FIELD_NUMBER: _ClassVar[int]
+    MAX_QUALITY_LOSS_FIELD_NUMBER: _ClassVar[int]
     name: str
     prefill_layers: int
     decode_layers: int
     quality: Quality
     speed: Speed
     is_default: bool
-    def __init__(self, name: _Optional[str] = ..., prefill_layers: _Optional[int] = ..., decode_layers: _Optional[int] = ..., quality: _Optional[_Union[Quality, _Mapping]] = ..., speed: _Optional[_Union[Speed, _Mapping]] = ..., is_default: _Optional[bool] = ...) -> None: ...
+    max_quality_loss: float
+    def __init__(self, name: _Optional[str] = ..., prefill_layers: _Optional[int] = ..., decode_layers: _Optional[int] = ..., quality: _Optional[_Union[Quality, _Mapping]] = ..., speed: _Optional[_Union[Speed, _Mapping]] = ..., is_default: _Optional[bool] = ..., max_quality_loss: _Optional[float] = ...) -> None: ...
 
 class Quality(_message.Message):
     __slots__ = ("perplexity", "perplexity_stderr", "agreement", "kl_nats", "num_tokens")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from server.rpc.generated.fathom.v1 import common_pb2 as fathom_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66\x61thom/v1/control.proto\x12\tfathom.v1\x1a\x16\x66\x61thom/v1/common.proto\"\x10\n\x0eGetPlanRequest\"0\n\x0fGetPlanResponse\x12\x1d\n\x04plan\x18\x01 \x01(\x0b\x32\x0f.fathom.v1.Plan\"i\n\x10\x43\x61librateRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12\x17\n\nmax_tokens\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x06metric\x18\x03 \x01(\tH\x01\x88\x01\x01\x42\r\n\x0b_max_tokensB\t\n\x07_metric\"f\n\x11\x43\x61librateResponse\x12\'\n\x08progress\x18\x01 \x01(\x0b\x32\x13.fathom.v1.ProgressH\x00\x12\x1f\n\x04plan\x18\x02 \x01(\x0b\x32\x0f.fathom.v1.PlanH\x00\x42\x07\n\x05\x65vent\"6\n\x08Progress\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x0c\n\x04\x64one\x18\x02 \x01(\x04\x12\r\n\x05total\x18\x03 \x01(\x04\"z\n\tLevelSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1f\n\x05\x64\x65pth\x18\x02 \x01(\x0b\x32\x10.fathom.v1.Depth\x12,\n\rprefill_depth\x18\x03 \x01(\x0b\x32\x10.fathom.v1.DepthH\x00\x88\x01\x01\x42\x10\n\x0e_prefill_depth\"f\n\x10SetLevelsRequest\x12$\n\x06levels\x18\x01 \x03(\x0b\x32\x14.fathom.v1.LevelSpec\x12\x1a\n\rdefault_level\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x10\n\x0e_default_level\"5\n\x11SetLevelsResponse\x12 \n\x06levels\x18\x01 \x03(\x0b\x32\x10.fathom.v1.Level\"5\n\x10SetPolicyRequest\x12!\n\x06policy\x18\x01 \x01(\x0b\x32\x11.fathom.v1.Policy\"6\n\x11SetPolicyResponse\x12!\n\x06policy\x18\x01 \x01(\x0b\x32\x11.fathom.v1.Policy\"\x80\x03\n\x06Policy\x12\x12\n\x05level\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x0e\n\x06ladder\x18\x02 \x03(\t\x12(\n\x1btime_to_first_token_seconds\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12(\n\x1binter_token_latency_seconds\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x19\n\x0chold_seconds\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12\x1d\n\x10max_quality_loss\x18\x06 \x01(\x01H\x04\x88\x01\x01\x12\x1a\n\rmin_agreement\x18\x07 \x01(\x01H\x05\x88\x01\x01\x12\x17\n\nby_default\x18\x08 \x01(\x08H\x06\x88\x01\x01\x42\x08\n\x06_levelB\x1e\n\x1c_time_to_first_token_secondsB\x1e\n\x1c_inter_token_latency_secondsB\x0f\n\r_hold_secondsB\x13\n\x11_max_quality_lossB\x10\n\x0e_min_agreementB\r\n\x0b_by_default\"\x12\n\x10GetStatusRequest\"\xe7\x03\n\x11GetStatusResponse\x12\x31\n\x05state\x18\x01 \x01(\x0e\x32\".fathom.v1.GetStatusResponse.State\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x03 \x01(\r\x12\x16\n\x0euptime_seconds\x18\x04 \x01(\x01\x12I\n\x0fstartup_seconds\x18\x05 \x03(\x0b\x32\x30.fathom.v1.GetStatusResponse.StartupSecondsEntry\x12\x1b\n\x13num_engine_restarts\x18\x06 \x01(\r\x12\x0f\n\x07version\x18\x07 \x01(\t\x12\x15\n\rstartup_phase\x18\x08 \x01(\t\x12\x12\n\nauto_level\x18\t \x01(\t\x12\x10\n\x08problems\x18\n \x03(\t\x1a\x35\n\x13StartupSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"p\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_STARTING\x10\x01\x12\x11\n\rSTATE_SERVING\x10\x02\x12\x12\n\x0eSTATE_DRAINING\x10\x03\x12\x15\n\x11STATE_ENGINE_DOWN\x10\x04\"<\n\x0c\x44rainRequest\x12\x1a\n\rgrace_seconds\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_grace_seconds\"\'\n\rDrainResponse\x12\x16\n\x0enum_unfinished\x18\x01 \x01(\r\"\x0f\n\rResumeRequest\"C\n\x0eResumeResponse\x12\x31\n\x05state\x18\x01 \x01(\x0e\x32\".fathom.v1.GetStatusResponse.State2\xe8\x03\n\x07\x43ontrol\x12@\n\x07GetPlan\x12\x19.fathom.v1.GetPlanRequest\x1a\x1a.fathom.v1.GetPlanResponse\x12H\n\tCalibrate\x12\x1b.fathom.v1.CalibrateRequest\x1a\x1c.fathom.v1.CalibrateResponse0\x01\x12\x46\n\tSetLevels\x12\x1b.fathom.v1.SetLevelsRequest\x1a\x1c.fathom.v1.SetLevelsResponse\x12\x46\n\tSetPolicy\x12\x1b.fathom.v1.SetPolicyRequest\x1a\x1c.fathom.v1.SetPolicyResponse\x12\x46\n\tGetStatus\x12\x1b.fathom.v1.GetStatusRequest\x1a\x1c.fathom.v1.GetStatusResponse\x12:\n\x05\x44rain\x12\x17.fathom.v1.DrainRequest\x1a\x18.fathom.v1.DrainResponse\x12=\n\x06Resume\x12\x18.fathom.v1.ResumeRequest\x1a\x19.fathom.v1.ResumeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66\x61thom/v1/control.proto\x12\tfathom.v1\x1a\x16\x66\x61thom/v1/common.proto\"\x10\n\x0eGetPlanRequest\"0\n\x0fGetPlanResponse\x12\x1d\n\x04plan\x18\x01 \x01(\x0b\x32\x0f.fathom.v1.Plan\"i\n\x10\x43\x61librateRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12\x17\n\nmax_tokens\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x06metric\x18\x03 \x01(\tH\x01\x88\x01\x01\x42\r\n\x0b_max_tokensB\t\n\x07_metric\"f\n\x11\x43\x61librateResponse\x12\'\n\x08progress\x18\x01 \x01(\x0b\x32\x13.fathom.v1.ProgressH\x00\x12\x1f\n\x04plan\x18\x02 \x01(\x0b\x32\x0f.fathom.v1.PlanH\x00\x42\x07\n\x05\x65vent\"6\n\x08Progress\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x0c\n\x04\x64one\x18\x02 \x01(\x04\x12\r\n\x05total\x18\x03 \x01(\x04\"\xc3\x01\n\tLevelSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1f\n\x05\x64\x65pth\x18\x02 \x01(\x0b\x32\x10.fathom.v1.Depth\x12,\n\rprefill_depth\x18\x03 \x01(\x0b\x32\x10.fathom.v1.DepthH\x00\x88\x01\x01\x12\x1d\n\x10max_quality_loss\x18\n \x01(\x01H\x01\x88\x01\x01\x12\x13\n\x0bprompt_only\x18\x0b \x01(\x08\x42\x10\n\x0e_prefill_depthB\x13\n\x11_max_quality_loss\"f\n\x10SetLevelsRequest\x12$\n\x06levels\x18\x01 \x03(\x0b\x32\x14.fathom.v1.LevelSpec\x12\x1a\n\rdefault_level\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x10\n\x0e_default_level\"5\n\x11SetLevelsResponse\x12 \n\x06levels\x18\x01 \x03(\x0b\x32\x10.fathom.v1.Level\"5\n\x10SetPolicyRequest\x12!\n\x06policy\x18\x01 \x01(\x0b\x32\x11.fathom.v1.Policy\"6\n\x11SetPolicyResponse\x12!\n\x06policy\x18\x01 \x01(\x0b\x32\x11.fathom.v1.Policy\"\x80\x03\n\x06Policy\x12\x12\n\x05level\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x0e\n\x06ladder\x18\x02 \x03(\t\x12(\n\x1btime_to_first_token_seconds\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12(\n\x1binter_token_latency_seconds\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x19\n\x0chold_seconds\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12\x1d\n\x10max_quality_loss\x18\x06 \x01(\x01H\x04\x88\x01\x01\x12\x1a\n\rmin_agreement\x18\x07 \x01(\x01H\x05\x88\x01\x01\x12\x17\n\nby_default\x18\x08 \x01(\x08H\x06\x88\x01\x01\x42\x08\n\x06_levelB\x1e\n\x1c_time_to_first_token_secondsB\x1e\n\x1c_inter_token_latency_secondsB\x0f\n\r_hold_secondsB\x13\n\x11_max_quality_lossB\x10\n\x0e_min_agreementB\r\n\x0b_by_default\"\x12\n\x10GetStatusRequest\"\x93\x04\n\x11GetStatusResponse\x12\x31\n\x05state\x18\x01 \x01(\x0e\x32\".fathom.v1.GetStatusResponse.State\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x03 \x01(\r\x12\x16\n\x0euptime_seconds\x18\x04 \x01(\x01\x12I\n\x0fstartup_seconds\x18\x05 \x03(\x0b\x32\x30.fathom.v1.GetStatusResponse.StartupSecondsEntry\x12\x1b\n\x13num_engine_restarts\x18\x06 \x01(\r\x12\x0f\n\x07version\x18\x07 \x01(\t\x12\x15\n\rstartup_phase\x18\x08 \x01(\t\x12\x12\n\nauto_level\x18\t \x01(\t\x12\x10\n\x08problems\x18\n \x03(\t\x12\x16\n\x0elevel_problems\x18\x14 \x03(\t\x12\x12\n\nunmeasured\x18\x15 \x03(\t\x1a\x35\n\x13StartupSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"p\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_STARTING\x10\x01\x12\x11\n\rSTATE_SERVING\x10\x02\x12\x12\n\x0eSTATE_DRAINING\x10\x03\x12\x15\n\x11STATE_ENGINE_DOWN\x10\x04\"<\n\x0c\x44rainRequest\x12\x1a\n\rgrace_seconds\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_grace_seconds\"\'\n\rDrainResponse\x12\x16\n\x0enum_unfinished\x18\x01 \x01(\r\"\x0f\n\rResumeRequest\"C\n\x0eResumeResponse\x12\x31\n\x05state\x18\x01 \x01(\x0e\x32\".fathom.v1.GetStatusResponse.State2\xe8\x03\n\x07\x43ontrol\x12@\n\x07GetPlan\x12\x19.fathom.v1.GetPlanRequest\x1a\x1a.fathom.v1.GetPlanResponse\x12H\n\tCalibrate\x12\x1b.fathom.v1.CalibrateRequest\x1a\x1c.fathom.v1.CalibrateResponse0\x01\x12\x46\n\tSetLevels\x12\x1b.fathom.v1.SetLevelsRequest\x1a\x1c.fathom.v1.SetLevelsResponse\x12\x46\n\tSetPolicy\x12\x1b.fathom.v1.SetPolicyRequest\x1a\x1c.fathom.v1.SetPolicyResponse\x12\x46\n\tGetStatus\x12\x1b.fathom.v1.GetStatusRequest\x1a\x1c.fathom.v1.GetStatusResponse\x12:\n\x05\x44rain\x12\x17.fathom.v1.DrainRequest\x1a\x18.fathom.v1.DrainResponse\x12=\n\x06Resume\x12\x18.fathom.v1.ResumeRequest\x1a\x19.fathom.v1.ResumeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,34 +44,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CALIBRATERESPONSE']._serialized_end=339
   _globals['_PROGRESS']._serialized_start=341
   _globals['_PROGRESS']._serialized_end=395
-  _globals['_LEVELSPEC']._serialized_start=397
-  _globals['_LEVELSPEC']._serialized_end=519
-  _globals['_SETLEVELSREQUEST']._serialized_start=521
-  _globals['_SETLEVELSREQUEST']._serialized_end=623
-  _globals['_SETLEVELSRESPONSE']._serialized_start=625
-  _globals['_SETLEVELSRESPONSE']._serialized_end=678
-  _globals['_SETPOLICYREQUEST']._serialized_start=680
-  _globals['_SETPOLICYREQUEST']._serialized_end=733
-  _globals['_SETPOLICYRESPONSE']._serialized_start=735
-  _globals['_SETPOLICYRESPONSE']._serialized_end=789
-  _globals['_POLICY']._serialized_start=792
-  _globals['_POLICY']._serialized_end=1176
-  _globals['_GETSTATUSREQUEST']._serialized_start=1178
-  _globals['_GETSTATUSREQUEST']._serialized_end=1196
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1199
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1686
-  _globals['_GETSTATUSRESPONSE_STARTUPSECONDSENTRY']._serialized_start=1519
-  _globals['_GETSTATUSRESPONSE_STARTUPSECONDSENTRY']._serialized_end=1572
-  _globals['_GETSTATUSRESPONSE_STATE']._serialized_start=1574
-  _globals['_GETSTATUSRESPONSE_STATE']._serialized_end=1686
-  _globals['_DRAINREQUEST']._serialized_start=1688
-  _globals['_DRAINREQUEST']._serialized_end=1748
-  _globals['_DRAINRESPONSE']._serialized_start=1750
-  _globals['_DRAINRESPONSE']._serialized_end=1789
-  _globals['_RESUMEREQUEST']._serialized_start=1791
-  _globals['_RESUMEREQUEST']._serialized_end=1806
-  _globals['_RESUMERESPONSE']._serialized_start=1808
-  _globals['_RESUMERESPONSE']._serialized_end=1875
-  _globals['_CONTROL']._serialized_start=1878
-  _globals['_CONTROL']._serialized_end=2366
+  _globals['_LEVELSPEC']._serialized_start=398
+  _globals['_LEVELSPEC']._serialized_end=593
+  _globals['_SETLEVELSREQUEST']._serialized_start=595
+  _globals['_SETLEVELSREQUEST']._serialized_end=697
+  _globals['_SETLEVELSRESPONSE']._serialized_start=699
+  _globals['_SETLEVELSRESPONSE']._serialized_end=752
+  _globals['_SETPOLICYREQUEST']._serialized_start=754
+  _globals['_SETPOLICYREQUEST']._serialized_end=807
+  _globals['_SETPOLICYRESPONSE']._serialized_start=809
+  _globals['_SETPOLICYRESPONSE']._serialized_end=863
+  _globals['_POLICY']._serialized_start=866
+  _globals['_POLICY']._serialized_end=1250
+  _globals['_GETSTATUSREQUEST']._serialized_start=1252
+  _globals['_GETSTATUSREQUEST']._serialized_end=1270
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1273
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1804
+  _globals['_GETSTATUSRESPONSE_STARTUPSECONDSENTRY']._serialized_start=1637
+  _globals['_GETSTATUSRESPONSE_STARTUPSECONDSENTRY']._serialized_end=1690
+  _globals['_GETSTATUSRESPONSE_STATE']._serialized_start=1692
+  _globals['_GETSTATUSRESPONSE_STATE']._serialized_end=1804
+  _globals['_DRAINREQUEST']._serialized_start=1806
+  _globals['_DRAINREQUEST']._serialized_end=1866
+  _globals['_DRAINRESPONSE']._serialized_start=1868
+  _globals['_DRAINRESPONSE']._serialized_end=1907
+  _globals['_RESUMEREQUEST']._serialized_start=1909
+  _globals['_RESUMEREQUEST']._serialized_end=1924
+  _globals['_RESUMERESPONSE']._serialized_start=1926
+  _globals['_RESUMERESPONSE']._serialized_end=1993
+  _globals['_CONTROL']._serialized_start=1996
+  _globals['_CONTROL']._serialized_end=2484
 # @@protoc_insertion_point(module_scope)

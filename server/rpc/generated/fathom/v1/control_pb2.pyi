@@ -47,14 +47,18 @@ class Progress(_message.Message):
     def __init__(self, phase: _Optional[str] = ..., done: _Optional[int] = ..., total: _Optional[int] = ...) -> None: ...
 
 class LevelSpec(_message.Message):
-    __slots__ = ("name", "depth", "prefill_depth")
+    __slots__ = ("name", "depth", "prefill_depth", "max_quality_loss", "prompt_only")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DEPTH_FIELD_NUMBER: _ClassVar[int]
     PREFILL_DEPTH_FIELD_NUMBER: _ClassVar[int]
+    MAX_QUALITY_LOSS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_ONLY_FIELD_NUMBER: _ClassVar[int]
     name: str
     depth: _common_pb2.Depth
     prefill_depth: _common_pb2.Depth
-    def __init__(self, name: _Optional[str] = ..., depth: _Optional[_Union[_common_pb2.Depth, _Mapping]] = ..., prefill_depth: _Optional[_Union[_common_pb2.Depth, _Mapping]] = ...) -> None: ...
+    max_quality_loss: float
+    prompt_only: bool
+    def __init__(self, name: _Optional[str] = ..., depth: _Optional[_Union[_common_pb2.Depth, _Mapping]] = ..., prefill_depth: _Optional[_Union[_common_pb2.Depth, _Mapping]] = ..., max_quality_loss: _Optional[float] = ..., prompt_only: _Optional[bool] = ...) -> None: ...
 
 class SetLevelsRequest(_message.Message):
     __slots__ = ("levels", "default_level")
@@ -107,7 +111,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("state", "num_running", "num_waiting", "uptime_seconds", "startup_seconds", "num_engine_restarts", "version", "startup_phase", "auto_level", "problems")
+    __slots__ = ("state", "num_running", "num_waiting", "uptime_seconds", "startup_seconds", "num_engine_restarts", "version", "startup_phase", "auto_level", "problems", "level_problems", "unmeasured")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[GetStatusResponse.State]
@@ -137,6 +141,8 @@ class GetStatusResponse(_message.Message):
     STARTUP_PHASE_FIELD_NUMBER: _ClassVar[int]
     AUTO_LEVEL_FIELD_NUMBER: _ClassVar[int]
     PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    UNMEASURED_FIELD_NUMBER: _ClassVar[int]
     state: GetStatusResponse.State
     num_running: int
     num_waiting: int
@@ -147,7 +153,9 @@ class GetStatusResponse(_message.Message):
     startup_phase: str
     auto_level: str
     problems: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, state: _Optional[_Union[GetStatusResponse.State, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., startup_seconds: _Optional[_Mapping[str, float]] = ..., num_engine_restarts: _Optional[int] = ..., version: _Optional[str] = ..., startup_phase: _Optional[str] = ..., auto_level: _Optional[str] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
+    level_problems: _containers.RepeatedScalarFieldContainer[str]
+    unmeasured: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, state: _Optional[_Union[GetStatusResponse.State, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., startup_seconds: _Optional[_Mapping[str, float]] = ..., num_engine_restarts: _Optional[int] = ..., version: _Optional[str] = ..., startup_phase: _Optional[str] = ..., auto_level: _Optional[str] = ..., problems: _Optional[_Iterable[str]] = ..., level_problems: _Optional[_Iterable[str]] = ..., unmeasured: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("grace_seconds",)
