@@ -162,7 +162,8 @@ class DepthSettings(BaseModel):
     auto_levels: Annotated[tuple[str, ...], NoDecode, BeforeValidator(names_from)] = Field(
         (),
         description="Levels of automatic depth: the first is used without load, each further one "
-        "under more load. None: the default level and all shallower ones.",
+        "under more load. None: the default level and all that run fewer layers for generated "
+        "tokens.",
     )
     auto_by_default: bool = Field(
         False, description="Whether requests that name no depth get automatic depth."
