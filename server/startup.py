@@ -220,16 +220,16 @@ class Startup:
         """
         seconds = self._settings.startup_seconds
         with self._service.phase("quality"):
-            layers = range(policy.num_layers, 0, -1)
-            pairs = [level.depths for level in policy.levels]
-            pairs += [DepthPair(depth, depth) for depth in layers]
-            pairs += [DepthPair(depth, policy.num_layers) for depth in layers]
-            pairs = [pair for pair in dict.fromkeys(pairs) if policy.can_have(pair)]
-            policy = policy.with_measurements(store.kept_qualities(policy, pairs), {})
+            pairs = {level.depths for level in policy.levels}
+            for depth in range(1, policy.num_layers + 1):
+                pairs |= {DepthPair(depth, depth), DepthPair(depth, policy.num_layers)}
+            possible = sorted(filter(policy.can_have, pairs))
+            policy = policy.with_measurements(store.kept_qualities(policy, possible), {})
             policy = with_found_levels(policy)
         with self._service.phase("speed"):
-            speeds = store.kept_speeds(policy, [level.depths for level in policy.levels])
-            policy = policy.with_measurements({}, speeds)
+            timed = {policy.dense, *(level.depths for level in policy.levels)}
+            possible = sorted(filter(policy.can_have, timed))
+            policy = policy.with_measurements({}, store.kept_speeds(policy, possible))
         started = time.monotonic()
         while (step := steps.next(policy)) is not None:
             if (math.isfinite(seconds) and step.can_wait) or time.monotonic() - started >= seconds:

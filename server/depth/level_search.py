@@ -16,7 +16,7 @@ from pruning.quality import Quality
 from server.depth.levels import DepthPair, Level, LevelSpec
 from server.depth.policy import DepthPolicy
 
-# How many layers less are looked at beyond one that is not good enough.
+# So many next shallower depths than the one that was found are looked at, too.
 REACH = 2
 
 _STANDARD_ERRORS = 1.0
