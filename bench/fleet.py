@@ -138,7 +138,13 @@ def _levels(
     """Return the model's name, the levels that load may lead to, and the streams of a replica."""
     with connected(connection) as client:
         model = client.get_model()
-    measured = [level for level in model.levels if level.HasField("speed")]
+    # Only the speed of generated tokens is known, which a prompt at a depth of its own leaves as it
+    # is.
+    measured = [
+        level
+        for level in model.levels
+        if level.HasField("speed") and level.prefill_layers == level.decode_layers
+    ]
     measured.sort(key=lambda level: -level.decode_layers)
     if not measured or not all(level.HasField("quality") for level in measured):
         raise typer.BadParameter("the server has not measured speed and quality of its levels")

@@ -28,7 +28,8 @@ class Quality:
 
     ``perplexity`` is per token. ``agreement`` is the share of tokens at which the most likely
     next token is that of the dense model. ``kl_nats`` is the mean divergence KL(dense || pruned)
-    of the next-token distributions, in nats. Both are None if they were not measured.
+    of the next-token distributions, in nats. ``log_ratio_stderr`` is the standard error of
+    ln(perplexity / perplexity of the dense model). Those three are None if they were not measured.
     """
 
     perplexity: float
@@ -36,17 +37,26 @@ class Quality:
     agreement: float | None
     kl_nats: float | None
     num_tokens: int
+    log_ratio_stderr: float | None = None
 
 
 def token_statistics(
     logits: torch.Tensor, reference_logits: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """Return the statistics of one text window, float64 [4].
+    """Return the first four of :func:`paired_statistics`, float64 [4]."""
+    return paired_statistics(logits, reference_logits, targets)[:4]
+
+
+def paired_statistics(
+    logits: torch.Tensor, reference_logits: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Return the statistics of one text window, float64 [5].
 
     They are the number of tokens T, the sum of the negative log-likelihood of ``targets`` in nats,
-    the number of tokens at which both argmaxes are equal, and the sum of KL(reference || logits)
-    in nats. ``logits`` and ``reference_logits`` are [T, V], ``targets`` is [T]. Log-probabilities
-    are computed in float32 and summed in float64. The call does not wait for the device.
+    the number of tokens at which both argmaxes are equal, the sum of KL(reference || logits) in
+    nats, and the reference's own sum of the negative log-likelihood. ``logits`` and
+    ``reference_logits`` are [T, V], ``targets`` is [T]. Log-probabilities are computed in float32
+    and summed in float64. The call does not wait for the device.
     """
     import torch
 
@@ -58,20 +68,22 @@ def token_statistics(
     num_tokens, vocab_size = logits.shape
     if targets.shape != (num_tokens,):
         raise ValueError(f"targets: got shape {list(targets.shape)}, allowed: [{num_tokens}]")
-    statistics = torch.zeros(4, dtype=torch.float64, device=logits.device)
+    statistics = torch.zeros(5, dtype=torch.float64, device=logits.device)
     with torch.no_grad():
         chunk = max(_CHUNK_ELEMENTS // max(vocab_size, 1), 1)
         for start in range(0, num_tokens, chunk):
             rows = slice(start, start + chunk)
             logprobs = logits[rows].float().log_softmax(-1)
             reference = reference_logits[rows].float().log_softmax(-1)
-            nll = -logprobs.gather(-1, targets[rows, None])
+            nll, reference_nll = (
+                -each.gather(-1, targets[rows, None]) for each in (logprobs, reference)
+            )
             agreements = logits[rows].argmax(-1) == reference_logits[rows].argmax(-1)
             # A token with probability 0 in the reference adds nothing, even if it is 0 in both.
             divergence = torch.where(
                 reference.isneginf(), 0.0, reference.exp() * (reference - logprobs)
             )
-            sums = (nll, agreements, divergence.sum(-1))
+            sums = (nll, agreements, divergence.sum(-1), reference_nll)
             statistics[1:] += torch.stack([part.double().sum() for part in sums])
     statistics[0] = num_tokens
     return statistics
@@ -80,14 +92,18 @@ def token_statistics(
 def quality_of_windows(sums: Sequence[Sequence[float | None]]) -> Quality:
     """Return the quality over text windows, given the :func:`token_statistics` of each.
 
-    The number of agreements and the divergence are None if they were not measured.
+    The number of agreements and the divergence are None if they were not measured. With a fifth
+    sum, the reference's loss as in :func:`paired_statistics`, the ratio to the reference has a
+    standard error, too.
 
     Tokens of one window are not independent, but windows nearly are, so the windows are the sample
     of the standard error. With x the negative log-likelihood of a window and n its number of
     tokens, the mean r = sum(x) / sum(n) is a ratio estimator over m windows. Its variance is
     m / (m - 1) * sum((x - r * n) ** 2) / sum(n) ** 2 (Cochran, "Sampling Techniques", 3rd
     edition, chapter 6). By the delta method, the standard error of the perplexity exp(r) is
-    exp(r) * sqrt(variance). A perplexity beyond the range of a float is infinite.
+    exp(r) * sqrt(variance). A perplexity beyond the range of a float is infinite. The logarithm of
+    its ratio to the perplexity of the reference is such a mean as well, of x minus the reference's
+    loss in the same window; as a window is hard for both, its standard error is far smaller.
 
     Raises :class:`QualityError` for fewer than two windows, which have no variance, for a window
     without tokens, and for a sum that is not finite.
@@ -105,9 +121,12 @@ def quality_of_windows(sums: Sequence[Sequence[float | None]]) -> Quality:
         if size < 1:
             raise QualityError(f"window {window}: got no tokens, allowed: 1 or more")
     num_tokens = math.fsum(sizes)
-    mean_nll = math.fsum(losses) / num_tokens
-    squares = math.fsum((x - mean_nll * n) ** 2 for n, x in zip(sizes, losses, strict=True))
-    stderr = math.sqrt(len(sums) / (len(sums) - 1) * squares) / num_tokens
+    mean_nll, stderr = _mean_and_stderr(losses, sizes)
+    log_ratio_stderr = None
+    if all(len(statistics) > 4 for statistics in sums):
+        references = [_measured(statistics[4]) for statistics in sums]
+        differences = [x - y for x, y in zip(losses, references, strict=True)]
+        _, log_ratio_stderr = _mean_and_stderr(differences, sizes)
     try:
         perplexity = math.exp(mean_nll)
     except OverflowError:
@@ -118,7 +137,16 @@ def quality_of_windows(sums: Sequence[Sequence[float | None]]) -> Quality:
         agreement=_mean([statistics[2] for statistics in sums], num_tokens),
         kl_nats=_mean([statistics[3] for statistics in sums], num_tokens),
         num_tokens=int(num_tokens),
+        log_ratio_stderr=log_ratio_stderr,
     )
+
+
+def _mean_and_stderr(losses: Sequence[float], sizes: Sequence[float]) -> tuple[float, float]:
+    """Return the ratio estimate sum(losses) / sum(sizes), and its standard error."""
+    num_tokens = math.fsum(sizes)
+    mean = math.fsum(losses) / num_tokens
+    squares = math.fsum((x - mean * n) ** 2 for n, x in zip(sizes, losses, strict=True))
+    return mean, math.sqrt(len(sizes) / (len(sizes) - 1) * squares) / num_tokens
 
 
 def _measured(value: float | None) -> float:
@@ -163,7 +191,7 @@ def measure_quality(
             for of_selection, selection in zip(sums, skipped, strict=True):
                 with without_layers(found, selection, stand_ins) if selection else nullcontext():
                     logits = _next_token_logits(model, window, options)
-                of_selection.append(token_statistics(logits, reference, window[1:]).tolist())
+                of_selection.append(paired_statistics(logits, reference, window[1:]).tolist())
     return [quality_of_windows(of_selection) for of_selection in sums]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from server.access.certificates import CertificateFiles
 from server.access.file_watch import file_version
 from server.config import ConfigError, Settings, warn_of_old_names
-from server.depth.levels import Level, LevelSpec
+from server.depth.levels import LevelSpec
 from server.errors import FathomError
 from server.model.inputs import auto_rules, chosen_levels
 from server.rpc.access import Access, AccessFiles
@@ -136,13 +136,10 @@ class Reload:
                 logger.warning("settings that take a restart to change: %s", _listed(others))
             return ""
 
-    async def _set_levels(self, levels: Sequence[Level], default_level: str) -> bool:
-        specs = [
-            LevelSpec(level.name, level.decode_layers, level.prefill_layers) for level in levels
-        ]
+    async def _set_levels(self, levels: Sequence[LevelSpec], default_level: str) -> bool:
         try:
             with self._service.updating() as updates:
-                await updates.set_levels(specs, default_level)
+                await updates.set_levels(levels, default_level)
         except FathomError as error:
             logger.error("%s; the levels have not been changed", error)
             return False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from pruning.text import TextError
 from server.calibration.calibrator import Calibrator, Progress
 from server.calibration.healed_store import HealedStore, Training
 from server.calibration.healing import HealedLevels
+from server.calibration.measuring_steps import MeasuringSteps
 from server.calibration.offline_plan import kept_plan
 from server.calibration.policy_store import PolicyStore
 from server.calibration.repairer import InstalledRepair, Repairer
@@ -24,6 +27,8 @@ from server.calibration.served_metrics import AUTO, searches
 from server.calibration.state_keys import policy_store, search_store
 from server.calibration.versions import measuring_versions
 from server.config import Settings
+from server.depth.level_search import compared_depths, with_found_levels
+from server.depth.levels import DepthPair
 from server.depth.policy import DepthPolicy
 from server.depth.repair import Repair, RepairStatus, StandIn
 from server.engine.base import Engine, EngineDead, RepairsLayers
@@ -85,24 +90,28 @@ class Startup:
             installed = await self._installed_repair(repairer)
             repair = None if installed is None else installed.repair
             plan = await self._plan(calibrator, store, repair)
-            policy = DepthPolicy(
-                plan,
-                self._inputs.levels,
-                self._inputs.default_level,
-                any_depth=self._engine.serves_any_depth,
-            )
+            policy = self._policy(plan)
             if not policy.any_depth:
                 with self._service.phase("levels"):
                     await calibrator.prepare(policy, self._on_progress)
             status = RepairStatus()
             if repairer is not None and repair is not None:
                 policy, status = await self._repair(policy, repairer, repair)
+            steps = MeasuringSteps(calibrator, store, self._on_progress)
+            policy = await self._measure(policy, store, steps)
             healed = self._healed_levels(calibrator, store)
             if healed is not None:
                 with self._service.phase("repair"):
                     policy = await healed.with_kept(policy, self._on_progress)
-            policy = await self._measure(policy, calibrator, store)
-        self._service.open(policy, calibrator, store, repair=status, repairer=repairer)
+                policy = await self._measure(with_found_levels(policy), store, steps)
+        self._service.open(
+            policy,
+            calibrator,
+            store,
+            repair=status,
+            repairer=repairer,
+            measures_on=steps.next(policy) is not None,
+        )
         if healed is not None and installed is not None and self._settings.heal:
             self.healer = await self._healer(healed, calibrator, installed)
         # An operator who has set others with SetLevels may look for them here.
@@ -151,7 +160,7 @@ class Startup:
                 lambda: calibrator.measure_plan(
                     self._on_progress,
                     repair=fingerprint,
-                    depths=[level.depths for level in self._inputs.levels],
+                    depths=compared_depths(self._inputs.levels, self._inputs.num_layers),
                 )
             )
 
@@ -216,29 +225,39 @@ class Startup:
 
         return LevelHealer(self._service, levels, self._healed_store(), training, job_of)
 
+    def _policy(self, plan: Plan) -> DepthPolicy:
+        """Return the policy of the settings; levels are searched for once it has been measured."""
+        num_layers, specs = self._inputs.num_layers, self._inputs.levels
+        policy = DepthPolicy(
+            plan,
+            tuple(spec.resolve(num_layers) for spec in specs),
+            self._inputs.default_level,
+            any_depth=self._engine.serves_any_depth,
+            specs=specs,
+        )
+        return with_found_levels(policy)
+
     async def _measure(
-        self, policy: DepthPolicy, calibrator: Calibrator, store: PolicyStore
+        self, policy: DepthPolicy, store: PolicyStore, steps: MeasuringSteps
     ) -> DepthPolicy:
-        """Return the policy with its measurements; those that are not kept are made."""
-        with self._service.phase("quality"):
-            qualities = await store.qualities(
-                policy,
-                calibrator.depths_to_measure(policy),
-                lambda missing: calibrator.measure_quality(policy, missing, self._on_progress),
-            )
-        with self._service.phase("probes"):
-            probes = await store.probes(
-                policy,
-                calibrator.depths_to_time(policy),
-                lambda missing: calibrator.measure_probes(policy, missing, self._on_progress),
-            )
-        with self._service.phase("speed"):
-            speeds = await store.speeds(
-                policy,
-                calibrator.depths_to_time(policy),
-                lambda missing: calibrator.measure_speed(policy, missing, self._on_progress),
-            )
-        return policy.with_measurements(qualities, speeds, probes)
+        """Return the policy with what is kept of its measurements and what is measured now.
+
+        That is what levels need, as far as there is time for it, or with time without end
+        everything; the service measures the rest.
+        """
+        seconds = self._settings.startup_seconds
+        pairs = {level.depths for level in policy.levels}
+        for depth in range(1, policy.num_layers + 1):
+            pairs |= {DepthPair(depth, depth), DepthPair(depth, policy.num_layers)}
+        possible = sorted(filter(policy.can_have, pairs))
+        policy = with_found_levels(policy.with_measurements(*store.kept(policy, possible)))
+        started = time.monotonic()
+        while (step := steps.next(policy)) is not None:
+            if (math.isfinite(seconds) and step.can_wait) or time.monotonic() - started >= seconds:
+                break
+            with self._service.phase(step.phase):
+                policy = await steps.take(policy, step)
+        return policy
 
     def _calibrator(self) -> Calibrator:
         settings, inputs = self._settings, self._inputs

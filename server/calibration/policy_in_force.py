@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
+from server.depth.level_search import problem_of, search_levels
 from server.depth.policy import DepthPolicy
 from server.depth.repair import RepairStatus
 from server.telemetry.metrics import Metrics
+
+logger = logging.getLogger(__name__)
 
 
 class PolicyInForce:
@@ -23,6 +27,8 @@ class PolicyInForce:
         self._on_install = on_install
         self._policy: DepthPolicy | None = None
         self._repair = RepairStatus()
+        # What is to be said about levels that no depth is good enough for.
+        self.problems: tuple[str, ...] = ()
 
     @property
     def is_known(self) -> bool:
@@ -48,4 +54,8 @@ class PolicyInForce:
         """Serve the requests that start from now on under ``policy``."""
         self._on_install(policy)
         self._policy = policy
+        before, self.problems = self.problems, tuple(map(problem_of, search_levels(policy).unmet))
+        for problem in self.problems:
+            if problem not in before:
+                logger.warning("%s", problem)
         self._metrics.set_policy(policy)

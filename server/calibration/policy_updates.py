@@ -12,9 +12,11 @@ from pruning.plan import Plan
 from server.calibration.calibrator import Calibrator, OnProgress, Progress
 from server.calibration.healed_store import HealedStore
 from server.calibration.healing import HealedLevels
+from server.calibration.measuring_steps import MeasuringSteps
 from server.calibration.policy_in_force import PolicyInForce
 from server.calibration.policy_store import PolicyStore
 from server.calibration.repairer import Repairer
+from server.depth.level_search import compared_depths, with_found_levels
 from server.depth.levels import LevelSpec, check_levels
 from server.depth.policy import DepthPolicy
 from server.engine.base import Engine
@@ -90,18 +92,22 @@ class PolicyUpdates:
         levels = check_levels(
             spec.resolve(num_layers, f"levels[{i}]") for i, spec in enumerate(specs)
         )
+        if not self._in_force.policy.any_depth:
+            for i, spec in enumerate(specs):
+                spec.refuse_search(f"levels[{i}]")
+        asked = tuple(specs)
         # A default that does not exist is refused before anything is measured.
-        self._in_force.policy.with_levels(levels, default_level)
+        self._in_force.policy.with_levels(levels, default_level, asked)
         async with self._update():
-            policy = self._in_force.policy.with_levels(levels, default_level)
+            policy = self._in_force.policy.with_levels(levels, default_level, asked)
             async with self._prepared(policy, lambda _: None):
                 policy = await self._measured(policy, lambda _: None)
                 self._check_repair(policy)
                 # SetPolicy may have changed the policy meanwhile; its changes stay.
                 self._in_force.install(
-                    self._in_force.policy.with_levels(levels, default_level).with_measurements(
-                        policy.qualities, policy.speeds, policy.probes
-                    )
+                    self._in_force.policy.with_levels(
+                        policy.levels, default_level, asked
+                    ).with_measurements(policy.qualities, policy.speeds, policy.probes)
                 )
             await self._keep()
             return self._in_force.policy
@@ -139,8 +145,10 @@ class PolicyUpdates:
             policy = await self._measured(found.policy, lambda _: None)
             # SetPolicy may have changed the policy meanwhile; its changes stay.
             self._in_force.install(
-                self._in_force.policy.with_healed(skipped, found.fingerprint).with_measurements(
-                    policy.qualities, policy.speeds, policy.probes
+                with_found_levels(
+                    self._in_force.policy.with_healed(skipped, found.fingerprint).with_measurements(
+                        policy.qualities, policy.speeds, policy.probes
+                    )
                 )
             )
             await self._keep()
@@ -167,16 +175,17 @@ class PolicyUpdates:
             max_tokens,
             metric,
             repair=self._in_force.policy.repair,
-            depths=[level.depths for level in self._in_force.policy.levels],
+            depths=compared_depths(self._in_force.policy.specs, self._in_force.policy.num_layers),
         )
-        policy = self._in_force.policy.with_plan(plan)
+        policy = with_found_levels(self._in_force.policy.with_plan(plan))
         async with self._prepared(policy, on_progress):
             policy = await self._measured(policy, on_progress)
             self._check_repair(policy)
             # SetPolicy may have changed the policy meanwhile; its changes stay.
+            present = self._in_force.policy.with_plan(plan)
             self._in_force.install(
-                self._in_force.policy.with_plan(plan).with_measurements(
-                    policy.qualities, policy.speeds, policy.probes
+                with_found_levels(
+                    present.with_measurements(policy.qualities, policy.speeds, policy.probes)
                 )
             )
         await self._keep()
@@ -189,8 +198,10 @@ class PolicyUpdates:
             policy = await self._kept_or_measured(policy)
             # SetPolicy may have changed the policy meanwhile; its changes stay.
             self._in_force.install(
-                self._in_force.policy.with_repair(policy.repair).with_measurements(
-                    policy.qualities, policy.speeds, policy.probes
+                with_found_levels(
+                    self._in_force.policy.with_repair(policy.repair).with_measurements(
+                        policy.qualities, policy.speeds, policy.probes
+                    )
                 )
             )
         self._in_force.set_repair(status)
@@ -214,42 +225,15 @@ class PolicyUpdates:
 
     async def _kept_or_measured(self, policy: DepthPolicy) -> DepthPolicy:
         """Return the policy with what its depths lack, kept or measured now."""
-        calibrator, store = self._calibrator, self._store
-        if store is None:
-            return await self._measured(policy, lambda _: None)
-        qualities = await store.qualities(
-            policy,
-            calibrator.depths_to_measure(policy),
-            lambda missing: calibrator.measure_quality(policy, missing, lambda _: None),
-        )
-        speeds = await store.speeds(
-            policy,
-            calibrator.depths_to_time(policy),
-            lambda missing: calibrator.measure_speed(policy, missing, lambda _: None),
-        )
-        probes = await store.probes(
-            policy,
-            calibrator.depths_to_time(policy),
-            lambda missing: calibrator.measure_probes(policy, missing, lambda _: None),
-        )
-        return policy.with_measurements(qualities, speeds, probes)
+        steps = MeasuringSteps(self._calibrator, self._store, lambda _: None)
+        return await steps.take_all(policy)
 
     async def _measured(self, policy: DepthPolicy, on_progress: OnProgress) -> DepthPolicy:
-        """Return the policy with what its depths lack of quality, probes and speed."""
-        wanted = self._calibrator.depths_to_measure(policy)
-        qualities = await self._calibrator.measure_quality(
-            policy, [pair for pair in wanted if pair not in policy.qualities], on_progress
-        )
-        probed = self._calibrator.depths_to_time(policy)
-        probes = await self._calibrator.measure_probes(
-            policy, [pair for pair in probed if not policy.is_probed(pair)], on_progress
-        )
-        speeds = await self._calibrator.measure_speed(
-            policy,
-            [level.depths for level in policy.levels if level.depths not in policy.speeds],
-            on_progress,
-        )
-        return policy.with_measurements(qualities, speeds, probes)
+        """Return the policy with what its depths lack of quality, probes and speed.
+
+        Its levels are those that follow from their quality.
+        """
+        return await MeasuringSteps(self._calibrator, None, on_progress).take_all(policy)
 
     async def _keep(self) -> None:
         if self._store is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from pruning.repair import summarize_maps
 from server.calibration.calibrator import Calibrator, OnProgress
 from server.calibration.policy_store import PolicyStore
+from server.depth.level_search import compared_depths
 from server.depth.levels import DepthPair
 from server.depth.policy import DepthPolicy
 from server.depth.repair import Repair, RepairStatus, StandIn
@@ -74,7 +75,7 @@ class Repairer:
         ``policy`` is one without.
         """
         repaired = policy.with_repair(repair.fingerprint)
-        pruned = [level.depths for level in policy.levels if level.depths != policy.dense]
+        pruned = compared_depths(policy.specs, policy.num_layers)
         if not pruned:
             return repaired, RepairStatus(self._wanted, repair)
         without, with_repair = [await self._loss(of, pruned) for of in (policy, repaired)]

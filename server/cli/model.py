@@ -52,6 +52,8 @@ def _table(served: inference_pb2.Model) -> Table:
     names: dict[tuple[int, int], list[str]] = {}
     for level in served.levels:
         name = f"{level.name} *" if level.is_default else level.name
+        if level.HasField("max_quality_loss"):
+            name += f" ≤{_short(100 * level.max_quality_loss, 0)}%"
         names.setdefault(_depths(level), []).append(name)
     table = Table(caption_justify="left")
     table.add_column("Depth", justify="right", no_wrap=True)
@@ -71,6 +73,8 @@ def _table(served: inference_pb2.Model) -> Table:
         "* for requests that name no depth; Agree: next tokens that are the dense model's; KL: "
         "divergence from it, in nats"
     )
+    if any(level.HasField("max_quality_loss") for level in served.levels):
+        table.caption += "; ≤10%: the shallowest depth with at most 10% more perplexity than dense"
     if any(prefill != decode for prefill, decode in rows):
         table.caption += "; 8/16: 8 layers for the prompt, 16 for what is generated"
     return table

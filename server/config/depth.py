@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 from pydantic import (
+    AllowInfNan,
     BaseModel,
     BeforeValidator,
     Field,
@@ -30,7 +32,8 @@ DEFAULT_SEARCH_TOKENS = 1 << 19
 
 _LEVEL_ALLOWED = (
     "a number of layers (1 or more), a prune ratio (0.0 to less than 1, with a decimal point), "
-    "or {depth: ..., prefill_depth: ...} of these"
+    "{depth: ..., prefill_depth: ...} of these, or {max_quality_loss: ..., prompt_only: ...}, a "
+    "number of 0 or more and true or false"
 )
 _LEVELS_SYNTAX = (
     "NAME=DEPTH or NAME=PREFILL/DECODE, separated by commas, or a JSON object; a depth is "
@@ -59,8 +62,12 @@ def _level_from(value: object) -> LevelSpec:
     depth: object
     prefill_depth: object
     match value:
-        case LevelSpec(depth=depth, prefill_depth=prefill_depth):
-            pass
+        case LevelSpec():
+            return value
+        case {"max_quality_loss": loss, "prompt_only": prompt_only, **others} if not others:
+            return _searched_level_from(loss, prompt_only)
+        case {"max_quality_loss": loss, **others} if not others:
+            return _searched_level_from(loss, False)
         case {"depth": depth, "prefill_depth": prefill_depth, **others} if not others:
             pass
         case {"depth": depth, **others} if not others:
@@ -74,6 +81,16 @@ def _level_from(value: object) -> LevelSpec:
         depth=_depth_from(depth),
         prefill_depth=None if prefill_depth is None else _depth_from(prefill_depth),
     )
+
+
+def _searched_level_from(max_quality_loss: object, prompt_only: object) -> LevelSpec:
+    is_number = isinstance(max_quality_loss, int | float) and not isinstance(max_quality_loss, bool)
+    if not is_number or not isinstance(prompt_only, bool):
+        raise not_allowed(_LEVEL_ALLOWED)
+    loss = float(typing.cast("float", max_quality_loss))
+    if not 0 <= loss < math.inf:
+        raise not_allowed(_LEVEL_ALLOWED)
+    return LevelSpec(name="", max_quality_loss=loss, prompt_only=prompt_only)
 
 
 def _levels_from(value: object) -> object:
@@ -139,11 +156,19 @@ class DepthSettings(BaseModel):
         description="Whether quality is measured at every depth or at the levels alone; none: "
         "every depth of models of up to 16 layers.",
     )
+    startup_seconds: Annotated[float, Ge(0), AllowInfNan()] = Field(
+        30.0,
+        description="Seconds for which a start measures the quality and the speed of the levels. "
+        "What is left then, and what no level needs, is measured while serving, when no request "
+        "runs. 0: all of it; inf: nothing, a start measures everything.",
+    )
     levels: Annotated[dict[str, Level], NoDecode, BeforeValidator(_levels_from)] = Field(
         {},
-        description="Operating points by name: a number of layers (12), a prune ratio (0.25), or "
-        "`{depth: 16, prefill_depth: 12}`; as a flag or a variable also `NAME=DEPTH` or "
-        "`NAME=PREFILL/DECODE`, separated by commas. None: the default levels.",
+        description="Operating points by name: a number of layers (12), a prune ratio (0.25), "
+        "`{depth: 16, prefill_depth: 12}`, or by what they may lose: `{max_quality_loss: 0.25}` is "
+        "the shallowest depth with at most 25 % more perplexity than the dense model, with "
+        "`prompt_only: true` for the prompt alone. As a flag or a variable a JSON object, or "
+        "`NAME=DEPTH` or `NAME=PREFILL/DECODE`, separated by commas. None: the default levels.",
         json_schema_extra={"default_text": "default levels"},
     )
     default_level: str | None = Field(
@@ -152,7 +177,8 @@ class DepthSettings(BaseModel):
     auto_levels: Annotated[tuple[str, ...], NoDecode, BeforeValidator(names_from)] = Field(
         (),
         description="Levels of automatic depth: the first is used without load, each further one "
-        "under more load. None: the default level and all shallower ones.",
+        "under more load. None: the default level and all that run fewer layers for generated "
+        "tokens.",
     )
     auto_by_default: bool = Field(
         False, description="Whether requests that name no depth get automatic depth."

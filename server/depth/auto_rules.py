@@ -30,7 +30,7 @@ class AutoRules:
     """
 
     # The levels from no load to the highest load. Empty: the policy's level without load, and all
-    # shallower ones.
+    # that run fewer layers for generated tokens.
     levels: tuple[str, ...] = ()
     # Whether requests that name no depth leave the depth to the server.
     by_default: bool = False
@@ -123,7 +123,7 @@ def _all_levels(policy: DepthPolicy, rules: AutoRules) -> list[Level]:
         others = [
             level
             for level in policy.levels
-            if level.decode_layers <= first.decode_layers
+            if level.decode_layers < first.decode_layers
             and level.prefill_layers <= first.prefill_layers
         ]
         others.sort(key=lambda level: speedup(policy, level))

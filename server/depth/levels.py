@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from server.errors import InvalidArgument
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
+# Those of engines that run the depths of their levels alone.
 _DEFAULT_SHARES = {
     "dense": Fraction(1),
     "balanced": Fraction(3, 4),
@@ -30,17 +32,24 @@ class DepthPair:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """An operating point: a name for a pair of depths, in layers."""
+    """An operating point: a name for a pair of depths, in layers.
+
+    The depths of a level with a ``max_quality_loss`` were chosen for it: its perplexity divided by
+    that of the dense model, minus 1, is at most that.
+    """
 
     name: str
     prefill_layers: int
     decode_layers: int
+    max_quality_loss: float | None = None
 
     def __str__(self) -> str:
-        """Return the level as it is written in a flag."""
-        if self.prefill_layers == self.decode_layers:
-            return f"{self.name}={self.decode_layers}"
-        return f"{self.name}={self.prefill_layers}/{self.decode_layers}"
+        """Return the level as it is written in a flag, and what it may lose."""
+        depths = f"{self.decode_layers}"
+        if self.prefill_layers != self.decode_layers:
+            depths = f"{self.prefill_layers}/{self.decode_layers}"
+        loss = "" if self.max_quality_loss is None else f" (loss {self.max_quality_loss:g})"
+        return f"{self.name}={depths}{loss}"
 
     @property
     def depths(self) -> DepthPair:
@@ -49,38 +58,107 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class LevelSpec:
-    """A level as the settings write it: an int is a number of layers, a float a prune ratio."""
+    """A level as the settings write it: by its depth, or by what it may lose.
+
+    A depth is a number of layers if it is an int, and a prune ratio if it is a float. With
+    ``max_quality_loss`` the depth is to be searched for: perplexity divided by that of the dense
+    model, minus 1. ``prompt_only``: generated tokens run all layers. An ``optional`` level does
+    not exist where only the dense model is good enough, or where another has its depth.
+    """
 
     name: str
-    depth: int | float
+    depth: int | float | None = None
     # None: the same as depth.
     prefill_depth: int | float | None = None
+    max_quality_loss: float | None = None
+    prompt_only: bool = False
+    optional: bool = False
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether the depth follows from a loss of quality."""
+        return self.max_quality_loss is not None
 
     def resolve(self, num_layers: int, field: str | None = None) -> Level:
         """Return the level for a model with ``num_layers`` layers.
 
-        Errors call the level ``field``, by default ``levels.NAME``. Raises
+        One that is to be searched for has all layers, until :mod:`server.depth.level_search` has
+        found it. Errors call the level ``field``, by default ``levels.NAME``. Raises
         :class:`InvalidArgument`, naming for example ``levels.fast.prefill_depth``, for a depth
-        that the model does not have and for a name that is not allowed.
+        that the model does not have, for a loss that is not possible, and for a name that is not
+        allowed.
         """
         field = field or f"levels.{self.name}"
         _check_name(self.name, f"{field}.name")
+        if self.max_quality_loss is not None:
+            self._check_search(self.max_quality_loss, field)
+            return self.at(num_layers, num_layers)
+        if self.prompt_only:
+            allowed = (
+                "true beside max_quality_loss alone; prefill_depth prunes the prompt to a depth"
+            )
+            raise InvalidArgument(f"{field}.prompt_only", True, allowed)
+        if self.depth is None:
+            raise InvalidArgument(
+                f"{field}.depth", None, "a depth, or max_quality_loss in its place"
+            )
         decode_layers = layers_of(self.depth, num_layers, f"{field}.depth")
         prefill_layers = decode_layers
         if self.prefill_depth is not None:
             prefill_layers = layers_of(self.prefill_depth, num_layers, f"{field}.prefill_depth")
         return Level(self.name, prefill_layers, decode_layers)
 
+    def at(self, depth: int, num_layers: int) -> Level:
+        """Return the level that has been searched for, at the depth that was found for it."""
+        decode_layers = num_layers if self.prompt_only else depth
+        return Level(self.name, depth, decode_layers, self.max_quality_loss)
+
+    def refuse_search(self, field: str | None = None) -> None:
+        """Raise :class:`InvalidArgument` for a level that has no depth of its own."""
+        if self.is_searched:
+            allowed = (
+                "a depth in its place: dedicated engines run the depths of their levels alone, so "
+                "none can be tried; an elastic engine finds depths, which its GetModel shows"
+            )
+            field = field or f"levels.{self.name}"
+            raise InvalidArgument(f"{field}.max_quality_loss", self.max_quality_loss, allowed)
+
+    def _check_search(self, max_quality_loss: float, field: str) -> None:
+        if not 0 <= max_quality_loss < math.inf:
+            raise InvalidArgument(f"{field}.max_quality_loss", max_quality_loss, "0 or more")
+        for name in ("depth", "prefill_depth"):
+            if getattr(self, name) is not None:
+                allowed = "nothing beside max_quality_loss, which decides about the depth"
+                raise InvalidArgument(f"{field}.{name}", getattr(self, name), allowed)
+
+
+# Those of engines that run any depth. The text right before a token tells most about it, and the
+# prompt is far away from most of the text that is scored. So perplexity hardly shows what becomes
+# of a prompt, and little of it may be lost.
+DEFAULT_LEVELS = (
+    LevelSpec("dense", 0.0),
+    LevelSpec("balanced", max_quality_loss=0.1, optional=True),
+    LevelSpec("fast", max_quality_loss=0.25, optional=True),
+    LevelSpec("turbo", max_quality_loss=1.0, optional=True),
+    LevelSpec("prompt", max_quality_loss=0.02, prompt_only=True, optional=True),
+)
+
 
 def default_levels(num_layers: int) -> tuple[Level, ...]:
-    """Return dense, balanced, fast and turbo: all layers, 3/4, 1/2 and 1/4 of them, rounded down.
+    """Return the default levels where depths cannot be tried, and so not searched for.
 
+    They are dense, balanced, fast and turbo: all layers, 3/4, 1/2 and 1/4 of them, rounded down.
     If two of them are the same depth, because the model is shallow, only the first is kept.
     """
     names: dict[int, str] = {}
     for name, share in _DEFAULT_SHARES.items():
         names.setdefault(max(int(num_layers * share), 1), name)
     return tuple(Level(name, depth, depth) for depth, name in names.items())
+
+
+def spec_of(level: Level) -> LevelSpec:
+    """Return what asks for a level with these depths, whatever they may lose."""
+    return LevelSpec(level.name, level.decode_layers, level.prefill_layers)
 
 
 def check_levels(levels: Iterable[Level], field: str = "levels") -> tuple[Level, ...]:

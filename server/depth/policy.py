@@ -12,7 +12,7 @@ from typing import Any
 from pruning.plan import Plan
 from pruning.probes import Probes
 from pruning.quality import Quality
-from server.depth.levels import DepthPair, Level, check_levels, layers_of
+from server.depth.levels import DepthPair, Level, LevelSpec, check_levels, layers_of, spec_of
 from server.depth.repair import StandIn
 from server.engine.base import LayerSelection
 from server.errors import FailedPrecondition, InvalidArgument, UnknownLevel
@@ -143,6 +143,8 @@ class DepthPolicy:
     repair: str | None = None
     # By the layers that are skipped, the fingerprint of healed maps that stand in for them instead.
     healed: Mapping[tuple[int, ...], str] = field(default_factory=dict)
+    # The levels as they were asked for; by default those that there are.
+    specs: tuple[LevelSpec, ...] = ()
 
     def __post_init__(self) -> None:
         check_levels(self.levels)
@@ -154,6 +156,7 @@ class DepthPolicy:
                         level.prefill_layers,
                         f"{level.decode_layers}, its depth: {_ONE_DEPTH}",
                     )
+        object.__setattr__(self, "specs", self.specs or tuple(map(spec_of, self.levels)))
         for name in ("qualities", "speeds", "probes", "healed"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
         object.__setattr__(self, "default_level", self.default_level or self.levels[0].name)
@@ -299,8 +302,13 @@ class DepthPolicy:
             probes={pair: self.probes[pair] for pair in same if pair in self.probes},
         )
 
-    def with_levels(self, levels: tuple[Level, ...], default_level: str | None) -> DepthPolicy:
-        """Return the policy with other levels.
+    def with_levels(
+        self,
+        levels: tuple[Level, ...],
+        default_level: str | None,
+        specs: tuple[LevelSpec, ...] = (),
+    ) -> DepthPolicy:
+        """Return the policy with other levels, which were asked for as ``specs`` say.
 
         Without ``default_level``, the default level stays if it still exists, else the first level
         is the default. The level of ``Auto`` without load stays if it still exists, else it is the
@@ -320,10 +328,35 @@ class DepthPolicy:
             speeds=speeds,
             probes=probes,
             levels=levels,
+            specs=specs,
             default_level=kept if default_level is None else default_level,
             auto_level=self.auto_level if self.auto_level in names else "",
             present_level="",
             present_score_level="",
+        )
+
+    def with_found(self, levels: tuple[Level, ...]) -> DepthPolicy:
+        """Return the policy with the levels that were found for its ``specs``.
+
+        Load goes on to count: the level of ``Auto`` at present stays if it still exists.
+        """
+        names = {level.name for level in levels}
+        default, auto, present, present_score = (
+            name if name in names else ""
+            for name in (
+                self.default_level,
+                self.auto_level,
+                self.present_level,
+                self.present_score_level,
+            )
+        )
+        return dataclasses.replace(
+            self,
+            levels=levels,
+            default_level=default,
+            auto_level=auto,
+            present_level=present,
+            present_score_level=present_score,
         )
 
     def with_auto_level(self, name: str) -> DepthPolicy:

@@ -26,6 +26,15 @@ def check_windows(windows: Sequence[Sequence[int]], model: ModelInfo) -> None:
                 )
 
 
+def reference_sums(sums: Sequence[float]) -> list[float]:
+    """Return the :func:`pruning.quality.paired_statistics` of the reference in a window.
+
+    ``sums`` are those of anything that was compared with it there.
+    """
+    num_tokens, _, _, _, loss = sums
+    return [num_tokens, loss, num_tokens, 0.0, loss]
+
+
 def finite_quality(sums: Sequence[Sequence[float | None]], depth: str) -> Quality:
     """Return what :func:`pruning.quality.quality_of_windows` does.
 

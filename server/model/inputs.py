@@ -6,7 +6,7 @@ import glob
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pruning.checkpoint import (
@@ -23,7 +23,13 @@ from pruning.surgery import SurgeryError, count_layers
 from pruning.text import TextError, load_texts
 from server.config import Settings
 from server.depth.auto_rules import AutoRules
-from server.depth.levels import Level, check_levels, default_levels
+from server.depth.levels import (
+    DEFAULT_LEVELS,
+    LevelSpec,
+    check_levels,
+    default_levels,
+    spec_of,
+)
 from server.engine.elastic.architectures import UnsupportedArchitecture, elastic_architecture
 from server.engine.elastic.compatibility import check_quantized_kernels
 from server.engine.environment import check_directories
@@ -52,7 +58,7 @@ class Inputs:
     # The fingerprint of whatever decides which tokens a text has.
     tokenizer: str
     num_layers: int
-    levels: tuple[Level, ...]
+    levels: tuple[LevelSpec, ...]
     default_level: str
     # None: to be made.
     plan: Plan | None
@@ -135,15 +141,21 @@ def refused_as(setting: str, *errors: type[Exception]) -> Iterator[None]:
         raise StartError(f"{setting}: {error}") from error
 
 
-def chosen_levels(settings: Settings, num_layers: int) -> tuple[tuple[Level, ...], str]:
+def chosen_levels(settings: Settings, num_layers: int) -> tuple[tuple[LevelSpec, ...], str]:
     """Return the levels for a model of ``num_layers``, and the name of the default one.
 
-    Raises :class:`InvalidArgument` for a level that the model does not have.
+    Default levels that other settings name are not optional. Raises :class:`InvalidArgument` for
+    a level that the model, or the engine, does not have.
     """
-    levels = default_levels(num_layers)
+    can_search = settings.engine == "elastic"
+    specs = DEFAULT_LEVELS if can_search else tuple(map(spec_of, default_levels(num_layers)))
     if settings.levels:
-        levels = check_levels(spec.resolve(num_layers) for spec in settings.levels.values())
-    names = [level.name for level in levels]
+        specs = tuple(settings.levels.values())
+        check_levels(spec.resolve(num_layers) for spec in specs)
+        if not can_search:
+            for spec in specs:
+                spec.refuse_search()
+    names = [spec.name for spec in specs]
     default_level = settings.default_level or names[0]
     if default_level not in names:
         raise InvalidArgument("default_level", default_level, f"one of {', '.join(names)}")
@@ -153,7 +165,9 @@ def chosen_levels(settings: Settings, num_layers: int) -> tuple[tuple[Level, ...
     for name, share in settings.memory_shares.items():
         if name not in names:
             raise InvalidArgument(f"memory_shares.{name}", share, f"one of {', '.join(names)}")
-    return levels, default_level
+    named = {default_level, *settings.auto_levels}
+    specs = tuple(replace(s, optional=s.optional and s.name not in named) for s in specs)
+    return specs, default_level
 
 
 def auto_rules(settings: Settings) -> AutoRules:

@@ -97,7 +97,13 @@ class OfflineHealing:
         if not depths:
             with refused_as("levels"):
                 levels, _ = chosen_levels(self._settings, self.num_layers)
-            pairs = [(level.prefill_layers, level.decode_layers) for level in levels]
+            if any(spec.is_searched for spec in levels):
+                raise StartError(
+                    "depth: none is given, and the levels are chosen by their quality, which a "
+                    "server measures; allowed: --depth, with a depth that `fathom model` shows"
+                )
+            given = [spec.resolve(self.num_layers) for spec in levels]
+            pairs = [(level.prefill_layers, level.decode_layers) for level in given]
         found = [
             healable_layers(*(tuple(sorted(plan.skipped(depth))) for depth in pair))
             for pair in pairs

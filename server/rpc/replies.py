@@ -143,9 +143,12 @@ def plan_message(plan: Plan) -> common_pb2.Plan:
 
 
 def level_message(level: Level, policy: DepthPolicy) -> common_pb2.Level:
-    return _measured_message(
+    message = _measured_message(
         level.name, level.depths, policy, is_default=level.name == policy.default_level
     )
+    if level.max_quality_loss is not None:
+        message.max_quality_loss = level.max_quality_loss
+    return message
 
 
 def repair_message(status: RepairStatus) -> inference_pb2.Repair | None:
@@ -166,8 +169,14 @@ def repair_message(status: RepairStatus) -> inference_pb2.Repair | None:
 def model_message(
     model: ModelInfo, engine: str, policy: DepthPolicy, repair: RepairStatus
 ) -> inference_pb2.Model:
+    levels = {level.depths for level in policy.levels}
     measured = sorted(
-        policy.qualities.keys() | policy.speeds.keys() | policy.probes.keys(),
+        # A search for a level of the prompt has measured others, which nobody has asked for.
+        (
+            pair
+            for pair in policy.qualities.keys() | policy.speeds.keys() | policy.probes.keys()
+            if pair.prefill_layers == pair.decode_layers or pair in levels
+        ),
         key=lambda pair: (-pair.decode_layers, -pair.prefill_layers),
     )
     return inference_pb2.Model(
@@ -218,6 +227,8 @@ def status_message(
         repair_problem=status.repair.problem,
         auto_score_level=status.auto_score_level,
         policy=policy,
+        level_problems=status.level_problems,
+        unmeasured=status.unmeasured,
     )
 
 

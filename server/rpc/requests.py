@@ -107,9 +107,12 @@ def level_specs(request: control_pb2.SetLevelsRequest) -> list[LevelSpec]:
 
 def _level_spec(spec: control_pb2.LevelSpec, field: str) -> LevelSpec:
     depth = _fixed_depth(spec.depth, f"{field}.depth")
-    if depth is None:
-        raise InvalidArgument(f"{field}.depth", None, "layers or prune_ratio")
-    return LevelSpec(spec.name, depth, _fixed_depth(spec.prefill_depth, f"{field}.prefill_depth"))
+    loss = _number(spec, "max_quality_loss", field, 0.0)
+    if depth is None and loss is None:
+        allowed = "layers or prune_ratio, unless there is a max_quality_loss"
+        raise InvalidArgument(f"{field}.depth", None, allowed)
+    prefill_depth = _fixed_depth(spec.prefill_depth, f"{field}.prefill_depth")
+    return LevelSpec(spec.name, depth, prefill_depth, loss, spec.prompt_only)
 
 
 def auto_rules(policy: control_pb2.Policy, present: AutoRules) -> tuple[str | None, AutoRules]:

@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, contextmanager
 
 from server.background import BackgroundTask
 from server.calibration.calibrator import Calibrator
+from server.calibration.late_measurements import LateMeasurements
+from server.calibration.measuring_steps import MeasuringSteps
 from server.calibration.policy_in_force import PolicyInForce
 from server.calibration.policy_store import PolicyStore
 from server.calibration.policy_updates import PolicyUpdates
@@ -88,6 +90,7 @@ class Service:
         self._results = ResultCheck(engine, self._state, metrics)
         self._updates: PolicyUpdates | None = None
         self._repair = RepairRenewal(engine, self._in_force)
+        self._late: LateMeasurements | None = None
         self._restarter = EngineRestarter(
             engine,
             self._state,
@@ -157,12 +160,13 @@ class Service:
         *,
         repair: RepairStatus | None = None,
         repairer: Repairer | None = None,
+        measures_on: bool = False,
     ) -> None:
         """Begin to serve; the engine has been started, and is watched from now on.
 
         ``store`` keeps what is measured while serving for the next start. ``repair`` is what has
         come of the repair that the settings ask for; ``repairer`` fits it again where the engine
-        has lost it.
+        has lost it. ``measures_on``: what ``policy`` lacks is measured in the gaps of load.
         """
         self._model = self._engine.model
         self._updates = PolicyUpdates(self._engine, calibrator, self._in_force, store)
@@ -173,6 +177,14 @@ class Service:
         self.set_auto_rules(self._auto.rules)
         loop = asyncio.get_running_loop()
         self.metrics.watch_tasks(lambda: len(asyncio.all_tasks(loop)))
+        if measures_on:
+            self._late = LateMeasurements(
+                MeasuringSteps(calibrator, store, lambda _: None),
+                self._in_force,
+                is_busy=lambda: self._is_busy,
+                errors=self._restarter.errors,
+            )
+            self._tasks.append(BackgroundTask("what is measured while serving", self._late.run))
         for task in self._tasks:
             task.start()
         if self.state is State.STARTING:
@@ -232,6 +244,8 @@ class Service:
             auto_score_level="" if policy is None else policy.present_score_level,
             problems=self._state.problems,
             repair=self._in_force.repair,
+            level_problems=(*self._in_force.problems, *(self._late.problems if self._late else ())),
+            unmeasured=tuple(self._late.pending if self._late else ()),
         )
 
     # Model and policy
@@ -308,6 +322,12 @@ class Service:
         logger.info("levels of automatic depth: %s for Generate, %s for Score", generate, score)
 
     # Inside
+
+    @property
+    def _is_busy(self) -> bool:
+        """Whether requests are in flight, or no measurement can be made besides."""
+        is_serving = self.state is State.SERVING
+        return not is_serving or self.is_measuring or self._admission.num_in_flight > 0
 
     def _load(self) -> LoadInfo:
         try:

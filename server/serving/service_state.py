@@ -48,6 +48,11 @@ class Status:
     # What is wrong with depths that the server has checked, one sentence each.
     problems: tuple[str, ...] = ()
     repair: RepairStatus = field(default_factory=RepairStatus)
+    # What is wrong with levels that were asked for by their quality, and with measurements of
+    # depths, one sentence each.
+    level_problems: tuple[str, ...] = ()
+    # What is still to be measured while serving.
+    unmeasured: tuple[str, ...] = ()
 
 
 class ServiceState:

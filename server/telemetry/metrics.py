@@ -343,6 +343,12 @@ class _PolicyCollector(Collector):
         )
         yield from probe_gauges(policy)
         yield _gauge(
+            "fathom_level_max_quality_loss",
+            "What the depths of the level were chosen for: perplexity over dense's, minus 1.",
+            "level",
+            {level.name: level.max_quality_loss for level in policy.levels},
+        )
+        yield _gauge(
             "fathom_level_up",
             "Whether the engine that runs the level is up.",
             "level",

@@ -21,7 +21,8 @@ from tests.fathom_command import FATHOM, environment, free_ports
 from tests.fathom_command import PATIENCE as PATIENCE
 
 # Little of everything, so that a start is quick and several servers fit beside each other. The
-# layers run uncompiled: to compile them takes longer than most of the tests.
+# layers run uncompiled: to compile them takes longer than most of the tests. Levels depend on no
+# measurement, and a busy machine does not decide what is measured at the start.
 SMALL: Mapping[str, object] = {
     "dtype": "float32",
     "kv_cache_gib": 0.25,
@@ -29,6 +30,8 @@ SMALL: Mapping[str, object] = {
     "calibration_tokens": 2048,
     "quality_tokens": 1024,
     "compile_layers": False,
+    "startup_seconds": "inf",
+    "levels": "dense=0.0,balanced=0.25,fast=0.5,turbo=0.75",
 }
 
 T = TypeVar("T")
@@ -40,7 +43,8 @@ class RunningServer:
     def __init__(self, directory: Path, **settings: object) -> None:
         """Start; ``directory`` gets the log and, unless it is set, the state directory.
 
-        ``variables`` are those of its environment that differ from this process's.
+        ``variables`` are those of its environment that differ from this process's. A setting that
+        is None has its default.
         """
         variables = settings.pop("variables", {})
         assert isinstance(variables, dict)
@@ -190,6 +194,7 @@ def flags(settings: Mapping[str, object]) -> list[str]:
     return [
         argument
         for name, value in settings.items()
+        if value is not None
         for argument in (f"--{name.replace('_', '-')}", str(value))
     ]
 

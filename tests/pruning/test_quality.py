@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,12 @@ import pytest
 import torch
 
 from pruning import quality
-from pruning.quality import QualityError, quality_of_windows, token_statistics
+from pruning.quality import (
+    QualityError,
+    paired_statistics,
+    quality_of_windows,
+    token_statistics,
+)
 
 Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -101,6 +107,50 @@ def test_standard_error_is_the_spread_of_repeated_measurements() -> None:
     measured = [quality_of_windows(sample()) for _ in range(400)]
     spread = np.std([m.perplexity for m in measured], ddof=1)
     assert np.mean([m.perplexity_stderr for m in measured]) == pytest.approx(spread, rel=0.1)
+
+
+def test_the_reference_has_a_loss_of_its_own(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, reference, targets = case
+    expected = token_statistics(reference, reference, targets)[1].item()
+    statistics = paired_statistics(*case).tolist()
+    assert statistics[:4] == token_statistics(*case).tolist()
+    assert statistics[4] == pytest.approx(expected, rel=1e-7)
+    monkeypatch.setattr(quality, "_CHUNK_ELEMENTS", 30)
+    assert paired_statistics(*case).tolist() == pytest.approx(statistics, rel=1e-7)
+
+
+def test_standard_error_of_the_ratio_by_hand() -> None:
+    measured = quality_of_windows(
+        [[2, 2.0, 1, 0.5, 1.0], [2, 4.0, 2, 0.1, 2.5], [4, 6.0, 3, 0.2, 4.5]]
+    )
+    # ln of the ratio is 4 / 8; the residuals (x - y) - 0.5 * n are 0, 0.5, -0.5.
+    assert measured.log_ratio_stderr == pytest.approx(math.sqrt(3 / 2 * 0.5) / 8)
+    unpaired = quality_of_windows([[2, 2.0, 1, 0.5], [2, 4.0, 2, 0.1], [4, 6.0, 3, 0.2]])
+    assert unpaired.log_ratio_stderr is None
+    assert replace(measured, log_ratio_stderr=None) == unpaired
+
+
+def test_standard_error_of_the_ratio_is_the_spread_of_repeated_measurements() -> None:
+    """Windows differ far more than what pruning costs in each of them."""
+    rng = np.random.default_rng(0)
+
+    def sample() -> list[list[float]]:
+        lengths = rng.integers(5, 30, size=60)
+        difficulty = rng.normal(2, 0.6, size=60)
+        return [
+            [n, n * (d + rng.normal(0.2, 0.1)), 0, 0, n * d]
+            for n, d in zip(lengths, difficulty, strict=True)
+        ]
+
+    samples = [sample() for _ in range(400)]
+    measured = [quality_of_windows(each) for each in samples]
+    references = [quality_of_windows([[w[0], w[4], 0, 0] for w in each]) for each in samples]
+    ratios = [
+        math.log(m.perplexity / r.perplexity) for m, r in zip(measured, references, strict=True)
+    ]
+    stderr = float(np.mean([m.log_ratio_stderr for m in measured]))
+    assert stderr == pytest.approx(np.std(ratios, ddof=1), rel=0.1)
+    assert stderr < 0.25 * np.mean([m.perplexity_stderr / m.perplexity for m in measured])
 
 
 def test_windows_of_equal_perplexity_have_no_error() -> None:

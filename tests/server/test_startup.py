@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import AsyncIterator, Sequence
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from pruning.quality import Quality
 from pruning.repair import load_maps, maps_fingerprint, save_maps
+from server.calibration import late_measurements
+from server.calls.generation import FinishInfo, Generation, TokenPrompt
 from server.config import load_settings
-from server.depth.levels import DepthPair
+from server.depth.levels import DEFAULT_LEVELS, DepthPair, LevelSpec, spec_of
 from server.depth.policy import DepthPolicy
 from server.depth.repair import RepairStatus, StandIn
-from server.engine.base import LayerSelection, ProgressCallback
-from server.model.inputs import Inputs, StartError
+from server.engine.base import LayerSelection, ProgressCallback, SamplingOptions
+from server.errors import InvalidArgument, NonFiniteResult
+from server.model.inputs import Inputs, StartError, chosen_levels
 from server.model.source import ModelSource
 from server.serving.service import Service
 from server.serving.service_state import State
@@ -28,7 +33,7 @@ from server.telemetry.progress import ProgressReport
 from tests.server.calibration.repairing_engine import RepairingEngine
 from tests.server.calibration.searched_engine import SearchedEngine, greedy_order
 from tests.server.rpc.conftest import LEVELS
-from tests.server.rpc.toy_engine import NUM_LAYERS, ToyEngine
+from tests.server.rpc.toy_engine import BOS, NUM_LAYERS, ToyEngine
 
 
 class Start:
@@ -40,6 +45,8 @@ class Start:
         calibration_text: str = "calibration text " * 20,
         engine: ToyEngine | None = None,
         first_restart_delay: float = 0.5,
+        levels: tuple[LevelSpec, ...] = tuple(map(spec_of, LEVELS)),
+        default_level: str = "fast",
         **settings: str,
     ) -> None:
         self.engine = ToyEngine() if engine is None else engine
@@ -51,8 +58,8 @@ class Start:
             fingerprint="sha256:model",
             tokenizer="sha256:tokenizer",
             num_layers=NUM_LAYERS,
-            levels=LEVELS,
-            default_level="fast",
+            levels=levels,
+            default_level=default_level,
             plan=None,
             texts=[calibration_text],
             held_out_texts=["held-out text " * 20],
@@ -298,3 +305,255 @@ async def test_without_the_setting_nothing_is_fitted(tmp_path: Path) -> None:
     await start.startup.run()
     assert (engine.num_fits, engine.installed, start.service.policy.repair) == (0, None, None)
     await start.service.close()
+
+
+class SteepEngine(ToyEngine):
+    """A toy whose perplexity grows with every layer that is left out, and may be interrupted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.measured: list[int] = []
+        # So many more calls of measure_quality find their model not finite.
+        self.num_failing = 0
+
+    async def measure_quality(
+        self,
+        windows: Sequence[Sequence[int]],
+        selections: Sequence[LayerSelection],
+        progress: ProgressCallback,
+    ) -> list[Quality]:
+        if self.num_failing:
+            self.num_failing -= 1
+            raise NonFiniteResult("depth 3")
+        qualities = await super().measure_quality(windows, selections, progress)
+        self.measured.append(len(selections))
+        return qualities
+
+
+def late_start(directory: Path, engine: ToyEngine | None = None, **settings: Any) -> Start:
+    """Return a start with the default levels, which leaves all measurements for later."""
+    chosen = {"startup_seconds": "0", **settings}
+    return Start(
+        directory,
+        engine=engine or SteepEngine(),
+        levels=DEFAULT_LEVELS,
+        default_level="dense",
+        **chosen,
+    )
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+def levels_of(start: Start) -> dict[str, tuple[int, int]]:
+    levels = start.service.policy.levels
+    return {level.name: (level.prefill_layers, level.decode_layers) for level in levels}
+
+
+FOUND = {"dense": (8, 8), "fast": (6, 6), "turbo": (2, 2)}
+
+
+@pytest.fixture(autouse=True)
+def short_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(late_measurements, "_CALM_SECONDS", 0.02)
+    monkeypatch.setattr(late_measurements, "_POLL_SECONDS", 0.01)
+
+
+async def test_levels_by_quality_are_found_at_a_start(tmp_path: Path) -> None:
+    start = late_start(tmp_path, startup_seconds="inf")
+    await start.startup.run()
+    assert levels_of(start) == FOUND
+    assert {level.depths for level in start.service.policy.levels} == (
+        start.service.policy.speeds.keys()
+    )
+    status = start.service.status()
+    assert (status.unmeasured, status.level_problems) == ((), ())
+    await start.service.close()
+    again = late_start(tmp_path)
+    await again.startup.run()
+    assert again.service.policy == start.service.policy
+    assert (again.engine.num_steps, again.service.status().unmeasured) == (0, ())
+    await again.service.close()
+
+
+async def test_a_start_waits_for_the_levels_alone(tmp_path: Path) -> None:
+    """What the optional level of the prompt takes, and every other depth, is measured later."""
+    start = late_start(tmp_path, startup_seconds="1000")
+    await start.startup.run()
+    assert levels_of(start) == FOUND
+    assert start.service.status().unmeasured == ("level prompt",)
+    await until(lambda: not start.service.status().unmeasured)
+    assert levels_of(start) == FOUND, "the toy is nothing without its prompt"
+    await start.service.close()
+
+
+async def test_what_a_start_has_no_time_for_is_measured_while_serving(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    start = late_start(tmp_path)
+    await start.startup.run()
+    assert start.service.state is State.SERVING
+    assert levels_of(start) == {"dense": (8, 8)}
+    assert start.service.status().unmeasured == (
+        "level balanced",
+        "level fast",
+        "level turbo",
+        "level prompt",
+        "speed of dense",
+        "quality of dense, depth 7, depth 6, depth 5, depth 4, depth 3, depth 2, depth 1",
+    )
+    await until(lambda: not start.service.status().unmeasured)
+    assert levels_of(start) == FOUND
+    policy = start.service.policy
+    assert {DepthPair(d, d) for d in range(1, 9)} <= policy.qualities.keys()
+    assert {level.depths for level in policy.levels} <= policy.speeds.keys()
+    assert "levels, now that they have been measured: dense=8, fast=6 (loss 0.25)" in caplog.text
+    assert "to be measured while serving: level balanced; level fast;" in caplog.text
+    assert "everything has been measured" in caplog.text
+    assert isinstance(start.engine, SteepEngine)
+    assert max(start.engine.measured) <= 2, "steps are small"
+    await start.service.close()
+
+    again = late_start(tmp_path)
+    await again.startup.run()
+    assert again.service.policy == policy
+    assert (again.engine.num_steps, again.service.status().unmeasured) == (0, ())
+    await again.service.close()
+
+
+async def test_what_a_server_has_measured_before_its_end_is_kept(tmp_path: Path) -> None:
+    start = late_start(tmp_path)
+    await start.startup.run()
+    await until(lambda: len(start.service.policy.qualities) >= 4)
+    known = start.service.policy.qualities
+    await start.service.close()
+    again = late_start(tmp_path)
+    await again.startup.run()
+    assert known.items() <= again.service.policy.qualities.items()
+    await until(lambda: not again.service.status().unmeasured)
+    assert levels_of(again) == FOUND
+    await again.service.close()
+
+
+async def test_measurements_make_way_for_requests(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "server.calibration")
+    start = late_start(tmp_path)
+    engine = start.engine
+    await start.startup.run()
+    engine.gate.clear()
+    steps = engine.num_steps
+    await until(lambda: engine.num_steps > steps)  # a measurement is under way
+    request = Generation(TokenPrompt((BOS,)), sampling=SamplingOptions(max_tokens=2))
+    async with start.service.inference.generate(request) as events:
+        await until(lambda: "has made way for a request" in caplog.text)
+        before = start.service.policy.qualities
+        engine.gate.set()
+        served = [event async for event in events]
+        # The request is in flight until its events are closed.
+        num_steps = engine.num_steps
+        for _ in range(20):
+            await asyncio.sleep(0.01)
+        assert engine.num_steps == num_steps
+        assert start.service.policy.qualities == before
+    assert isinstance(served[-1], FinishInfo)
+    await until(lambda: not start.service.status().unmeasured)
+    assert levels_of(start) == FOUND
+    await start.service.close()
+
+
+async def test_what_cannot_be_measured_is_told_and_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = SteepEngine()
+    start = late_start(tmp_path, engine)
+    await start.startup.run()
+    engine.num_failing = 1
+    await until(lambda: not start.service.status().unmeasured)
+    (problem,) = start.service.status().level_problems
+    assert problem.startswith("the quality of depth 8, 4 could not be measured: ")
+    assert problem in caplog.text
+    assert start.service.state is State.SERVING
+    await start.service.close()
+
+
+async def test_an_engine_that_dies_meanwhile_is_measured_on_when_it_is_back(
+    tmp_path: Path,
+) -> None:
+    start = late_start(tmp_path)
+    engine = start.engine
+    await start.startup.run()
+    engine.gate.clear()
+    steps = engine.num_steps
+    await until(lambda: engine.num_steps > steps)
+    engine.die()
+    engine.gate.set()
+    await until(lambda: not start.service.status().unmeasured)
+    assert levels_of(start) == FOUND
+    assert start.service.status().num_engine_restarts == 1
+    await start.service.close()
+
+
+async def test_levels_that_are_set_meanwhile_are_measured_instead(tmp_path: Path) -> None:
+    start = late_start(tmp_path)
+    await start.startup.run()
+    with start.service.updating() as updates:
+        specs = [LevelSpec("full", 8), LevelSpec("half", max_quality_loss=0.5)]
+        policy = await updates.set_levels(specs)
+    assert policy.level("half").depths == DepthPair(4, 4)
+    await until(lambda: not start.service.status().unmeasured)
+    assert levels_of(start) == {"full": (8, 8), "half": (4, 4)}
+    await start.service.close()
+
+
+async def test_repair_is_decided_before_levels_are_searched_for(tmp_path: Path) -> None:
+    engine = RepairingEngine()
+    start = Start(
+        tmp_path,
+        engine=engine,
+        levels=DEFAULT_LEVELS,
+        default_level="dense",
+        repair="closed-form",
+    )
+    await start.startup.run()
+    assert start.service.policy.repair == engine.installed is not None
+    assert levels_of(start) == FOUND
+    await start.service.close()
+
+
+async def test_dedicated_engines_do_not_search(tmp_path: Path) -> None:
+    settings = load_settings({"engine": "dedicated", "state_dir": str(tmp_path)})
+    specs, default_level = chosen_levels(settings, 16)
+    assert [(spec.name, spec.depth) for spec in specs] == [
+        ("dense", 16),
+        ("balanced", 12),
+        ("fast", 8),
+        ("turbo", 4),
+    ]
+    assert default_level == "dense"
+    levels = '{"fast": {"max_quality_loss": 0.25}}'
+    settings = load_settings({"engine": "dedicated", "levels": levels})
+    with pytest.raises(
+        InvalidArgument, match=r"^levels\.fast\.max_quality_loss: got 0\.25, allowed: a depth in"
+    ):
+        chosen_levels(settings, 16)
+    levels_of_depths = tuple(map(spec_of, LEVELS[:2]))
+    start = Start(tmp_path, engine=FixedDepths(), levels=levels_of_depths)
+    await start.startup.run()
+    with (
+        pytest.raises(InvalidArgument, match=r"^levels\[0\]\.max_quality_loss: got 0\.25"),
+        start.service.updating() as updates,
+    ):
+        await updates.set_levels([LevelSpec("fast", max_quality_loss=0.25)])
+    await start.service.close()
+
+
+def test_default_levels_that_are_named_are_not_optional() -> None:
+    settings = load_settings({"default_level": "fast", "auto_levels": "fast,turbo"})
+    specs, default_level = chosen_levels(settings, 16)
+    assert default_level == "fast"
+    assert [spec.name for spec in specs if spec.optional] == ["balanced", "prompt"]

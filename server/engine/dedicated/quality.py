@@ -32,16 +32,17 @@ class WindowStatistics:
     # The most likely token at each position.
     most_likely: tuple[int, ...]
 
-    def sums(self, reference: WindowStatistics | None) -> tuple[float, float, float | None, None]:
+    def sums(self, reference: WindowStatistics | None) -> tuple[float | None, ...]:
         """Return this window's sums for :func:`pruning.quality.quality_of_windows`.
 
         The divergence is None: it needs the log-probabilities of the whole vocabulary.
         """
-        agreements = None
-        if reference is not None:
-            pairs = zip(self.most_likely, reference.most_likely, strict=True)
-            agreements = float(sum(mine == other for mine, other in pairs))
-        return float(self.num_tokens), self.negative_log_likelihood, agreements, None
+        own = float(self.num_tokens), self.negative_log_likelihood
+        if reference is None:
+            return *own, None, None
+        pairs = zip(self.most_likely, reference.most_likely, strict=True)
+        agreements = float(sum(mine == other for mine, other in pairs))
+        return *own, agreements, None, reference.negative_log_likelihood
 
 
 async def window_statistics(

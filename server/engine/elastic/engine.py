@@ -46,7 +46,7 @@ from server.engine.elastic.payload import (
     Probe,
     QualityProbe,
 )
-from server.engine.measuring import check_windows, finite_quality
+from server.engine.measuring import check_windows, finite_quality, reference_sums
 from server.engine.model_tokenizer import ModelTokenizer
 from server.engine.prefix_cache import cache_salt
 from server.engine.token_progress import TokenProgress, first_failure
@@ -329,14 +329,17 @@ class ElasticEngine:
         check_windows(windows, self.model)
         for layers in selections:
             self._check_repair(layers)
-        sums: list[list[list[float]]] = [[] for _ in selections]
-        reporter = TokenProgress(progress, windows, num_passes=len(selections) + 1)
+        dense = LayerSelection()
+        # The reference of the others is the dense model itself.
+        pruned = list(dict.fromkeys(s for s in selections if s != dense)) or [dense]
+        sums: list[list[list[float]]] = [[] for _ in pruned]
+        reporter = TokenProgress(progress, windows, num_passes=len(pruned) + 1)
         group_size = max(1, _QUALITY_GROUP_TOKENS // max(map(len, windows)))
         async with self._measuring:
             for start in range(0, len(windows), group_size):
                 group = list(enumerate(windows[start : start + group_size]))
                 await self._llm.call_workers("fathom_reset_quality")
-                for index, layers in [(None, LayerSelection()), *enumerate(selections)]:
+                for index, layers in [(None, dense), *enumerate(pruned)]:
                     payloads = [
                         (window, _quality_payload(number, index, len(window), layers))
                         for number, window in group
@@ -346,9 +349,11 @@ class ElasticEngine:
                     for _, selection, window_sums in answer:
                         sums[selection].append(window_sums)
             await self._llm.call_workers("fathom_reset_quality")
+        by_layers = dict(zip(pruned, sums, strict=True))
+        by_layers[dense] = [reference_sums(window_sums) for window_sums in sums[0]]
         return [
-            finite_quality(window_sums, layers.depth_text(self.model.num_layers))
-            for layers, window_sums in zip(selections, sums, strict=True)
+            finite_quality(by_layers[layers], layers.depth_text(self.model.num_layers))
+            for layers in selections
         ]
 
     async def _prefill_all(

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from pruning.importance import BlockInfluenceEstimator
-from pruning.quality import token_statistics
+from pruning.quality import paired_statistics
 from pruning.repair import GramEstimator, LayerMap, RepairMaps, fit_map, save_maps
 from pruning.repair.gram import LayerGram
 from server.engine.elastic.payload import GramProbe, ImportanceProbe, Probe, QualityProbe
@@ -193,7 +193,7 @@ class QualityMeter:
             reference_logits = self._compute_logits(reference[chunk])
             if logits is None or reference_logits is None:
                 return
-            statistics = token_statistics(logits, reference_logits, targets[chunk])
+            statistics = paired_statistics(logits, reference_logits, targets[chunk])
             previous = self._sums.get(key)
             self._sums[key] = statistics if previous is None else previous + statistics
 

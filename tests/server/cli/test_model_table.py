@@ -36,6 +36,7 @@ def levels(draw: st.DrawFn, names: st.SearchStrategy[str]) -> common_pb2.Level:
             kl_nats=draw(NUMBERS),
         ),
         speed=common_pb2.Speed(tokens_per_second=draw(NUMBERS), speedup=draw(NUMBERS)),
+        max_quality_loss=draw(st.none() | NUMBERS),
     )
 
 
@@ -108,11 +109,11 @@ def test_a_model_as_it_mostly_is() -> None:
         quality=common_pb2.Quality(perplexity=10.9, perplexity_stderr=1.25, agreement=1, kl_nats=0),
         speed=common_pb2.Speed(tokens_per_second=474, speedup=1),
     )
-    turbo = common_pb2.Level(name="turbo", prefill_layers=7, decode_layers=7)
+    turbo = common_pb2.Level(name="turbo", prefill_layers=7, decode_layers=7, max_quality_loss=1)
     turbo.quality.CopyFrom(common_pb2.Quality(perplexity=26_900, perplexity_stderr=12_345))
     assert cells(printed(inference_pb2.Model(levels=[dense, turbo]))) == [
         ["30", "dense *", "10.90 ± 1.25", "100.0%", "0.000", "474", "1.00x"],
-        ["7", "turbo", "26900 ± 12345", "-", "-", "-", "-"],
+        ["7", "turbo ≤100%", "26900 ± 12345", "-", "-", "-", "-"],
     ]
 
 

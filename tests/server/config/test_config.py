@@ -109,6 +109,53 @@ def test_levels_as_text(text: str) -> None:
     assert load_settings({"levels": text}).levels == LEVELS
 
 
+BY_QUALITY = {
+    "full": LevelSpec("full", 16),
+    "fast": LevelSpec("fast", max_quality_loss=0.25),
+    "prompt": LevelSpec("prompt", max_quality_loss=1.0, prompt_only=True),
+}
+
+
+def test_levels_by_quality(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (
+        '{"full": 16, "fast": {"max_quality_loss": 0.25}, '
+        '"prompt": {"max_quality_loss": 1, "prompt_only": true}}'
+    )
+    assert load_settings({"levels": text}).levels == BY_QUALITY
+    config = yaml_file(tmp_path, f"levels: {text}\n")
+    assert load_settings({"config": config}).levels == BY_QUALITY
+    monkeypatch.setenv("FATHOM_LEVELS", text)
+    assert load_settings({}).levels == BY_QUALITY
+
+
+@pytest.mark.parametrize(
+    "level",
+    [
+        '{"max_quality_loss": -0.1}',
+        '{"max_quality_loss": NaN}',
+        '{"max_quality_loss": Infinity}',
+        '{"max_quality_loss": "0.1"}',
+        '{"max_quality_loss": true}',
+        '{"max_quality_loss": null}',
+        '{"max_quality_loss": 0.1, "prompt_only": 1}',
+        '{"max_quality_loss": 0.1, "depth": 8}',
+        '{"prompt_only": true}',
+    ],
+)
+def test_levels_by_quality_that_cannot_be(level: str) -> None:
+    (problem,) = problems(levels=f'{{"fast": {level}}}')
+    assert problem.startswith("levels.fast: got ")
+    assert problem.endswith(
+        "or {max_quality_loss: ..., prompt_only: ...}, a number of 0 or more and true or false"
+    )
+
+
+def test_a_start_may_measure_for_ever() -> None:
+    assert load_settings({"startup_seconds": "inf"}).startup_seconds == math.inf
+    (problem,) = problems(startup_seconds="nan")
+    assert problem == "startup_seconds: got 'nan', allowed: 0 or more"
+
+
 def test_levels_in_the_file(tmp_path: Path) -> None:
     config = yaml_file(
         tmp_path,

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from server.app import make_rpc_server, make_service
 from server.config import Settings, load_settings
+from server.depth.levels import spec_of
 from server.model.inputs import read_inputs
 from server.reload import access_files
 from server.rpc.access import Access
@@ -76,7 +77,9 @@ async def test_the_server_serves(
     flags = {key: str(path) for key, path in {**paths, "quality_text": text}.items()}
     settings = load_settings({**flags, "port": "0", "metrics_port": "0", name: value})
     inputs = await asyncio.to_thread(read_inputs, settings)
-    inputs = replace(inputs, num_layers=NUM_LAYERS, levels=LEVELS, default_level="fast")
+    inputs = replace(
+        inputs, num_layers=NUM_LAYERS, levels=tuple(map(spec_of, LEVELS)), default_level="fast"
+    )
     engine, metrics = ToyEngine(), Metrics()
     async with AsyncExitStack() as stack:
         access = Access(access_files(settings), metrics)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 import pytest
 
-from server.rpc.generated.fathom.v1 import control_pb2, inference_pb2
+from server.rpc.generated.fathom.v1 import common_pb2, control_pb2, inference_pb2
 from tests.server.rpc.conftest import Deployment, failure, message_of
 
 Change = Callable[[inference_pb2.GenerateRequest], object]
@@ -341,7 +342,10 @@ async def test_control(deployment: Deployment) -> None:
     assert message_of(error) == expected
     level.ClearField("depth")
     error = await failure(control.SetLevels(control_pb2.SetLevelsRequest(levels=[level])))
-    assert message_of(error) == "levels[0].depth: got None, allowed: layers or prune_ratio"
+    assert message_of(error) == (
+        "levels[0].depth: got None, allowed: layers or prune_ratio, unless there is a "
+        "max_quality_loss"
+    )
     error = await failure(control.SetLevels(control_pb2.SetLevelsRequest()))
     assert message_of(error) == "levels: got [], allowed: at least one level"
     level.depth.layers = 2
@@ -364,6 +368,37 @@ async def test_control(deployment: Deployment) -> None:
     assert message_of(error) == "max_tokens: got 1, allowed: 2 or more"
     assert deployment.service.policy.levels[0].name == "dense"
     await assert_serves(deployment)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"max_quality_loss": -0.5}, "max_quality_loss: got -0.5, allowed: 0 or more"),
+        ({"max_quality_loss": math.nan}, "max_quality_loss: got nan, allowed: 0 or more"),
+        ({"max_quality_loss": math.inf}, "max_quality_loss: got inf, allowed: 0 or more"),
+        (
+            {"max_quality_loss": 0.1, "depth": common_pb2.Depth(layers=4)},
+            "depth: got 4, allowed: nothing beside max_quality_loss, which decides about the depth",
+        ),
+        (
+            {"max_quality_loss": 0.1, "prefill_depth": common_pb2.Depth(layers=4)},
+            "prefill_depth: got 4, allowed: nothing beside max_quality_loss, which decides about "
+            "the depth",
+        ),
+        (
+            {"depth": common_pb2.Depth(layers=4), "prompt_only": True},
+            "prompt_only: got True, allowed: true beside max_quality_loss alone; prefill_depth "
+            "prunes the prompt to a depth",
+        ),
+    ],
+)
+async def test_levels_by_quality(
+    deployment: Deployment, fields: dict[str, Any], problem: str
+) -> None:
+    request = control_pb2.SetLevelsRequest(levels=[control_pb2.LevelSpec(name="a", **fields)])
+    error = await failure(deployment.client.control.SetLevels(request))
+    assert error.code() is INVALID
+    assert message_of(error) == f"levels[0].{problem}"
 
 
 async def test_an_error_of_our_own_says_nothing_of_the_inside(

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import grpc
 import pytest
 
-from server.depth.levels import DepthPair
+from pruning.quality import Quality
+from server.depth.levels import DepthPair, Level
+from server.engine.base import LayerSelection, ProgressCallback
 from server.rpc.generated.fathom.v1 import (
     common_pb2,
     control_pb2,
@@ -235,6 +239,73 @@ async def test_set_levels(deployment: Deployment) -> None:
     error = await failure(deployment.client.inference.Generate(generate_request(level="fast")))
     assert error.code() is grpc.StatusCode.NOT_FOUND
     assert message_of(error) == "no level 'fast'; the levels are thin, wide"
+
+
+async def test_levels_by_quality(deployment: Deployment) -> None:
+    """The toy's perplexity grows by 10 % with each layer that is left out."""
+    control = deployment.client.control
+    specs = [
+        control_pb2.LevelSpec(name="full", depth=common_pb2.Depth(layers=8)),
+        control_pb2.LevelSpec(name="fast", max_quality_loss=0.25),
+        control_pb2.LevelSpec(name="prompt", max_quality_loss=0.25, prompt_only=True),
+        control_pb2.LevelSpec(name="perfect", max_quality_loss=0.001),
+    ]
+    response = await control.SetLevels(control_pb2.SetLevelsRequest(levels=specs))
+    assert [(x.name, x.prefill_layers, x.decode_layers) for x in response.levels] == [
+        ("full", 8, 8),
+        ("fast", 6, 6),
+        ("prompt", 4, 8),
+        ("perfect", 8, 8),
+    ]
+    assert not response.levels[0].HasField("max_quality_loss")
+    assert [x.max_quality_loss for x in response.levels[1:]] == [0.25, 0.25, 0.001]
+    assert all(level.HasField("quality") and level.HasField("speed") for level in response.levels)
+    status = await control.GetStatus(control_pb2.GetStatusRequest())
+    assert status.level_problems == [
+        "level perfect: no depth was found that loses at most 0.001 in perplexity, so it runs all "
+        "8 layers"
+    ]
+    assert not status.unmeasured
+    model = (await deployment.client.inference.GetModel(inference_pb2.GetModelRequest())).model
+    assert list(model.levels) == list(response.levels)
+    assert {(x.prefill_layers, x.decode_layers) for x in model.depths} == {
+        *((depth, depth) for depth in range(1, 9)),
+        (4, 8),
+    }, "of the prompt, only what a level has"
+    for level, loss in (("fast", 0.25), ("perfect", 0.001)):
+        assert await deployment.metric("fathom_level_max_quality_loss", level=level) == loss
+    assert await deployment.metric("fathom_level_max_quality_loss", level="full") is None
+
+    # Other levels, other problems.
+    request = control_pb2.SetLevelsRequest(levels=specs[:1])
+    await control.SetLevels(request)
+    assert not (await control.GetStatus(control_pb2.GetStatusRequest())).level_problems
+
+
+async def test_a_new_plan_gives_levels_by_quality_other_depths(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control = deployment.client.control
+    spec = control_pb2.LevelSpec(name="fast", max_quality_loss=0.25)
+    await control.SetLevels(control_pb2.SetLevelsRequest(levels=[spec]))
+    assert deployment.service.policy.level("fast").depths == DepthPair(6, 6)
+    measure = deployment.engine.measure_quality
+
+    async def twice_as_bad(
+        windows: Sequence[Sequence[int]],
+        selections: Sequence[LayerSelection],
+        progress: ProgressCallback,
+    ) -> list[Quality]:
+        qualities = await measure(windows, selections, progress)
+        return [replace(q, perplexity=10 * (q.perplexity / 10) ** 2) for q in qualities]
+
+    monkeypatch.setattr(deployment.engine, "measure_quality", twice_as_bad)
+    request = control_pb2.CalibrateRequest(texts=["some other text " * 9])
+    *_, last = [event async for event in control.Calibrate(request)]
+    assert last.HasField("plan")
+    policy = deployment.service.policy
+    assert policy.level("fast") == Level("fast", 7, 7, 0.25)
+    assert DepthPair(7, 7) in policy.speeds
 
 
 async def test_engines_are_prepared_before_and_released_after(deployment: Deployment) -> None:

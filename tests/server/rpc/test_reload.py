@@ -94,7 +94,7 @@ async def test_what_is_applied(tmp_path: Path, log: pytest.LogCaptureFixture) ->
 
         # No levels are the default ones.
         await each.with_settings(base)
-        assert list(each.levels) == ["dense", "balanced", "fast", "turbo"]
+        assert each.levels == {"dense": (8, 8), "fast": (6, 6), "turbo": (2, 2)}
         assert server.service.policy.default_level == "dense"
 
 

@@ -13,7 +13,7 @@ from pruning.plan import Plan
 from pruning.quality import Quality
 from server.depth.auto_rules import AutoRules, ladder
 from server.depth.autodepth import AutoDepth
-from server.depth.levels import DepthPair, default_levels
+from server.depth.levels import DepthPair, Level, default_levels
 from server.depth.policy import DepthPolicy, Speed
 from tests.server.depth.autodepth.engine_model import EngineModel, Request, StepTimes, arrivals
 
@@ -247,3 +247,16 @@ def test_the_ladder_keeps_to_the_floor_and_to_the_operators_order() -> None:
     assert names(rules(), unmeasured) == ["dense"]
     fewer = policy().with_levels(default_levels(16)[:2], None)
     assert names(rules(levels=("dense", "turbo", "balanced")), fewer) == ["dense", "balanced"]
+
+
+def test_levels_of_the_prompt_are_on_the_ladder_where_they_are_named() -> None:
+    """Their measured speed, that of generated tokens, is no reason to choose them."""
+    base = policy()
+    levels = (*base.levels, Level("prompt", 4, 16))
+    prompts = base.with_levels(levels, None).with_measurements(
+        {DepthPair(4, 16): base.qualities[base.dense]}, {}
+    )
+    default = [level.name for level in ladder(prompts, AutoRules(max_quality_loss=9.0))]
+    assert default == ["dense", "balanced", "fast", "turbo"]
+    rules = AutoRules(levels=("dense", "prompt", "fast"), max_quality_loss=9.0)
+    assert [level.name for level in ladder(prompts, rules)] == ["dense", "prompt", "fast"]

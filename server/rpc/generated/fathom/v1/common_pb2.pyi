@@ -59,7 +59,7 @@ class Served(_message.Message):
     def __init__(self, prefill_layers: _Optional[int] = ..., decode_layers: _Optional[int] = ..., reason: _Optional[_Union[Served.Reason, str]] = ..., stand_in: _Optional[_Union[StandIn, str]] = ...) -> None: ...
 
 class Level(_message.Message):
-    __slots__ = ("name", "prefill_layers", "decode_layers", "quality", "speed", "is_default", "stand_in", "writing", "choosing")
+    __slots__ = ("name", "prefill_layers", "decode_layers", "quality", "speed", "is_default", "stand_in", "writing", "choosing", "max_quality_loss")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PREFILL_LAYERS_FIELD_NUMBER: _ClassVar[int]
     DECODE_LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +69,7 @@ class Level(_message.Message):
     STAND_IN_FIELD_NUMBER: _ClassVar[int]
     WRITING_FIELD_NUMBER: _ClassVar[int]
     CHOOSING_FIELD_NUMBER: _ClassVar[int]
+    MAX_QUALITY_LOSS_FIELD_NUMBER: _ClassVar[int]
     name: str
     prefill_layers: int
     decode_layers: int
@@ -78,7 +79,8 @@ class Level(_message.Message):
     stand_in: StandIn
     writing: Writing
     choosing: Choosing
-    def __init__(self, name: _Optional[str] = ..., prefill_layers: _Optional[int] = ..., decode_layers: _Optional[int] = ..., quality: _Optional[_Union[Quality, _Mapping]] = ..., speed: _Optional[_Union[Speed, _Mapping]] = ..., is_default: _Optional[bool] = ..., stand_in: _Optional[_Union[StandIn, str]] = ..., writing: _Optional[_Union[Writing, _Mapping]] = ..., choosing: _Optional[_Union[Choosing, _Mapping]] = ...) -> None: ...
+    max_quality_loss: float
+    def __init__(self, name: _Optional[str] = ..., prefill_layers: _Optional[int] = ..., decode_layers: _Optional[int] = ..., quality: _Optional[_Union[Quality, _Mapping]] = ..., speed: _Optional[_Union[Speed, _Mapping]] = ..., is_default: _Optional[bool] = ..., stand_in: _Optional[_Union[StandIn, str]] = ..., writing: _Optional[_Union[Writing, _Mapping]] = ..., choosing: _Optional[_Union[Choosing, _Mapping]] = ..., max_quality_loss: _Optional[float] = ...) -> None: ...
 
 class Quality(_message.Message):
     __slots__ = ("perplexity", "perplexity_stderr", "agreement", "kl_nats", "num_tokens")

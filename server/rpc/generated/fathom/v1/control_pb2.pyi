@@ -47,14 +47,18 @@ class Progress(_message.Message):
     def __init__(self, phase: _Optional[str] = ..., done: _Optional[int] = ..., total: _Optional[int] = ...) -> None: ...
 
 class LevelSpec(_message.Message):
-    __slots__ = ("name", "depth", "prefill_depth")
+    __slots__ = ("name", "depth", "prefill_depth", "max_quality_loss", "prompt_only")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DEPTH_FIELD_NUMBER: _ClassVar[int]
     PREFILL_DEPTH_FIELD_NUMBER: _ClassVar[int]
+    MAX_QUALITY_LOSS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_ONLY_FIELD_NUMBER: _ClassVar[int]
     name: str
     depth: _common_pb2.Depth
     prefill_depth: _common_pb2.Depth
-    def __init__(self, name: _Optional[str] = ..., depth: _Optional[_Union[_common_pb2.Depth, _Mapping]] = ..., prefill_depth: _Optional[_Union[_common_pb2.Depth, _Mapping]] = ...) -> None: ...
+    max_quality_loss: float
+    prompt_only: bool
+    def __init__(self, name: _Optional[str] = ..., depth: _Optional[_Union[_common_pb2.Depth, _Mapping]] = ..., prefill_depth: _Optional[_Union[_common_pb2.Depth, _Mapping]] = ..., max_quality_loss: _Optional[float] = ..., prompt_only: _Optional[bool] = ...) -> None: ...
 
 class SetLevelsRequest(_message.Message):
     __slots__ = ("levels", "default_level")
@@ -115,7 +119,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("state", "num_running", "num_waiting", "uptime_seconds", "startup_seconds", "num_engine_restarts", "version", "startup_phase", "auto_level", "problems", "repair_wanted", "repair_in_force", "repair_problem", "auto_score_level", "policy")
+    __slots__ = ("state", "num_running", "num_waiting", "uptime_seconds", "startup_seconds", "num_engine_restarts", "version", "startup_phase", "auto_level", "problems", "repair_wanted", "repair_in_force", "repair_problem", "auto_score_level", "policy", "level_problems", "unmeasured")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[GetStatusResponse.State]
@@ -150,6 +154,8 @@ class GetStatusResponse(_message.Message):
     REPAIR_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     AUTO_SCORE_LEVEL_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    UNMEASURED_FIELD_NUMBER: _ClassVar[int]
     state: GetStatusResponse.State
     num_running: int
     num_waiting: int
@@ -165,7 +171,9 @@ class GetStatusResponse(_message.Message):
     repair_problem: str
     auto_score_level: str
     policy: Policy
-    def __init__(self, state: _Optional[_Union[GetStatusResponse.State, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., startup_seconds: _Optional[_Mapping[str, float]] = ..., num_engine_restarts: _Optional[int] = ..., version: _Optional[str] = ..., startup_phase: _Optional[str] = ..., auto_level: _Optional[str] = ..., problems: _Optional[_Iterable[str]] = ..., repair_wanted: _Optional[_Union[_common_pb2.StandIn, str]] = ..., repair_in_force: _Optional[_Union[_common_pb2.StandIn, str]] = ..., repair_problem: _Optional[str] = ..., auto_score_level: _Optional[str] = ..., policy: _Optional[_Union[Policy, _Mapping]] = ...) -> None: ...
+    level_problems: _containers.RepeatedScalarFieldContainer[str]
+    unmeasured: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, state: _Optional[_Union[GetStatusResponse.State, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., startup_seconds: _Optional[_Mapping[str, float]] = ..., num_engine_restarts: _Optional[int] = ..., version: _Optional[str] = ..., startup_phase: _Optional[str] = ..., auto_level: _Optional[str] = ..., problems: _Optional[_Iterable[str]] = ..., repair_wanted: _Optional[_Union[_common_pb2.StandIn, str]] = ..., repair_in_force: _Optional[_Union[_common_pb2.StandIn, str]] = ..., repair_problem: _Optional[str] = ..., auto_score_level: _Optional[str] = ..., policy: _Optional[_Union[Policy, _Mapping]] = ..., level_problems: _Optional[_Iterable[str]] = ..., unmeasured: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("grace_seconds",)

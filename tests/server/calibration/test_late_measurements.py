@@ -1,0 +1,97 @@
+"""Measurements while serving that requests keep coming into."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import pytest
+
+from pruning.quality import Quality
+from server.calibration import late_measurements
+from server.calibration.calibrator import Calibrator
+from server.calibration.late_measurements import LateMeasurements
+from server.calibration.measuring_steps import MeasuringSteps
+from server.calibration.policy_in_force import PolicyInForce
+from server.depth.policy import DepthPolicy
+from server.engine.base import LayerSelection, ProgressCallback
+from server.telemetry.metrics import Metrics
+from tests.server.rpc.conftest import LEVELS, make_plan
+from tests.server.rpc.toy_engine import ToyEngine
+
+NUM_POLLS = 20
+
+
+class SlowEngine(ToyEngine):
+    """Measures for as long as it takes to notice many times that a request has come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_measuring = False
+        self.num_given_up = 0
+
+    async def measure_quality(
+        self,
+        windows: Sequence[Sequence[int]],
+        selections: Sequence[LayerSelection],
+        progress: ProgressCallback,
+    ) -> list[Quality]:
+        self.is_measuring = True
+        try:
+            for _ in range(NUM_POLLS):
+                await asyncio.sleep(0.01)
+            return await super().measure_quality(windows, selections, progress)
+        except asyncio.CancelledError:
+            self.num_given_up += 1
+            raise
+        finally:
+            self.is_measuring = False
+
+
+@pytest.fixture(autouse=True)
+def short_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(late_measurements, "_CALM_SECONDS", 0.01)
+    monkeypatch.setattr(late_measurements, "_POLL_SECONDS", 0.005)
+
+
+async def test_quality_is_finished_after_a_few_interruptions_and_speed_is_left() -> None:
+    """A request comes into every measurement, of quality and of speed."""
+    engine = SlowEngine()
+    await engine.start()
+    in_force = PolicyInForce(Metrics())
+    in_force.install(DepthPolicy(make_plan(), LEVELS))
+    calibrator = Calibrator(
+        engine,
+        model_fingerprint="sha256:model",
+        versions={},
+        texts=["calibration text " * 20],
+        max_tokens=200,
+        held_out_texts=["held-out text " * 20],
+        max_held_out_tokens=200,
+        every_depth=False,
+    )
+    steps = MeasuringSteps(calibrator, None, lambda _: None)
+    late = LateMeasurements(
+        steps,
+        in_force,
+        is_busy=lambda: engine.is_measuring or engine.load().num_running > 0,
+        errors=nullcontext,
+    )
+    assert late.pending == [
+        "speed of dense, generative, fast",
+        "quality of dense, generative, fast",
+    ]
+    task = asyncio.create_task(late.run())
+    while in_force.policy.qualities.keys() != {level.depths for level in LEVELS}:
+        assert not task.done()
+        await asyncio.sleep(0.01)
+    # Two depths in one step, and the third in another.
+    assert engine.num_given_up == 2 * 3
+    engine.gate.clear()
+    await engine.until_running(8)
+    await engine.until_freed()
+    assert late.pending == ["speed of dense, generative, fast"]
+    assert not in_force.policy.speeds
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
