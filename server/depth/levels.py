@@ -140,7 +140,7 @@ DEFAULT_LEVELS = (
     LevelSpec("balanced", max_quality_loss=0.1, optional=True),
     LevelSpec("fast", max_quality_loss=0.25, optional=True),
     LevelSpec("turbo", max_quality_loss=1.0, optional=True),
-    LevelSpec("prompt", max_quality_loss=0.02, prompt_only=True, optional=True),
+    LevelSpec("prompt", max_quality_loss=0.05, prompt_only=True, optional=True),
 )
 
 

@@ -119,7 +119,7 @@ def test_default_levels() -> None:
         Level("balanced", 6, 6, 0.1),
         Level("fast", 5, 5, 0.25),
         Level("turbo", 3, 3, 1.0),
-        Level("prompt", 6, 8, 0.02),
+        Level("prompt", 6, 8, 0.05),
     )
     assert found.default_level == "dense"
     assert search_levels(found).pending == []
