@@ -266,7 +266,8 @@ async def _server(
         command: list[object] = [
             *(Path(sys.executable).parent / "fathom", "serve", "--port", port),
             *("--metrics-port", free_port(), "--state-dir", state),
-            *("--max-context", options.max_context),
+            # What a start leaves would be measured in the gaps of the load that is timed.
+            *("--max-context", options.max_context, "--startup-seconds", "inf"),
         ]
         if options.model != "demo":
             command += ["--model", directory, "--dtype", options.dtype]

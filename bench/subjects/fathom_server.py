@@ -89,7 +89,8 @@ def serve_command(settings: EngineSettings, port: int, state_dir: Path) -> list[
         *("--dtype", settings.dtype, "--max-context", settings.max_context),
         *("--max-num-seqs", settings.max_num_seqs, "--plan", model.plan_file),
         *("--levels", f"dense={model.num_layers}", "--quality-tokens", _QUALITY_TOKENS),
-        *("--quality-depths", "levels", "--engine-args", json.dumps(settings.fathom_engine_args())),
+        *("--quality-depths", "levels", "--startup-seconds", "inf"),
+        *("--engine-args", json.dumps(settings.fathom_engine_args())),
         *([] if compiling is None else ["--compile-layers", str(compiling).lower()]),
     ]
 
