@@ -98,7 +98,7 @@ def read_inputs(settings: Settings) -> Inputs:
             if quantized is None or plan.model_fingerprint != quantized.kept_fingerprint():
                 plan.check_model(fingerprint, num_layers)
     with refused_as("quality_text", TextError):
-        held_out_texts = _texts(settings.quality_text, Part.HELD_OUT, settings.quality_tokens)
+        measured_on = held_out_texts(settings)
     return Inputs(
         source=source,
         fingerprint=fingerprint,
@@ -108,7 +108,7 @@ def read_inputs(settings: Settings) -> Inputs:
         default_level=default_level,
         plan=plan,
         texts=texts,
-        held_out_texts=held_out_texts,
+        held_out_texts=measured_on,
         quantized=quantized,
     )
 
@@ -163,6 +163,11 @@ def auto_rules(settings: Settings) -> AutoRules:
 def calibration_texts(settings: Settings) -> Sequence[str]:
     """Return the texts to rank the layers on; raises :class:`TextError` where there are none."""
     return _texts(settings.calibration, Part.CALIBRATION, settings.calibration_tokens)
+
+
+def held_out_texts(settings: Settings) -> Sequence[str]:
+    """Return the texts to measure quality on; raises :class:`TextError` where there are none."""
+    return _texts(settings.quality_text, Part.HELD_OUT, settings.quality_tokens)
 
 
 def _quantized(

@@ -36,10 +36,16 @@ class Repaired:
     maps: Path
 
     async def status(self) -> control_pb2.GetStatusResponse:
-        return await self.client.control.GetStatus(control_pb2.GetStatusRequest())
+        status: control_pb2.GetStatusResponse = await self.client.control.GetStatus(
+            control_pb2.GetStatusRequest()
+        )
+        return status
 
     async def model(self) -> inference_pb2.Model:
-        return (await self.client.inference.GetModel(inference_pb2.GetModelRequest())).model
+        response: inference_pb2.GetModelResponse = await self.client.inference.GetModel(
+            inference_pb2.GetModelRequest()
+        )
+        return response.model
 
     def value(self, name: str, **labels: str) -> float | None:
         return self.service.metrics.registry.get_sample_value(name, labels)
