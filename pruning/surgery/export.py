@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,17 @@ from pruning.depths import check_depth
 from pruning.durable import write_file
 from pruning.fingerprint import FileHash, file_sha256, model_fingerprint
 from pruning.plan import Plan
+from pruning.repair.errors import RepairError
+from pruning.repair.folding import FoldedRepair, check_foldable, gaps
 from pruning.surgery import model_card
 from pruning.surgery.companions import companion_files
 from pruning.surgery.errors import SurgeryError
+from pruning.surgery.folding import folding_changes
 from pruning.surgery.layer_map import LayerMap
 from pruning.surgery.model_config import cut_config, embeddings_are_tied, num_layers_of
 from pruning.surgery.module_rules import renumber_rules
 from pruning.surgery.output_directory import check_replaceable, check_space, output_directory
-from pruning.surgery.shard import NewShard, Shard
+from pruning.surgery.shard import Change, NewShard, Shard
 from pruning.surgery.tensor_names import TensorNames
 from pruning.weights import INDEX, WEIGHTS, indexed_tensors, stray_weight_files, weight_files
 
@@ -72,6 +75,7 @@ def export_checkpoint(
     with_code: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
     file_hash: FileHash = file_sha256,
+    repair: FoldedRepair | None = None,
 ) -> Export:
     """Write the model in ``source`` with ``depth`` of its layers to the new directory ``out``.
 
@@ -80,7 +84,8 @@ def export_checkpoint(
     come in; torch is not used for it. Tokenizer and generation settings are copied, Python files
     only ``with_code``. ``base_model`` is what the model card calls the source, by default its
     directory. ``on_progress`` is told the bytes written and those to write. ``file_hash`` is that
-    of :func:`pruning.fingerprint.model_fingerprint`.
+    of :func:`pruning.fingerprint.model_fingerprint`. ``repair`` is folded into the weights, for
+    which torch is used; its removed layers must be those of the plan at that depth.
 
     ``out`` appears when it is whole. ``overwrite`` replaces an earlier export then.
 
@@ -88,6 +93,7 @@ def export_checkpoint(
         CheckpointError: ``source`` is incomplete or damaged.
         SurgeryError: ``source`` cannot be cut, ``out`` may not be written, or the disk is full.
         PlanError: ``plan`` is of another model.
+        RepairError: ``repair`` cannot be folded into the weights, or is for other layers.
         ValueError: ``depth`` is not in 1..L.
         OSError: reading or writing failed.
     """
@@ -105,11 +111,21 @@ def export_checkpoint(
     shards = _shards(source)
     tensors = {tensor.name for shard in shards for tensor in shard.tensors}
     names = TensorNames.of(tensors, num_layers, tied=embeddings_are_tied(config))
-    weights = _new_shards(shards, names, layers)
+    changes: dict[str, Change] = {}
+    if repair is not None:
+        if {*gaps(layers.removed)} != {fold.removed for fold in repair.folds}:
+            raise RepairError(
+                f"repair: is for the gaps {[fold.removed for fold in repair.folds]}, allowed: "
+                f"{gaps(layers.removed)}, those of depth {depth}"
+            )
+        check_foldable(config)
+        everything = [tensor for shard in shards for tensor in shard.tensors]
+        changes = folding_changes(everything, names.container, repair)
+    weights = _new_shards(shards, names, layers, changes)
     documents = _documents(source, config, names, layers, with_code=with_code)
     if WEIGHTS not in weights:
         documents[INDEX] = _index(weights)
-    card = model_card.model_card(source, base_model or source.resolve().name, plan, layers)
+    card = model_card.model_card(source, base_model or source.resolve().name, plan, layers, repair)
     documents[model_card.FILE_NAME] = card.encode()
     copies = list(companion_files(source, written=_WRITTEN, with_code=with_code))
 
@@ -176,12 +192,14 @@ def _shards(source: Path) -> list[Shard]:
     return shards[::-1]
 
 
-def _new_shards(shards: list[Shard], names: TensorNames, layers: LayerMap) -> dict[str, NewShard]:
+def _new_shards(
+    shards: list[Shard], names: TensorNames, layers: LayerMap, changes: Mapping[str, Change]
+) -> dict[str, NewShard]:
     new_shards = []
     for shard in shards:
         renamed = [(names.renamed(tensor.name, layers), tensor) for tensor in shard.tensors]
         if kept := [(name, tensor) for name, tensor in renamed if name is not None]:
-            new_shards.append(NewShard(shard, kept))
+            new_shards.append(NewShard(shard, kept, changes))
     if len(new_shards) == 1:
         return {WEIGHTS: new_shards[0]}
     return {

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pruning.plan import Plan
+from pruning.repair.folding import FoldedRepair
 from pruning.surgery.layer_map import LayerMap
 
 FILE_NAME = "README.md"
@@ -17,8 +18,16 @@ _INHERITED = ("license", "license_name", "license_link", "language")
 logger = logging.getLogger(__name__)
 
 
-def model_card(source: Path, base_model: str, plan: Plan, layers: LayerMap) -> str:
+def model_card(
+    source: Path,
+    base_model: str,
+    plan: Plan,
+    layers: LayerMap,
+    repair: FoldedRepair | None = None,
+) -> str:
     """Return the card: where the model comes from, which layers it lacks, and why those.
+
+    With ``repair``, it says into which weights maps were folded, and what they gain.
 
     The licence and the languages are those of the card in ``source``, where there is one.
     """
@@ -33,12 +42,15 @@ def model_card(source: Path, base_model: str, plan: Plan, layers: LayerMap) -> s
         **inherited_metadata(source / FILE_NAME),
     )
     removed = ", ".join(map(str, layers.removed)) or "none"
+    unchanged = "the other weights are unchanged"
+    if repair is not None and repair.folds:
+        unchanged = "the other weights, apart from those below, are unchanged"
     return f"""{metadata}
 
 # {base_model}, {layers.depth} of {layers.num_layers} layers
 
 This is {base_model} without some of its decoder layers. Removed: {removed}. Nothing was trained
-afterwards; the other weights are unchanged, and layers are numbered anew.
+afterwards; {unchanged}, and layers are numbered anew.
 
 How much each layer matters was measured as Block Influence: 1 minus the mean cosine between the
 residual stream before and after the layer, here over {plan.num_tokens} tokens of calibration text
@@ -48,11 +60,40 @@ Expect]({_PAPER})). `fathom_plan.json` has the order of removal.
 | Layer | Block Influence | Standard error | Layer here |
 |---:|---:|---:|---:|
 {_rows(plan, layers)}
-
+{_repair(layers, repair)}
 - Model: `{plan.model_fingerprint}`
 - Calibration text: `{plan.text_fingerprint}`
 - Measured with: {", ".join(f"{name} {version}" for name, version in plan.versions.items())}
 """
+
+
+def _repair(layers: LayerMap, repair: FoldedRepair | None) -> str:
+    if repair is None or not repair.folds:
+        return ""
+    lines = [
+        "",
+        "For the removed layers, a linear map on what the MLP of the layer before them adds was",
+        f"fitted in closed form on {repair.num_tokens} tokens, and multiplied into its down",
+        "projection ([ReplaceMe](https://arxiv.org/abs/2505.02819)). *Unexplained* is the share",
+        "of what the removed layers add that the map leaves out.",
+        "",
+        "| Layer | Layer here | Stands in for | Unexplained |",
+        "|---:|---:|---|---:|",
+    ]
+    for fold in repair.folds:
+        removed = ", ".join(map(str, fold.removed))
+        new = layers.new_index(fold.layer)
+        lines.append(f"| {fold.layer} | {new} | {removed} | {fold.unexplained:.3f} |")
+    lines += [
+        "",
+        f"Perplexity on {repair.num_held_out_tokens} tokens of held-out text: "
+        f"{repair.perplexity:.2f}; {repair.plain_perplexity:.2f} without these maps,",
+        f"{repair.dense_perplexity:.2f} with all layers.",
+        "",
+        f"- Text of the maps: `{repair.text_fingerprint}`",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def _rows(plan: Plan, layers: LayerMap) -> str:

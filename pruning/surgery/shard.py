@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +18,10 @@ from pruning.tensor_header import LENGTH_BYTES, read_header
 _ALIGNMENT = 8
 # Tensors are copied in chunks of this size.
 _CHUNK_BYTES = 8 << 20
+
+
+# Turns the bytes of a tensor into as many others.
+Change = Callable[[bytearray], bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +67,20 @@ class Shard:
 
 
 class NewShard:
-    """A file to be written: tensors of one shard, some of them under new names."""
+    """A file to be written: tensors of one shard, some of them under new names or changed."""
 
-    def __init__(self, source: Shard, tensors: Sequence[tuple[str, Tensor]]) -> None:
+    def __init__(
+        self,
+        source: Shard,
+        tensors: Sequence[tuple[str, Tensor]],
+        changes: Mapping[str, Change] | None = None,
+    ) -> None:
+        """``tensors`` are new names and tensors; ``changes`` go by the names in the source."""
         self.names = tuple(name for name, _ in tensors)
         self.num_tensor_bytes = sum(tensor.end - tensor.start for _, tensor in tensors)
         self._source = source
         self._tensors = [tensor for _, tensor in tensors]
+        self._changes = {} if changes is None else changes
         self._head = _head(tensors, source.metadata)
         self.num_bytes = len(self._head) + self.num_tensor_bytes
 
@@ -83,30 +94,43 @@ class NewShard:
         with path.open("xb") as target, self._source.path.open("rb", buffering=0) as source:
             target.write(self._head)
             on_bytes(len(self._head))
-            for start, end in self._ranges():
+            for start, end, change in self._ranges():
                 source.seek(start)
+                changed = bytearray()
                 remaining = end - start
                 while remaining:
                     count = source.readinto(buffer[:remaining])
                     if not count:
                         raise CheckpointError(f"{self._source.path}: truncated while it was read")
-                    target.write(buffer[:count])
+                    if change is None:
+                        target.write(buffer[:count])
+                    else:
+                        changed += buffer[:count]
                     remaining -= count
                     on_bytes(count)
+                if change is not None:
+                    target.write(change(changed))
             target.flush()
             os.fsync(target.fileno())
 
-    def _ranges(self) -> Iterator[tuple[int, int]]:
-        """Yield the bytes to copy; tensors that follow one another are one range."""
+    def _ranges(self) -> Iterator[tuple[int, int, Change | None]]:
+        """Yield the bytes to copy, and what changes them.
+
+        Tensors that follow one another are one range, unless they are changed.
+        """
         start = end = 0
         for tensor in self._tensors:
-            if tensor.start != end:
+            change = self._changes.get(tensor.name)
+            if tensor.start != end or change is not None:
                 if start < end:
-                    yield start, end
+                    yield start, end, None
                 start = tensor.start
             end = tensor.end
+            if change is not None:
+                yield start, end, change
+                start = end
         if start < end:
-            yield start, end
+            yield start, end, None
 
 
 def _head(tensors: Sequence[tuple[str, Tensor]], metadata: dict[str, str]) -> bytes:

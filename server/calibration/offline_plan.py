@@ -10,6 +10,8 @@ from typing import Any
 
 from pruning.checkpoint import read_config
 from pruning.fingerprint import text_fingerprint, tokenizer_fingerprint
+from pruning.metrics import METRICS, Evidence
+from pruning.metrics.names import BLOCK_INFLUENCE
 from pruning.plan import Plan, PlanError
 from pruning.transformers_model import batches, load_model, load_tokenizer
 from server.calibration.calibrator import WINDOW, text_windows
@@ -65,28 +67,19 @@ def measured_plan(
     num_layers: int,
     texts: Sequence[str],
     report: ProgressReport,
+    metric: str = BLOCK_INFLUENCE,
 ) -> Plan:
     """Load the model, rank its layers and keep the plan in the state directory.
 
-    Raises what transformers raises for a model that it cannot load, and :class:`ValueError` for
-    one whose layers it cannot rank.
+    They are ranked by ``metric``, which is one that needs no search. Raises what transformers
+    raises for a model that it cannot load, and :class:`ValueError` for one whose layers it cannot
+    rank.
     """
     from pruning.importance import measure_block_influence
 
     with report.working("Loading the model, to rank its layers"):
         model, tokenizer = load_offline(settings, directory)
-    max_context = getattr(model.config, "max_position_embeddings", None) or WINDOW + 1
-
-    def tokenize(text: str, *, special_tokens: bool = True) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=special_tokens).input_ids)
-
-    windows = text_windows(
-        tokenize,
-        texts,
-        max_context=max_context,
-        max_tokens=settings.calibration_tokens,
-        vocab_size=model.get_input_embeddings().num_embeddings,
-    )
+    windows = measuring_windows(model, tokenizer, texts, settings.calibration_tokens)
     influence = measure_block_influence(
         model,
         batches(windows, model.device, lambda *c: report.advance("Ranking the layers", *c)),
@@ -98,11 +91,13 @@ def measured_plan(
         tokenizer_fingerprint=tokenizer_fingerprint(directory),
         versions={name: metadata.version(name) for name in _PACKAGES},
     )
+    if metric != BLOCK_INFLUENCE:
+        plan = plan.ranked_by(metric, METRICS[metric].rank(Evidence(num_layers)))
     key = transformers_plan_key(
         model=fingerprint,
         tokenizer=plan.tokenizer_fingerprint,
         dtype=str(model.dtype).removeprefix("torch."),
-        max_context=max_context,
+        max_context=context_of(model),
         text=plan.text_fingerprint,
         num_tokens=settings.calibration_tokens,
         metric=plan.metric,
@@ -111,8 +106,38 @@ def measured_plan(
     return plan
 
 
+def measuring_windows(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    max_tokens: int,
+    max_context: int | None = None,
+) -> list[list[int]]:
+    """Return windows of token ids to measure on, by default as long as the model's context allows.
+
+    Raises :class:`TextError` where there are none.
+    """
+
+    def tokenize(text: str, *, special_tokens: bool = True) -> list[int]:
+        # Quiet, for a text longer than the context is cut into windows.
+        return list(tokenizer(text, add_special_tokens=special_tokens, verbose=False).input_ids)
+
+    return text_windows(
+        tokenize,
+        texts,
+        max_context=context_of(model) if max_context is None else max_context,
+        max_tokens=max_tokens,
+        vocab_size=model.get_input_embeddings().num_embeddings,
+    )
+
+
+def context_of(model: Any) -> int:
+    """Return the context of a transformers model, in tokens; a window's length if unknown."""
+    return getattr(model.config, "max_position_embeddings", None) or WINDOW + 1
+
+
 def load_offline(settings: Settings, directory: Path) -> tuple[Any, Any]:
-    """Return the model and its tokenizer, as transformers loads them with these settings.
+    """Return the model and its tokenizer, on the GPU if there is one, as transformers loads them.
 
     Raises what transformers raises, and :class:`CheckpointError` for the tokenizer.
     """

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -12,6 +14,11 @@ from rich.filesize import decimal
 from server.cli.offline import run_offline
 from server.config import Settings, load_settings
 from server.telemetry.progress import ProgressReport
+
+if TYPE_CHECKING:
+    from pruning.repair.folding import FoldedRepair
+
+logger = logging.getLogger(__name__)
 
 
 def export(
@@ -59,6 +66,25 @@ def export(
     calibration_tokens: Annotated[
         str | None, typer.Option(help="Tokens of it to rank the layers on.", metavar="NUMBER")
     ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="What the layers are ranked by, as for 'fathom serve'; none: whatever a kept "
+            "plan was made by."
+        ),
+    ] = None,
+    repair: Annotated[
+        str | None,
+        typer.Option(
+            help="folded: fit maps that stand in for the removed layers, and fold them into the "
+            "weights.",
+            metavar="none|folded",
+        ),
+    ] = None,
+    quality_text: Annotated[
+        str | None,
+        typer.Option(help="Text to measure the perplexity with --repair on, as for serve."),
+    ] = None,
     state_dir: Annotated[
         str | None,
         typer.Option(help="Directory that keeps plans and quantized models.", metavar="PATH"),
@@ -88,6 +114,8 @@ def export(
         raise typer.BadParameter("--depth and --prune-ratio exclude each other")
     if depth is None and prune_ratio is None:
         raise typer.BadParameter("one of --depth and --prune-ratio is needed")
+    if repair not in (None, "none", "folded"):
+        raise typer.BadParameter(f"--repair: got {repair!r}, allowed: none, folded{_why(repair)}")
     settings = load_settings(
         {
             "config": config,
@@ -100,27 +128,52 @@ def export(
             "plan": plan,
             "calibration": calibration,
             "calibration_tokens": calibration_tokens,
+            "metric": metric,
+            "quality_text": quality_text,
             "state_dir": state_dir,
             "trust_remote_code": trust_remote_code,
         }
     )
-    run_offline(settings, lambda: _export(settings, out, depth, prune_ratio, overwrite))
+    fold = repair == "folded"
+    run_offline(settings, lambda: _export(settings, out, depth, prune_ratio, overwrite, fold))
+
+
+def _why(repair: str | None) -> str:
+    """Return why what the engine does instead of skipped layers is not among what is allowed."""
+    if repair != "closed-form":
+        return ""
+    return (
+        "; the maps of the server turn the whole residual stream x into x + x M, which no weight "
+        "of a standard checkpoint does. Those of folded act on what the layer before adds"
+    )
 
 
 def _export(
-    settings: Settings, out: Path, depth: int | None, prune_ratio: float | None, overwrite: bool
+    settings: Settings,
+    out: Path,
+    depth: int | None,
+    prune_ratio: float | None,
+    overwrite: bool,
+    fold: bool,
 ) -> None:
     from pruning.checkpoint import CheckpointError
     from pruning.depths import check_depth, depth_of_prune_ratio
     from pruning.fingerprint import model_fingerprint, tokenizer_fingerprint
     from pruning.plan import Plan, PlanError
     from pruning.quantization import QuantizationError, QuantizationFailed, plan_of_base
+    from pruning.repair import RepairError
     from pruning.surgery import SurgeryError, check_output, count_layers
     from pruning.text import TextError
+    from server.calibration.offline_fold import fitted_folds
     from server.calibration.offline_plan import kept_plan, measured_plan
     from server.file_hashes import FileHashes
     from server.model.exporter import Exporter
-    from server.model.inputs import StartError, calibration_texts, refused_as
+    from server.model.inputs import (
+        StartError,
+        calibration_texts,
+        held_out_texts,
+        refused_as,
+    )
     from server.model.source import find_model
 
     with refused_as("model", CheckpointError):
@@ -135,6 +188,8 @@ def _export(
         assert depth is not None
         check_depth(num_layers, depth)
         check_output(out, overwrite=overwrite)
+        if fold:
+            _check_foldable(settings, source.directory)
     except ValueError as error:
         raise StartError(str(error)) from error
     with ProgressReport(Console(stderr=True)) as report:
@@ -148,25 +203,98 @@ def _export(
                 texts = calibration_texts(settings)
             with refused_as("model", CheckpointError):
                 tokenizer = tokenizer_fingerprint(source.directory)
-            kept = kept_plan(settings, fingerprint, tokenizer, texts)
+            wanted = settings.metric if "metric" in settings.model_fields_set else None
+            kept = kept_plan(settings, fingerprint, tokenizer, texts, wanted)
             if kept is None:
+                _check_needs_no_engine(settings)
                 with refused_as("the layers cannot be ranked; --plan takes a ranking", Exception):
                     kept = measured_plan(
-                        settings, source.directory, fingerprint, num_layers, texts, report
+                        settings,
+                        source.directory,
+                        fingerprint,
+                        num_layers,
+                        texts,
+                        report,
+                        settings.metric,
                     )
             chosen = kept
         with refused_as(f"plan: {settings.plan}", PlanError):
             chosen.check_model(fingerprint, num_layers)
+        repair = None
+        if fold:
+            with refused_as("calibration", TextError):
+                fitted_on, measured_on = calibration_texts(settings), held_out_texts(settings)
+            with refused_as("repair cannot be fitted", RepairError, ValueError, OSError):
+                repair = fitted_folds(
+                    settings,
+                    source.directory,
+                    chosen.skipped(depth),
+                    fitted_on,
+                    measured_on,
+                    report,
+                )
         try:
-            with refused_as("model", CheckpointError):
-                written = exporter.write(out, chosen, depth, report.advance, overwrite=overwrite)
+            with refused_as("model", CheckpointError), refused_as("repair", RepairError):
+                written = exporter.write(
+                    out, chosen, depth, report.advance, overwrite=overwrite, repair=repair
+                )
         except QuantizationFailed:
             raise
         except (QuantizationError, SurgeryError) as error:
             raise StartError(str(error)) from error
     removed = ", ".join(map(str, written.removed)) or "none"
+    if settings.repair != "none" and not fold:
+        logger.warning(
+            "repair: %s is not exported%s; --repair folded folds others into the weights",
+            settings.repair,
+            _why(settings.repair),
+        )
     print(f"Depth {written.depth} of {written.num_layers}; layers removed: {removed}")
+    if repair is not None:
+        _print_repair(repair, written.removed)
     print(
         f"Weights: {decimal(written.num_bytes)}, before: {decimal(written.num_source_bytes)}; "
         f"in {written.directory}"
+    )
+
+
+def _check_foldable(settings: Settings, directory: Path) -> None:
+    """Raise :class:`ValueError` where repair cannot be folded into the exported weights."""
+    from pruning.checkpoint import read_config
+    from pruning.repair.folding import check_foldable
+
+    if settings.quantize is not None:
+        raise ValueError(
+            f"repair: got folded with quantize {settings.quantize}, allowed: folded alone; "
+            "'fathom quantize' takes the checkpoint that is written"
+        )
+    check_foldable(read_config(directory))
+
+
+def _check_needs_no_engine(settings: Settings) -> None:
+    """Refuse to rank by a metric that only a server can search for."""
+    from server.calibration.served_metrics import SERVED_METRICS, searches
+    from server.model.inputs import StartError
+
+    if searches(settings.metric):
+        others = ", ".join(name for name in SERVED_METRICS if not searches(name))
+        raise StartError(
+            f"metric: got {settings.metric!r}, allowed: {others}; {settings.metric} searches with "
+            f"the engine, and {settings.state_dir} has no plan by it of this model and text. "
+            f"'fathom serve --metric {settings.metric}' makes one; --plan takes a plan file"
+        )
+
+
+def _print_repair(repair: FoldedRepair, removed: Collection[int]) -> None:
+    folded = ", ".join(str(fold.layer) for fold in repair.folds) or "none"
+    print(f"Repair folded into the MLPs of the layers: {folded}")
+    covered = {layer for fold in repair.folds for layer in fold.removed}
+    if plain := sorted({*removed} - covered):
+        print(
+            f"Nothing stands in for the layers {', '.join(map(str, plain))}: no layer is before "
+            "them"
+        )
+    print(
+        f"Perplexity: {repair.perplexity:.2f}, without repair {repair.plain_perplexity:.2f}, with "
+        f"all layers {repair.dense_perplexity:.2f}; on {repair.num_held_out_tokens} tokens"
     )

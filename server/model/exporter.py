@@ -9,6 +9,7 @@ from pathlib import Path
 from pruning.fingerprint import text_fingerprint
 from pruning.plan import Plan
 from pruning.quantization import Order, plan_of_base, prune_then_quantize
+from pruning.repair.folding import FoldedRepair
 from pruning.surgery import Export, export_checkpoint
 from server.config import Settings
 from server.file_hashes import FileHashes
@@ -43,18 +44,29 @@ class Exporter:
         self._base_model = source.directory.resolve().name if is_local else source.name
 
     def write(
-        self, out: Path, plan: Plan, depth: int, on_work: OnWork, *, overwrite: bool = False
+        self,
+        out: Path,
+        plan: Plan,
+        depth: int,
+        on_work: OnWork,
+        *,
+        overwrite: bool = False,
+        repair: FoldedRepair | None = None,
     ) -> Export:
         """Write the model at ``depth`` to ``out``; ``plan`` is of the model before quantization.
 
         A model that is quantized at full depth is kept in the state directory, where a server
-        finds it, too. Call this in a thread that runs no event loop. Raises the errors of
+        finds it, too. ``repair`` is folded into a model that is not quantized. Call this in a
+        thread that runs no event loop. Raises the errors of
         :func:`pruning.surgery.export_checkpoint`,
         :func:`pruning.quantization.quantize_checkpoint` and
         :func:`pruning.quantization.prune_then_quantize`.
         """
         if self._quantization is None:
-            return self._export(self._source.directory, out, plan, depth, on_work, overwrite)
+            return self._export(
+                self._source.directory, out, plan, depth, on_work, overwrite, repair
+            )
+        assert repair is None, "it is fitted for weights that are not quantized"
         if Order(self._settings.order) is Order.PRUNE_THEN_QUANTIZE:
             return self._prune_then_quantize(out, plan, depth, on_work, overwrite)
         texts = calibration_texts(self._settings)
@@ -73,6 +85,7 @@ class Exporter:
         depth: int,
         on_work: OnWork,
         overwrite: bool,
+        repair: FoldedRepair | None = None,
     ) -> Export:
         return export_checkpoint(
             source,
@@ -84,6 +97,7 @@ class Exporter:
             with_code=self._settings.trust_remote_code,
             on_progress=lambda done, total: on_work("Writing", done, total),
             file_hash=FileHashes(self._settings.state_dir),
+            repair=repair,
         )
 
     def _prune_then_quantize(

@@ -106,7 +106,7 @@ def read_inputs(settings: Settings) -> Inputs:
             if quantized is None or plan.model_fingerprint != quantized.kept_fingerprint():
                 plan.check_model(fingerprint, num_layers)
     with refused_as("quality_text", TextError):
-        held_out = held_out_texts(settings)
+        measured_on = held_out_texts(settings)
     return Inputs(
         source=source,
         fingerprint=fingerprint,
@@ -116,7 +116,7 @@ def read_inputs(settings: Settings) -> Inputs:
         default_level=default_level,
         plan=plan,
         texts=texts,
-        held_out_texts=held_out,
+        held_out_texts=measured_on,
         quantized=quantized,
     )
 

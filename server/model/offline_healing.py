@@ -29,10 +29,16 @@ from pruning.repair import (
 from pruning.repair.healing_job import HealingJob, HealingReport, run_job
 from pruning.surgery import SurgeryError, count_layers
 from pruning.text import TextError
-from server.calibration.calibrator import WINDOW, text_windows
+from server.calibration.calibrator import WINDOW
 from server.calibration.healed_store import HealedStore, Outcome, Training
 from server.calibration.healing import what_is_not_better
-from server.calibration.offline_plan import kept_plan, load_offline, measured_plan
+from server.calibration.offline_plan import (
+    context_of,
+    kept_plan,
+    load_offline,
+    measured_plan,
+    measuring_windows,
+)
 from server.calibration.served_metrics import searches
 from server.config import Settings
 from server.depth.policy import healable_layers
@@ -196,21 +202,11 @@ class OfflineHealing:
             refused_as("the model cannot be loaded", Exception),  # transformers has no base class
         ):
             model, tokenizer = load_offline(settings, self._directory)
-        max_context = getattr(model.config, "max_position_embeddings", None) or WINDOW + 1
+        max_context = context_of(model)
         max_context = min(max_context, settings.max_context or max_context)
 
-        def tokenize(text: str, *, special_tokens: bool = True) -> list[int]:
-            # Quiet, for a text longer than the context is cut into windows.
-            return list(tokenizer(text, add_special_tokens=special_tokens, verbose=False).input_ids)
-
         def windows(texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-            return text_windows(
-                tokenize,
-                texts,
-                max_context=max_context,
-                max_tokens=max_tokens,
-                vocab_size=model.get_input_embeddings().num_embeddings,
-            )
+            return measuring_windows(model, tokenizer, texts, max_tokens, max_context)
 
         with refused_as("calibration", TextError):
             trained_on = windows(self._texts, settings.calibration_tokens)
