@@ -14,17 +14,19 @@ from typing import Any
 
 import psutil
 
-from server.access.exposure import allows_anonymous_control, check_exposure
+from server.access.exposure import allows_anonymous_control, check_exposure, is_loopback
 from server.access.state_protection import protect_state
 from server.access.state_volume import StateVolume
 from server.background import BackgroundTask
 from server.config import Settings, warn_of_old_names
-from server.engine.base import Engine
+from server.engine.base import Engine, RunsVllm
 from server.engine.dedicated.engine import DedicatedConfig, DedicatedEngine
 from server.engine.elastic.engine import ElasticEngine
 from server.engine.elastic.engine_arguments import ElasticConfig
 from server.engine.fork_server import start_fork_server
 from server.model.inputs import Inputs, StartError, auto_rules, read_inputs, refused_as
+from server.openai.server import HttpServer
+from server.openai.tls import HttpTls
 from server.page_prompts import PagePrompts
 from server.reload import Reload, SettingsFile, access_files
 from server.rpc.access import Access
@@ -126,14 +128,21 @@ class Application:
                 await rpc_server.start()
             probes.not_ready = rpc_server.not_ready
             probes.warnings = lambda: [*filter(None, [state_volume.problem]), *access.problems]
-            page_prompts = PagePrompts(
-                service, access.authenticator, [rpc_server.count, *observers]
+            observers = [rpc_server.count, *observers]
+            http_server = make_http_server(
+                settings, inputs, service, access, observers, rpc_server.not_ready
             )
+            if http_server is not None:
+                with refused_as("http_port"):
+                    await http_server.start()
+            page_prompts = PagePrompts(service, access.authenticator, observers)
             probes.prompt_box = PromptBox(probes.loop, page_prompts.backend(settings))
             start_fork_server()  # what it takes long for is done by the time it is needed
             stack.push_async_callback(engine.shutdown)
             stack.push_async_callback(service.close)
             stack.push_async_callback(rpc_server.stop)
+            if http_server is not None:
+                stack.push_async_callback(http_server.stop)
             for name, work in (
                 ("the watch on certificates and clients", access.follow),
                 ("the wait for the metrics port", metrics_port.follow),
@@ -145,8 +154,13 @@ class Application:
             metrics.set_startup("inputs", inputs_seconds)
             with self._progress:
                 await Startup(settings, inputs, engine, service, self._progress).run()
+                if http_server is not None:
+                    assert isinstance(engine, RunsVllm)
+                    with refused_as("http_port", Exception):  # vLLM's classes read the model
+                        await http_server.open(engine)
             self._serving = True
-            self._announce(service, rpc_server.port, metrics_port.url)
+            http_url = None if http_server is None else http_server.url
+            self._announce(service, rpc_server.port, metrics_port.url, http_url)
             read_again = self._read_again
             if settings.config is not None:
                 file = SettingsFile(settings.config, read_again)
@@ -183,17 +197,22 @@ class Application:
             logger.info("stopping; requests that run have %g s", settings.grace_seconds)
             await service.drain(for_good=True)
 
-    def _announce(self, service: Service, port: int, metrics_url: str | None) -> None:
+    def _announce(
+        self, service: Service, port: int, metrics_url: str | None, http_url: str | None
+    ) -> None:
         settings, model, policy = self._settings, service.model, service.policy
         address = f"{settings.host}:{port}"
         if self._logs.is_json:
             fields = {"model": model.name, "address": address, "metrics": metrics_url}
+            if http_url is not None:
+                fields["http"] = http_url
             logger.info("serving", extra=with_fields(fields))
             return
         metrics = f"metrics on {metrics_url}" if metrics_url else "no metrics, their port is taken"
+        http = f"OpenAI's API on {http_url}; " if http_url else ""
         print(
             f"Serving {model.name} ({model.num_layers} layers, {model.dtype}) on {address}; "
-            f"{metrics}"
+            f"{http}{metrics}"
         )
         flag = "" if port == _DEFAULT_PORT else f" --address {address}"
         depth = max(1, model.num_layers * 3 // 4)
@@ -255,6 +274,37 @@ def make_rpc_server(
         tls=access.tls,
         authenticator=access.authenticator,
         observers=observers,
+    )
+
+
+def make_http_server(
+    settings: Settings,
+    inputs: Inputs,
+    service: Service,
+    access: Access,
+    observers: Sequence[Observer],
+    not_ready: Callable[[], str],
+) -> HttpServer | None:
+    """Return the server of OpenAI's API that the settings describe; None: they want none."""
+    if settings.http_port is None:
+        return None
+    tls = None
+    if access.certificates is not None:
+        tls = HttpTls(access.certificates)
+        access.add_follower(tls.install)
+    max_context = settings.max_context or inputs.source.max_context()
+    return HttpServer(
+        service,
+        settings.host,
+        settings.http_port,
+        authenticator=access.authenticator,
+        observers=observers,
+        not_ready=not_ready,
+        max_body_bytes=settings.max_message_bytes or default_message_bytes(max_context),
+        only_loopback=is_loopback(settings.host),
+        allow_origins=settings.http_allow_origins,
+        tls=tls,
+        tool_parser=settings.tool_parser,
     )
 
 

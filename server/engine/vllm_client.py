@@ -211,7 +211,17 @@ class VllmClient:
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
                     delta = _delta(output, options, stops, tokenizer)
-                    _check_finite(output, delta.scores, depth)
+                    if output.prompt_logprobs:
+                        delta = replace(
+                            delta,
+                            prompt_scores=token_scores(
+                                prompt_ids,
+                                output.prompt_logprobs,
+                                options.prompt_logprobs or 0,
+                                tokenizer,
+                            ),
+                        )
+                    _check_finite(output, (*delta.prompt_scores, *delta.scores), depth)
                     yield delta
 
     async def prefill(
@@ -257,7 +267,9 @@ class VllmClient:
                     _finish_reason(output.outputs[0].finish_reason)
                     if output.prompt_logprobs:
                         logprobs = output.prompt_logprobs
-                        scores += token_scores(token_ids, logprobs, num_top, self.tokenizer)
+                        scores += token_scores(
+                            token_ids, logprobs, num_top, self.tokenizer, with_greedy=True
+                        )
                     _check_finite(output, scores, depth)
         return scores
 
