@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -25,8 +25,6 @@ from server.engine.elastic.engine import ElasticEngine
 from server.engine.elastic.engine_arguments import ElasticConfig
 from server.engine.fork_server import start_fork_server
 from server.model.inputs import Inputs, StartError, auto_rules, read_inputs, refused_as
-from server.openai.server import HttpServer
-from server.openai.tls import HttpTls
 from server.page_prompts import PagePrompts
 from server.reload import Reload, SettingsFile, access_files
 from server.rpc.access import Access
@@ -46,6 +44,9 @@ from server.telemetry.prompt_box import PromptBox
 from server.telemetry.request_log import log_request
 from server.telemetry.tracing import open_tracing
 from server.version import VERSION
+
+if TYPE_CHECKING:
+    from server.openai.server import HttpServer
 
 _DEFAULT_PORT = 50051
 _END_SECONDS = 2.0
@@ -288,6 +289,10 @@ def make_http_server(
     """Return the server of OpenAI's API that the settings describe; None: they want none."""
     if settings.http_port is None:
         return None
+    # Imported late: it takes uvicorn.
+    from server.openai.server import HttpServer
+    from server.openai.tls import HttpTls
+
     tls = None
     if access.certificates is not None:
         tls = HttpTls(access.certificates)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ import openai
 import pytest
 
 from server.access.authenticator import Authenticator
-from server.access.certificates import CertificateFiles
+from server.access.certificates import CertificateFiles, Certificates
 from server.access.clients import load_clients
 from server.calls.caller import Caller
 from server.openai.tls import HttpTls
+from server.rpc.access import Access
+from server.telemetry.metrics import Metrics
 from tests.server.access.authority import Authority
 from tests.server.openai.conftest import HttpDeployment, http_deployment, until_recorded
 from tests.server.openai.test_completions import asked
-from tests.server.rpc.credentials import ALICE, CLIENTS, NOBODY, OPS, Deployed, written
+from tests.server.rpc.credentials import ALICE, CLIENTS, NOBODY, OPS, Deployed, until, written
 
 BODY = {"prompt": "Once", "max_tokens": 2}
 
@@ -153,3 +156,16 @@ async def test_clients_by_certificate(vllm_config: Any, tmp_path: Path) -> None:
         async with deployment.raw(base_url=base, verify=trusting(deployed.authority)) as client:
             with pytest.raises(httpx.TransportError):
                 await client.get("/v1/models")
+
+
+async def test_files_that_change_reach_all_that_listen(tmp_path: Path) -> None:
+    deployed = Deployed(tmp_path)
+    access = Access(deployed.tls, Metrics())
+    found: list[Certificates] = []
+    access.add_follower(found.append)
+    following = asyncio.create_task(access.follow(seconds=0.01))
+    fresh = deployed.authority.issue("server")
+    fresh.write(tmp_path, "server")
+    await until(lambda: any(each.chain == fresh.certificate for each in found))
+    assert access.certificates == found[-1]
+    following.cancel()
