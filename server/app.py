@@ -10,16 +10,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from server.access.exposure import allows_anonymous_control, check_exposure
+from server.access.exposure import allows_anonymous_control, check_exposure, is_loopback
 from server.access.state_protection import protect_state
 from server.access.state_volume import StateVolume
 from server.background import BackgroundTask
 from server.config import Settings, warn_of_old_names
-from server.engine.base import Engine
+from server.engine.base import Engine, RunsVllm
 from server.engine.dedicated.engine import DedicatedConfig, DedicatedEngine
 from server.engine.elastic.engine import ElasticEngine
 from server.engine.elastic.engine_arguments import ElasticConfig
@@ -45,6 +45,9 @@ from server.telemetry.prompt_box import PromptBox
 from server.telemetry.request_log import log_request
 from server.telemetry.tracing import open_tracing
 from server.version import VERSION
+
+if TYPE_CHECKING:
+    from server.openai.server import HttpServer
 
 _DEFAULT_PORT = 50051
 _END_SECONDS = 2.0
@@ -127,14 +130,21 @@ class Application:
                 await rpc_server.start()
             probes.not_ready = rpc_server.not_ready
             probes.warnings = lambda: [*filter(None, [state_volume.problem]), *access.problems]
-            page_prompts = PagePrompts(
-                service, access.authenticator, [rpc_server.count, *observers]
+            observers = [rpc_server.count, *observers]
+            http_server = make_http_server(
+                settings, inputs, service, access, observers, rpc_server.not_ready
             )
+            if http_server is not None:
+                with refused_as("http_port"):
+                    await http_server.start()
+            page_prompts = PagePrompts(service, access.authenticator, observers)
             probes.prompt_box = PromptBox(probes.loop, page_prompts.backend(settings))
             start_fork_server()  # what it takes long for is done by the time it is needed
             stack.push_async_callback(engine.shutdown)
             stack.push_async_callback(service.close)
             stack.push_async_callback(rpc_server.stop)
+            if http_server is not None:
+                stack.push_async_callback(http_server.stop)
             for name, work in (
                 ("the watch on certificates and clients", access.follow),
                 ("the wait for the metrics port", metrics_port.follow),
@@ -147,8 +157,13 @@ class Application:
             with self._progress:
                 startup = Startup(settings, inputs, engine, service, self._progress)
                 await startup.run()
+                if http_server is not None:
+                    assert isinstance(engine, RunsVllm)
+                    with refused_as("http_port", Exception):  # vLLM's classes read the model
+                        await http_server.open(engine)
             self._serving = True
-            self._announce(service, rpc_server.port, metrics_port.url)
+            http_url = None if http_server is None else http_server.url
+            self._announce(service, rpc_server.port, metrics_port.url, http_url)
             if startup.healer is not None:
                 healing = BackgroundTask("the healing of levels", startup.healer.run)
                 healing.start()
@@ -189,17 +204,22 @@ class Application:
             logger.info("stopping; requests that run have %g s", settings.grace_seconds)
             await service.drain(for_good=True)
 
-    def _announce(self, service: Service, port: int, metrics_url: str | None) -> None:
+    def _announce(
+        self, service: Service, port: int, metrics_url: str | None, http_url: str | None
+    ) -> None:
         settings, model, policy = self._settings, service.model, service.policy
         address = f"{settings.host}:{port}"
         if self._logs.is_json:
             fields = {"model": model.name, "address": address, "metrics": metrics_url}
+            if http_url is not None:
+                fields["http"] = http_url
             logger.info("serving", extra=with_fields(fields))
             return
         metrics = f"metrics on {metrics_url}" if metrics_url else "no metrics, their port is taken"
+        http = f"OpenAI's API on {http_url}; " if http_url else ""
         print(
             f"Serving {model.name} ({model.num_layers} layers, {model.dtype}) on {address}; "
-            f"{metrics}"
+            f"{http}{metrics}"
         )
         flag = "" if port == _DEFAULT_PORT else f" --address {address}"
         depth = max(1, model.num_layers * 3 // 4)
@@ -261,6 +281,41 @@ def make_rpc_server(
         tls=access.tls,
         authenticator=access.authenticator,
         observers=observers,
+    )
+
+
+def make_http_server(
+    settings: Settings,
+    inputs: Inputs,
+    service: Service,
+    access: Access,
+    observers: Sequence[Observer],
+    not_ready: Callable[[], str],
+) -> HttpServer | None:
+    """Return the server of OpenAI's API that the settings describe; None: they want none."""
+    if settings.http_port is None:
+        return None
+    # Imported late: it takes uvicorn.
+    from server.openai.server import HttpServer
+    from server.openai.tls import HttpTls
+
+    tls = None
+    if access.certificates is not None:
+        tls = HttpTls(access.certificates)
+        access.add_follower(tls.install)
+    max_context = settings.max_context or inputs.source.max_context()
+    return HttpServer(
+        service,
+        settings.host,
+        settings.http_port,
+        authenticator=access.authenticator,
+        observers=observers,
+        not_ready=not_ready,
+        max_body_bytes=settings.max_message_bytes or default_message_bytes(max_context),
+        only_loopback=is_loopback(settings.host),
+        allow_origins=settings.http_allow_origins,
+        tls=tls,
+        tool_parser=settings.tool_parser,
     )
 
 

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 
+from server.access.authenticator import Authenticator
 from server.access.clients import Permission
 from server.access.exposure import page_prompts_problem
 from server.calls.call_record import CallRecord
@@ -15,7 +16,6 @@ from server.calls.generation import FinishInfo, Generation, TextPrompt
 from server.config import Settings
 from server.engine.base import GenerationDelta, SamplingOptions
 from server.errors import DeadlineTooSoon, InvalidArgument
-from server.rpc.authentication import Authenticator
 from server.rpc.interceptors import Observer
 from server.rpc.status import code_of
 from server.serving.service import Service

@@ -16,6 +16,7 @@ from server.calls.generation import (
     Generation,
     GenerationEvent,
     PromptInfo,
+    RenderedPrompt,
 )
 from server.depth.policy import ServedDepth
 from server.engine.base import FinishReason, GenerationDelta, SamplingOptions
@@ -51,6 +52,12 @@ class CallRecord:
     code: str = ""
     # The field of the request that was refused.
     refused_field: str = ""
+    # Whether the answer is sent as it is made; None: the method says so.
+    is_stream: bool | None = None
+    # Of a call over HTTP; None for one over gRPC, and where nothing was answered.
+    http_status: int | None = None
+    # What ended an answer after its beginning had been sent.
+    late_error: Exception | None = None
 
     @property
     def depth(self) -> str:
@@ -61,7 +68,7 @@ class CallRecord:
         """Record what the client asks for."""
         self.request_id = request.request_id[:_LONGEST_ID]
         self.sampling = request.sampling
-        self.is_chat = isinstance(request.prompt, ChatPrompt)
+        self.is_chat = isinstance(request.prompt, ChatPrompt | RenderedPrompt)
 
     def observe(self, event: GenerationEvent) -> None:
         """Note what the client is about to be told."""

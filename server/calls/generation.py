@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from server.depth.policy import DepthChoice, ServedDepth
@@ -11,6 +12,8 @@ from server.engine.base import FinishReason, GenerationDelta, SamplingOptions, T
 @dataclass(frozen=True, slots=True)
 class TextPrompt:
     text: str
+    # Whether the special tokens that begin every text are put before it.
+    special_tokens: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,19 @@ class ChatPrompt:
     messages: tuple[dict[str, str], ...]
 
 
-Prompt = TextPrompt | TokenPrompt | ChatPrompt
+@dataclass(frozen=True, slots=True)
+class RenderedPrompt:
+    """A chat that is rendered in a way of its own, such as one with tools.
+
+    ``render`` returns the prompt as text, special tokens included; it is called in a thread, and
+    raises :class:`server.errors.FathomError`.
+    """
+
+    render: Callable[[], str]
+    num_characters: int
+
+
+Prompt = TextPrompt | TokenPrompt | ChatPrompt | RenderedPrompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +54,8 @@ class Generation:
     # Whether the text begins with that of the prompt.
     echo: bool = False
     request_id: str = ""
+    # Splits what the client shares in the prefix cache: requests of equal salts share entries.
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +65,7 @@ class PromptInfo:
     request_id: str
     num_prompt_tokens: int
     served: ServedDepth
+    prompt_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,11 @@ class EngineSettings(BaseModel):
         "computes nor reads pages or files from a disk. 0: no other time than "
         "`engine_timeout_seconds`.",
     )
+    tool_parser: str | None = Field(
+        None,
+        description="vLLM's parser of calls of tools that the model writes, such as `hermes`, for "
+        "chats of OpenAI's API; none: chats have no tools.",
+    )
     engine_args: Annotated[dict[str, Any], NoDecode, BeforeValidator(object_from)] = Field(
         {},
         description="More arguments of vLLM's `AsyncEngineArgs` by name; as a flag or a variable "

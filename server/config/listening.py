@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
-from pydantic import BaseModel, Field, FilePath, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, FilePath, model_validator
+from pydantic_settings import NoDecode
 
 from server.config.errors import conflict
+from server.config.values import names_from
 
 Port = Annotated[int, Ge(0), Le(65535)]
 
@@ -15,6 +17,16 @@ Port = Annotated[int, Ge(0), Le(65535)]
 class ListeningSettings(BaseModel):
     host: str = Field("127.0.0.1", description="Address that gRPC listens on.", min_length=1)
     port: Port = Field(50051, description="Port of gRPC; 0: any free one.")
+    http_port: Port | None = Field(
+        None,
+        description="Port of OpenAI's API over HTTP, at the address of gRPC and with its TLS and "
+        "clients; 0: any free one. None: no such API.",
+    )
+    http_allow_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(names_from)] = Field(
+        (),
+        description="Origins, such as `https://chat.example.org`, whose pages may call OpenAI's "
+        "API from a browser.",
+    )
     metrics_host: str = Field(
         "127.0.0.1", description="Address that the metrics listen on.", min_length=1
     )
@@ -51,7 +63,8 @@ class ListeningSettings(BaseModel):
     )
     max_message_bytes: Annotated[int, Ge(1024), Le(2**31 - 1)] | None = Field(
         None,
-        description="Largest gRPC message that is accepted. None: 128 bytes for each token of "
+        description="Largest gRPC message, and largest body of a request over HTTP, that is "
+        "accepted. None: 128 bytes for each token of "
         "the context, 4 MiB at least.",
     )
     max_streams_per_connection: Annotated[int, Ge(1), Le(2**31 - 1)] = Field(
@@ -67,6 +80,12 @@ class ListeningSettings(BaseModel):
     def _check_ports(self) -> ListeningSettings:
         if self.port and (self.host, self.port) == (self.metrics_host, self.metrics_port):
             raise conflict("metrics_port", str(self.metrics_port), "another port than 'port' has")
+        if self.http_port:
+            if self.http_port == self.port:
+                raise conflict("http_port", str(self.http_port), "another port than 'port' has")
+            if (self.host, self.http_port) == (self.metrics_host, self.metrics_port):
+                allowed = "another port than 'metrics_port' has"
+                raise conflict("http_port", str(self.http_port), allowed)
         return self
 
     @model_validator(mode="after")

@@ -68,6 +68,8 @@ class EngineConfig:
 
 def base_arguments(config: EngineConfig) -> dict[str, Any]:
     """Return vLLM's arguments for ``config``, without those of ``engine_args``."""
+    from vllm.config import StructuredOutputsConfig
+
     return {
         "model": str(config.model),
         "served_model_name": config.name,
@@ -82,6 +84,10 @@ def base_arguments(config: EngineConfig) -> dict[str, Any]:
         "enable_prefix_caching": True,
         "use_tqdm_on_load": False,
         "worker_extension_cls": "server.engine.worker_extension.WorkerExtension",
+        # A model that may write white space between the parts of JSON may do so for ever.
+        "structured_outputs_config": StructuredOutputsConfig(
+            backend="xgrammar", disable_any_whitespace=True
+        ),
     }
 
 

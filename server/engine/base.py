@@ -6,7 +6,7 @@ import enum
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from pruning.importance import BlockInfluence
 from pruning.plan import Plan
@@ -61,6 +61,31 @@ class CacheNamespace:
 EVERYONE = CacheNamespace("everyone")
 
 
+class StructureKind(enum.Enum):
+    """What a generated text is held to; the values are vLLM's names."""
+
+    JSON_SCHEMA = "json"
+    REGEX = "regex"
+    GRAMMAR = "grammar"
+    CHOICE = "choice"
+    # Any object of JSON.
+    JSON_OBJECT = "json_object"
+    # Tags around structured parts of the text, as calls of tools have; JSON of xgrammar's.
+    TAGS = "structural_tag"
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """The form that a generated text must have.
+
+    ``pattern`` is a JSON schema or tags as text, a regular expression, a grammar in EBNF, or the
+    texts to choose among; empty for any JSON object.
+    """
+
+    kind: StructureKind
+    pattern: str | tuple[str, ...] = ""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
     """How tokens are chosen and when to stop; ``None`` leaves it to the model's defaults."""
@@ -81,13 +106,25 @@ class SamplingOptions:
     include_stop: bool = False
     # How many of the most likely tokens are reported; None: no log-probabilities at all.
     logprobs: int | None = None
+    # The same for the tokens of the prompt, each but the first.
+    prompt_logprobs: int | None = None
+    # Added to the logits of tokens, by id.
+    logit_bias: Mapping[int, float] | None = None
+    # Texts that are never generated.
+    bad_words: tuple[str, ...] = ()
+    # The only tokens that may be generated; None: all.
+    allowed_token_ids: tuple[int, ...] | None = None
+    # Whether the text shows special tokens.
+    show_special_tokens: bool = False
+    structure: Structure | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One request to generate from ``prompt_ids`` with some layers left out.
 
-    Without a ``cache_namespace`` it shares entries of the prefix cache with no other request.
+    Without a ``cache_namespace`` it shares entries of the prefix cache with no other request, and
+    within one only with requests of an equal ``cache_salt``.
     """
 
     request_id: str
@@ -95,6 +132,7 @@ class GenerationRequest:
     layers: LayerSelection
     sampling: SamplingOptions
     cache_namespace: CacheNamespace | None = None
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +143,8 @@ class TokenScore:
     logprob: float
     text: str
     top: tuple[TokenScore, ...] = ()
+    # Whether no token was more likely; None where that was not looked at.
+    is_greedy: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +160,8 @@ class GenerationDelta:
     finish_reason: FinishReason | None = None
     # The stop string or the stop token that ended the request.
     stopped_by: str | int | None = None
+    # Those of the prompt's tokens but the first, where they were asked for, in the first delta.
+    prompt_scores: tuple[TokenScore, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +224,17 @@ class RepairsLayers(Protocol):
         model, and :class:`OSError` for a file that cannot be read.
         """
         ...
+
+
+@runtime_checkable
+class RunsVllm(Protocol):
+    """An engine of vLLM, whose configuration parts of vLLM outside the engine need, too.
+
+    It is known once the engine has been started.
+    """
+
+    @property
+    def vllm_config(self) -> Any: ...
 
 
 class Engine(Protocol):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from server.engine.base import SamplingOptions, TokenScore
+from server.engine.base import SamplingOptions, Structure, StructureKind, TokenScore
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.logprobs import Logprob
+    from vllm.sampling_params import StructuredOutputsParams
 
     from server.engine.model_tokenizer import ModelTokenizer
 
@@ -25,6 +26,7 @@ _SAME_NAME = (
     "seed",
     "min_tokens",
     "logprobs",
+    "prompt_logprobs",
 )
 
 
@@ -52,8 +54,26 @@ def sampling_params(
             "include_stop_str_in_output": options.include_stop,
             "output_kind": RequestOutputKind.DELTA,
             "extra_args": extra_args,
+            "logit_bias": options.logit_bias and dict(options.logit_bias),
+            "bad_words": list(options.bad_words),
+            "allowed_token_ids": options.allowed_token_ids and list(options.allowed_token_ids),
+            "skip_special_tokens": not options.show_special_tokens,
+            "structured_outputs": options.structure and _structured_outputs(options.structure),
         }
     )
+
+
+def _structured_outputs(structure: Structure) -> StructuredOutputsParams:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    match structure.kind:
+        case StructureKind.JSON_OBJECT:
+            return StructuredOutputsParams(json_object=True)
+        case StructureKind.CHOICE:
+            return StructuredOutputsParams(choice=list(structure.pattern))
+        case kind:
+            pattern: dict[str, Any] = {kind.value: structure.pattern}
+            return StructuredOutputsParams(**pattern)
 
 
 def token_scores(
@@ -61,8 +81,13 @@ def token_scores(
     logprobs: Sequence[Mapping[int, Logprob] | None] | None,
     num_top: int,
     tokenizer: ModelTokenizer,
+    *,
+    with_greedy: bool = False,
 ) -> tuple[TokenScore, ...]:
-    """Return the scores of ``token_ids``, each with the ``num_top`` most likely tokens."""
+    """Return the scores of ``token_ids``, each with the ``num_top`` most likely tokens.
+
+    ``with_greedy``: each says whether no token was more likely.
+    """
     if logprobs is None:
         return ()
     scores = []
@@ -78,5 +103,6 @@ def token_scores(
         )
         chosen = candidates[token_id]
         text = tokenizer.token_text(token_id)
-        scores.append(TokenScore(token_id, chosen.logprob, text, top))
+        is_greedy = chosen.rank == 1 if with_greedy else None
+        scores.append(TokenScore(token_id, chosen.logprob, text, top, is_greedy))
     return tuple(scores)

@@ -26,6 +26,7 @@ from server.engine.fork_server import forked_engines
 from server.engine.generation_defaults import GenerationDefaults
 from server.engine.model_tokenizer import ModelTokenizer
 from server.engine.partial_character import go_on_within_character
+from server.engine.pattern_check import PatternCheck
 from server.engine.sampling import sampling_params, token_scores
 from server.engine.start_failure import named_failures
 from server.engine.stops import Stops
@@ -55,6 +56,7 @@ class VllmClient:
         self._defaults: dict[str, Any] = {}
         self._default_stop: tuple[str, ...] = ()
         self._tokenizer: ModelTokenizer | None = None
+        self._patterns: PatternCheck | None = None
 
     async def start(
         self, configure: Callable[[], VllmConfig], stat_loggers: Sequence[Any] = ()
@@ -64,6 +66,7 @@ class VllmClient:
         await asyncio.to_thread(self._start, configure, stat_loggers)
         config = self.model_config
         self._tokenizer = ModelTokenizer(self._require_llm().get_tokenizer(), self.model_name)
+        self._patterns = PatternCheck(str(config.tokenizer), config.get_vocab_size())
         self._defaults = config.get_diff_sampling_param()
         # The server's own limit on the length of an answer comes from the request or the context.
         self._defaults.pop("max_tokens", None)
@@ -125,6 +128,8 @@ class VllmClient:
         processor.add_request = add  # type: ignore[method-assign]
 
     async def shutdown(self) -> None:
+        if self._patterns is not None:
+            await self._patterns.close()
         if self._llm is not None:
             llm, self._llm = self._llm, None
             if llm.output_handler is not None:
@@ -205,13 +210,25 @@ class VllmClient:
         tokenizer = self.tokenizer
         stops = Stops.of(options, tokenizer.special_tokens, self._default_stop)
         vllm_options = replace(options, stop=stops.strings, stop_token_ids=stops.token_ids)
+        if options.structure is not None and self._patterns is not None:
+            await self._patterns.check(options.structure)
         params = self.sampling_params(vllm_options, extra_args)
         with self._errors() as llm:
             outputs = llm.generate(_prompt(prompt_ids, cache_salt), params, request_id)
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
                     delta = _delta(output, options, stops, tokenizer)
-                    _check_finite(output, delta.scores, depth)
+                    if output.prompt_logprobs:
+                        delta = replace(
+                            delta,
+                            prompt_scores=token_scores(
+                                prompt_ids,
+                                output.prompt_logprobs,
+                                options.prompt_logprobs or 0,
+                                tokenizer,
+                            ),
+                        )
+                    _check_finite(output, (*delta.prompt_scores, *delta.scores), depth)
                     yield delta
 
     async def prefill(
@@ -257,7 +274,9 @@ class VllmClient:
                     _finish_reason(output.outputs[0].finish_reason)
                     if output.prompt_logprobs:
                         logprobs = output.prompt_logprobs
-                        scores += token_scores(token_ids, logprobs, num_top, self.tokenizer)
+                        scores += token_scores(
+                            token_ids, logprobs, num_top, self.tokenizer, with_greedy=True
+                        )
                     _check_finite(output, scores, depth)
         return scores
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from server.access.authenticator import Authenticator
 from server.access.certificates import CertificateFiles, Certificates
 from server.access.clients import ClientList, load_clients
 from server.access.file_watch import FileWatch
 from server.errors import InvalidArgument
-from server.rpc.authentication import Authenticator
 from server.rpc.tls import ServerTls
 from server.telemetry.metrics import Metrics
 
@@ -83,6 +83,7 @@ class Access:
         self._files = files
         self._metrics = metrics
         self.tls = None if self._certificates is None else ServerTls(self._certificates)
+        self._followers: list[Callable[[Certificates], None]] = []
         self.authenticator = Authenticator(
             clients,
             requires_certificates=self.tls is not None and self.tls.requires_client_certificates,
@@ -94,6 +95,15 @@ class Access:
             FileWatch(lambda: self._files.clients_paths, self._read_clients, "clients"),
         )
         self._note_expiry()
+
+    @property
+    def certificates(self) -> Certificates | None:
+        """The certificates in force; None: connections are plain text."""
+        return self._certificates
+
+    def add_follower(self, install: Callable[[Certificates], None]) -> None:
+        """Call ``install`` with the certificates whenever others come into force."""
+        self._followers.append(install)
 
     @property
     def problems(self) -> list[str]:
@@ -158,6 +168,8 @@ class Access:
         assert self._certificates is not None
         self._certificates = replace(self._certificates, **changed)
         self.tls.install(self._certificates)
+        for install in self._followers:
+            install(self._certificates)
 
     def _note_expiry(self) -> None:
         if self._certificates is not None:

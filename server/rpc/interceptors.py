@@ -11,11 +11,12 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health
 
+from server.access.authenticator import Authenticator
 from server.access.clients import Permission
 from server.calls.call_record import CallRecord, set_current_call
 from server.calls.caller import set_caller
 from server.errors import InvalidArgument
-from server.rpc.authentication import Authenticator, caller_of
+from server.rpc.authentication import caller_of, client_of
 from server.rpc.reflection import SERVICE_NAMES as REFLECTION
 from server.rpc.status import code_of, status_of
 
@@ -87,7 +88,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         async def guarded(requests: Any, context: Any) -> AsyncIterator[Any]:
             try:
-                self._authenticator.client(context)
+                client_of(self._authenticator, context)
             except Exception as error:
                 await _abort(context, error)
             behavior: Any = handler.stream_stream
@@ -118,7 +119,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             timeout = context.time_remaining()
             try:
                 record.caller = caller_of(context, None)
-                client = self._authenticator.client(context)
+                client = client_of(self._authenticator, context)
                 record.caller = caller_of(context, client)
                 self._authenticator.require(permission, client)
                 set_caller(record.caller)

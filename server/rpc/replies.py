@@ -111,6 +111,7 @@ def logprob_message(score: TokenScore) -> inference_pb2.TokenLogprob:
         logprob=score.logprob,
         text=score.text,
         top=map(logprob_message, score.top),
+        is_greedy=score.is_greedy,
     )
 
 

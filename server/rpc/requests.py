@@ -24,7 +24,7 @@ from server.calls.generation import (
 from server.depth.auto_rules import AutoRules
 from server.depth.levels import LevelSpec
 from server.depth.policy import Auto, DepthChoice, Layers, NamedLevel, PruneRatio
-from server.engine.base import SamplingOptions
+from server.engine.base import SamplingOptions, Structure, StructureKind
 from server.errors import InvalidArgument
 from server.rpc.generated.fathom.v1 import common_pb2, control_pb2, inference_pb2
 
@@ -33,6 +33,8 @@ _MAX_STOPS, _MAX_STOP_CHARACTERS = 16, 256
 _MAX_STOP_TOKENS = 128
 _MAX_CHAT_MESSAGES, _MAX_ROLE_CHARACTERS = 1024, 64
 _MAX_LEVELS = 64
+_MAX_BIASES, _MAX_BIAS = 1024, 100.0
+_MAX_BAD_WORDS, _MAX_BAD_WORD_CHARACTERS = 128, 256
 
 _MAX_SEED = 2**63 - 1
 _MAX_TEMPERATURE = 2.0  # as in OpenAI's API; vLLM refuses what is above
@@ -204,7 +206,50 @@ def _sampling(request: inference_pb2.GenerateRequest) -> SamplingOptions:
         ignore_eos=stop.ignore_eos,
         include_stop=stop.include_stop,
         logprobs=output.logprobs if output.HasField("logprobs") else None,
+        logit_bias=_logit_bias(sampling),
+        bad_words=_bad_words(sampling),
+        allowed_token_ids=(
+            tuple(sampling.allowed_token_ids.ids)
+            if sampling.HasField("allowed_token_ids")
+            else None
+        ),
+        show_special_tokens=request.show_special_tokens,
+        structure=_structure(request.structure),
     )
+
+
+def _logit_bias(sampling: inference_pb2.SamplingParams) -> dict[int, float] | None:
+    _check_count(sampling.logit_bias, "sampling.logit_bias", _MAX_BIASES)
+    for token_id, bias in sampling.logit_bias.items():
+        if not -_MAX_BIAS <= bias <= _MAX_BIAS:
+            allowed = f"{-_MAX_BIAS:g} to {_MAX_BIAS:g}"
+            raise InvalidArgument(f"sampling.logit_bias[{token_id}]", bias, allowed)
+    return dict(sampling.logit_bias) or None
+
+
+def _bad_words(sampling: inference_pb2.SamplingParams) -> tuple[str, ...]:
+    _check_count(sampling.bad_words, "sampling.bad_words", _MAX_BAD_WORDS)
+    for i, word in enumerate(sampling.bad_words):
+        if not 1 <= len(word) <= _MAX_BAD_WORD_CHARACTERS:
+            allowed = f"1 to {_MAX_BAD_WORD_CHARACTERS} characters"
+            raise InvalidArgument(f"sampling.bad_words[{i}]", word, allowed)
+    return tuple(sampling.bad_words)
+
+
+def _structure(structure: inference_pb2.Structure) -> Structure | None:
+    match structure.WhichOneof("form"):
+        case "json_schema":
+            return Structure(StructureKind.JSON_SCHEMA, structure.json_schema)
+        case "regex":
+            return Structure(StructureKind.REGEX, structure.regex)
+        case "grammar":
+            return Structure(StructureKind.GRAMMAR, structure.grammar)
+        case "choices":
+            return Structure(StructureKind.CHOICE, tuple(structure.choices.texts))
+        case "json_object":
+            return Structure(StructureKind.JSON_OBJECT)
+        case _:
+            return None
 
 
 def _check_count(values: Sized, field: str, most: int) -> None:

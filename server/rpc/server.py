@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from server.access.authenticator import Authenticator
 from server.access.listening import cannot_listen
 from server.background import BackgroundTask
 from server.calls.call_record import CallRecord
 from server.errors import InvalidArgument
-from server.rpc.authentication import Authenticator
 from server.rpc.control import ControlServicer
 from server.rpc.generated.fathom.v1 import (
     control_pb2,

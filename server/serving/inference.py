@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractContextManager, aclosing, asynccontextmanager
 
 from server.calibration.policy_in_force import PolicyInForce
@@ -26,7 +26,9 @@ from server.engine.base import (
     EngineDead,
     GenerationDelta,
     GenerationRequest,
+    SamplingOptions,
 )
+from server.errors import InvalidArgument
 from server.serving.admission import Admission, Admitted
 from server.serving.attempts import Attempts, without_lost_repair
 from server.serving.engine_restarter import EngineRestarter
@@ -106,13 +108,15 @@ class Inference:
             # A depth that cannot be had is refused at once. The depth that the server chooses is
             # chosen when the request starts.
             _, served = self._in_force.policy.resolve(request.depth, request.prefill_depth)
+            _check_prompt_scores(sampling, served)
             self._auto.observe_arrival()
             async with self._slot(admitted, served, claim) as slot:
                 if self._queue.is_limited:
                     self._admission.begin(admitted)
                 layers, served = self._in_force.policy.resolve(request.depth, request.prefill_depth)
+                _check_prompt_scores(sampling, served)
                 preface: list[GenerationEvent] = [
-                    PromptInfo(admitted.request_id, len(prompt_ids), served)
+                    PromptInfo(admitted.request_id, len(prompt_ids), served, prompt_ids)
                 ]
                 if request.echo:
                     text = await self._prompts.text(request.prompt, prompt_ids, claim)
@@ -120,7 +124,12 @@ class Inference:
                 runner = RequestRunner(
                     self._engine,
                     GenerationRequest(
-                        admitted.engine_id, prompt_ids, layers, sampling, self._cache_namespace()
+                        admitted.engine_id,
+                        prompt_ids,
+                        layers,
+                        sampling,
+                        self._cache_namespace(),
+                        request.cache_salt,
                     ),
                     served,
                     arrived,
@@ -178,6 +187,12 @@ class Inference:
             claim = self._claim(admitted, deadline)
             return await self._prompts.tokenize(prompt, claim, special_tokens=special_tokens)
 
+    async def detokenize(self, token_ids: Sequence[int], *, deadline: float = math.inf) -> str:
+        """Return the text of tokens; it waits and counts as :meth:`tokenize` does."""
+        self._state.require_started()
+        with self._admit("") as admitted, self._restarter.errors():
+            return await self._prompts.detokenize(token_ids, self._claim(admitted, deadline))
+
     def _cache_namespace(self) -> CacheNamespace | None:
         return EVERYONE if self._share_prefix_cache else current_caller().cache_namespace
 
@@ -205,4 +220,15 @@ class Inference:
             admission=self._admission,
             auto=self._auto,
             metrics=self._metrics,
+        )
+
+
+def _check_prompt_scores(sampling: SamplingOptions, served: ServedDepth) -> None:
+    """Raise :class:`InvalidArgument` where the prompt's scores would be those of another depth."""
+    if sampling.prompt_logprobs is not None and served.prefill_layers != served.decode_layers:
+        raise InvalidArgument(
+            "output.prompt_logprobs",
+            sampling.prompt_logprobs,
+            f"none where the prompt runs at {served.prefill_layers} layers and generated tokens at "
+            f"{served.decode_layers}: Score runs scored tokens as generated ones",
         )

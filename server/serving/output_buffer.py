@@ -97,8 +97,10 @@ def merged(first: GenerationDelta, second: GenerationDelta) -> GenerationDelta:
         queue_seconds=first.queue_seconds,
         finish_reason=second.finish_reason,
         stopped_by=second.stopped_by,
+        prompt_scores=first.prompt_scores + second.prompt_scores,
     )
 
 
 def _size(delta: GenerationDelta) -> int:
-    return len(delta.token_ids) + sum(1 + len(score.top) for score in delta.scores)
+    scores = (*delta.prompt_scores, *delta.scores)
+    return len(delta.token_ids) + sum(1 + len(score.top) for score in scores)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from server.calls.generation import ChatPrompt, Prompt, Scoring, TextPrompt, TokenPrompt
+from server.calls.generation import (
+    ChatPrompt,
+    Prompt,
+    RenderedPrompt,
+    Scoring,
+    TextPrompt,
+    TokenPrompt,
+)
 from server.engine.base import Engine
 from server.errors import InvalidArgument
 from server.serving.fair_queue import Claim, FairQueue
@@ -133,6 +140,19 @@ class PromptReader:
         decode = self._engine.detokenize_prompt
         return await self._run(claim, lambda: decode(ids), len(ids), len(ids))
 
+    async def detokenize(self, token_ids: Sequence[int], claim: Claim) -> str:
+        """Return the text of tokens, up to the character that they end within, if they do.
+
+        Raises :class:`InvalidArgument` for ids that are not in the vocabulary, and for more of
+        them than the context holds.
+        """
+        model = self._engine.model
+        if len(token_ids) > model.max_context:
+            allowed = f"at most {model.max_context} tokens, the context"
+            raise InvalidArgument("token_ids.ids", f"{len(token_ids)} tokens", allowed)
+        check_ids(token_ids, "token_ids.ids", model.vocab_size)
+        return await self.text(TokenPrompt(()), token_ids, claim)
+
     def check_length(self, num_tokens: int, field: str) -> None:
         """Raise :class:`InvalidArgument` for more tokens than the context has room for."""
         longest = self._max_prompt_tokens
@@ -177,6 +197,7 @@ class PromptReader:
         match prompt:
             case TextPrompt(text):
                 await self._check_pieces(text, field, claim)
+                special_tokens = special_tokens and prompt.special_tokens
                 ids = self._ids(text, special_tokens=special_tokens)
                 return await self._run(claim, ids, len(text))
             case TokenPrompt(ids=token_ids):
@@ -184,6 +205,12 @@ class PromptReader:
             case ChatPrompt(messages):
                 return await self._run(
                     claim, lambda: self._engine.tokenize_chat(messages), _num_characters(prompt)
+                )
+            case RenderedPrompt(render, num_characters):
+                return await self._run(
+                    claim,
+                    lambda: self._engine.tokenize(render(), special_tokens=False),
+                    num_characters,
                 )
 
     def _ids(self, text: str, *, special_tokens: bool) -> Callable[[], list[int]]:
@@ -221,7 +248,7 @@ def field_of(prompt: Prompt, text_field: str, ids_field: str) -> str:
             return text_field
         case TokenPrompt():
             return ids_field
-        case ChatPrompt():
+        case ChatPrompt() | RenderedPrompt():
             return "chat.messages"
 
 
@@ -237,5 +264,7 @@ def _num_characters(prompt: Prompt) -> int:
             return len(text)
         case ChatPrompt(messages):
             return sum(len(message["content"]) for message in messages)
+        case RenderedPrompt(num_characters=num_characters):
+            return num_characters
         case TokenPrompt():
             return 0

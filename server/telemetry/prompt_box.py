@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import logging
 from collections.abc import Callable, Coroutine, Iterable
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 from threading import BoundedSemaphore
 from typing import TYPE_CHECKING, Any
 
+from server.access.authenticator import bearer_token
+from server.access.host_header import host_name, names_this_machine
 from server.depth.policy import DepthChoice, Layers, NamedLevel
 from server.errors import (
     DeadlineTooSoon,
@@ -130,7 +131,7 @@ class PromptBox:
     def _check_origin(self, environ: WSGIEnvironment) -> None:
         """Refuse what pages of other sites send, also under a name that leads to this machine."""
         host = environ.get("HTTP_HOST", "")
-        if self._backend.only_loopback and not _is_this_machine(_host_name(host)):
+        if self._backend.only_loopback and not names_this_machine(host_name(host)):
             allowed = "a name of this machine, such as localhost or 127.0.0.1"
             raise _Refused("403 Forbidden", f"Host: got {host[:80]!r}, allowed: {allowed}")
         origin = environ.get("HTTP_ORIGIN")
@@ -231,25 +232,4 @@ def _depth(value: object) -> DepthChoice:
 
 
 def _token(header: str | None) -> str | None:
-    if header is None:
-        return None
-    scheme, _, token = header.partition(" ")
-    if scheme.lower() != "bearer" or not token.strip():
-        raise Unauthenticated("authorization: allowed: Bearer with a token, once")
-    return token.strip()
-
-
-def _host_name(host: str) -> str:
-    """Return the name or address in a Host header, which may have a port after it."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0]
-
-
-def _is_this_machine(name: str) -> bool:
-    if name.lower().rstrip(".") == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
+    return None if header is None else bearer_token(header)

@@ -110,9 +110,7 @@ def span_attributes(record: CallRecord, model: str) -> dict[str, Attribute]:
     """Return the attributes of the span of a call, by the names of the semantic conventions."""
     host, _, port = record.caller.peer.rpartition(":")
     attributes: dict[str, Attribute | None] = {
-        "rpc.system.name": "grpc",
-        "rpc.method": record.method,
-        "rpc.response.status_code": record.code,
+        **_transport(record),
         "error.type": None if record.code == "OK" else record.code,
         "client.address": host.strip("[]") or None,
         "client.port": int(port) if port.isdigit() else None,
@@ -131,7 +129,9 @@ def span_attributes(record: CallRecord, model: str) -> dict[str, Attribute]:
             "gen_ai.provider.name": "fathom",
             "gen_ai.output.type": "text",
             "gen_ai.request.model": model or None,
-            "gen_ai.request.stream": record.method.endswith("Stream"),
+            "gen_ai.request.stream": (
+                record.method.endswith("Stream") if record.is_stream is None else record.is_stream
+            ),
             "gen_ai.request.max_tokens": sampling.max_tokens,
             "gen_ai.request.temperature": sampling.temperature,
             "gen_ai.request.top_p": sampling.top_p,
@@ -150,6 +150,21 @@ def span_attributes(record: CallRecord, model: str) -> dict[str, Attribute]:
         if record.finish_reason is not None:
             attributes["gen_ai.response.finish_reasons"] = [record.finish_reason.value]
     return {name: value for name, value in attributes.items() if value is not None}
+
+
+def _transport(record: CallRecord) -> dict[str, Attribute | None]:
+    method, is_http, path = record.method.partition(" ")
+    if is_http:
+        return {
+            "http.request.method": method,
+            "http.route": path,
+            "http.response.status_code": record.http_status,
+        }
+    return {
+        "rpc.system.name": "grpc",
+        "rpc.method": method,
+        "rpc.response.status_code": record.code,
+    }
 
 
 def _is_installed() -> bool:

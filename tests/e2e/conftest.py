@@ -9,12 +9,15 @@ import pytest
 
 from server.rpc.client import Client
 from tests.e2e.running_server import RunningServer, running_server
+from tests.fathom_command import free_ports
 
 
 @pytest.fixture(scope="package")
 def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """Serves the demo model with compiled layers, and a state directory that was empty."""
-    with running_server(tmp_path_factory.mktemp("demo"), compile_layers=True) as server:
+    (http_port,) = free_ports(1)
+    directory = tmp_path_factory.mktemp("demo")
+    with running_server(directory, compile_layers=True, http_port=http_port) as server:
         yield server
     assert "Traceback" not in server.log, server.log
 

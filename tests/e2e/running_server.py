@@ -52,6 +52,8 @@ class RunningServer:
         free_port, metrics_port = free_ports(2)
         self.port = int(str(settings.pop("port", free_port)))
         self.metrics_port = int(str(settings.pop("metrics_port", metrics_port)))
+        http_port = settings.get("http_port")
+        self.http_port = None if http_port is None else int(str(http_port))
         self.state_directory = Path(str(settings.pop("state_dir", directory / "state")))
         self._log = directory / "log"
         chosen = {

@@ -108,6 +108,7 @@ def at(server: RunningServer, text: str) -> str:
     for host in ("127.0.0.1", "localhost"):
         text = text.replace(f"{host}:50051", server.address)
         text = text.replace(f"{host}:9090", f"127.0.0.1:{server.metrics_port}")
+        text = text.replace(f"{host}:8000", f"127.0.0.1:{server.http_port}")
     return text
 
 

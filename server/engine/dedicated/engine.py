@@ -50,7 +50,7 @@ from server.errors import FailedPrecondition, FathomError, Unavailable
 from server.file_hashes import FileHashes
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig
+    from vllm.config import ModelConfig, VllmConfig
 
     from server.engine.dedicated.vllm_metrics import Registry
 
@@ -101,6 +101,7 @@ class DedicatedEngine:
         self._preparing, self._starting = asyncio.Lock(), asyncio.Lock()
         self._checkpoints: CheckpointStore | None = None
         self._metrics: Any = None
+        self._vllm_config: VllmConfig | None = None
 
     async def start(self) -> None:
         """Read the model's configuration and tokenizer; :meth:`prepare` starts the engines.
@@ -183,6 +184,12 @@ class DedicatedEngine:
         return self._model
 
     @property
+    def vllm_config(self) -> VllmConfig:
+        """The configuration of the model as a whole: each level's engine has one of its own."""
+        assert self._vllm_config is not None, "the engine has not been started"
+        return self._vllm_config
+
+    @property
     def is_alive(self) -> bool:
         return any(engine.is_alive for engine in self._engines.values())
 
@@ -218,7 +225,7 @@ class DedicatedEngine:
                 request.request_id,
                 request.prompt_ids,
                 request.sampling,
-                cache_salt=cache_salt(request.layers, request.cache_namespace),
+                cache_salt=cache_salt(request.layers, request.cache_namespace, request.cache_salt),
                 depth=request.layers.depth_text(self.model.num_layers),
             )
             async with aclosing(deltas):
@@ -302,9 +309,10 @@ class DedicatedEngine:
             arguments |= cpu_arguments(config, quantized=quantized)
         try:
             engine_args = AsyncEngineArgs(**{**arguments, **config.engine_args})
-            model_config = engine_args.create_engine_config().model_config
+            self._vllm_config = engine_args.create_engine_config()
         except Exception as error:  # its checks raise what they like
             raise refusal(error, config) from error
+        model_config = self._vllm_config.model_config
         return model_config, cached_tokenizer_from_config(model_config)
 
     def _shares(self, levels: Mapping[str, LayerSelection]) -> dict[LayerSelection, float]:

@@ -84,6 +84,7 @@ class ElasticEngine:
         self._measuring = asyncio.Lock()
         # Files of the maps that requests may ask for, by fingerprint.
         self._repairs: dict[str, Path] = {}
+        self._vllm_config: VllmConfig | None = None
 
     async def start(self) -> None:
         """Load the model, or load it again after its process has ended.
@@ -120,7 +121,13 @@ class ElasticEngine:
         except Exception as error:  # its checks raise what they like
             raise refusal(error, self._config) from error
         check_kv_cache(config, self._config.kv_cache_gib)
+        self._vllm_config = config
         return config
+
+    @property
+    def vllm_config(self) -> VllmConfig:
+        assert self._vllm_config is not None, "the engine has not been started"
+        return self._vllm_config
 
     async def _compile_layers(self) -> None:
         if not compiles_layers(self._config):
@@ -227,7 +234,7 @@ class ElasticEngine:
             request.prompt_ids,
             request.sampling,
             Payload(request.layers).to_extra_args(),
-            cache_salt=cache_salt(request.layers, request.cache_namespace),
+            cache_salt=cache_salt(request.layers, request.cache_namespace, request.cache_salt),
             depth=request.layers.depth_text(self.model.num_layers),
         )
 

@@ -70,6 +70,15 @@ def test_a_request_whose_prompt_runs_other_layers_shares_with_none(
     assert is_shared == (prefill == decode)
 
 
+@given(selections, namespaces, namespaces, hostile, hostile)
+def test_a_salt_of_the_client_splits_a_namespace_and_joins_none(
+    layers: LayerSelection, namespace: CacheNamespace, other: CacheNamespace, mine: str, its: str
+) -> None:
+    is_uniform = layers.prefill_skips == layers.decode_skips
+    may_share = is_uniform and (namespace, mine) == (other, its)
+    assert (cache_salt(layers, namespace, mine) == cache_salt(layers, other, its)) == may_share
+
+
 @given(selections, st.one_of(namespaces, st.none()))
 def test_no_text_of_a_client_is_in_a_salt(
     layers: LayerSelection, namespace: CacheNamespace | None

@@ -92,7 +92,11 @@ class Deployment:
             every_depth=True,
         )
         store = RecordingStore(self.saved)
-        self.service.open(DepthPolicy(make_plan(), LEVELS), calibrator, store)
+        self.service.open(self.policy(), calibrator, store)
+
+    def policy(self) -> DepthPolicy:
+        """Return the policy that is served at first."""
+        return DepthPolicy(make_plan(), LEVELS)
 
     async def close(self) -> None:
         await self.client.close()

@@ -121,6 +121,46 @@ CASES: list[tuple[Change, grpc.StatusCode, str]] = [
         f"stop.stop[0]: got 'x{'x' * 75}..., allowed: 1 to 256 characters",
     ),
     (
+        lambda r: r.sampling.logit_bias.update({5: 101.0}),
+        INVALID,
+        "sampling.logit_bias[5]: got 101.0, allowed: -100 to 100",
+    ),
+    (
+        lambda r: r.sampling.logit_bias.update({258: 1.0}),
+        INVALID,
+        "sampling.logit_bias: got 258, allowed: ids of 0 to 257",
+    ),
+    (
+        lambda r: r.sampling.bad_words.extend(["a"] * 129),
+        INVALID,
+        "sampling.bad_words: got '129 entries', allowed: at most 128",
+    ),
+    (
+        lambda r: r.sampling.bad_words.append(""),
+        INVALID,
+        "sampling.bad_words[0]: got '', allowed: 1 to 256 characters",
+    ),
+    (
+        lambda r: r.sampling.allowed_token_ids.SetInParent(),
+        INVALID,
+        "sampling.allowed_token_ids: got [], allowed: at least one token id",
+    ),
+    (
+        lambda r: r.sampling.allowed_token_ids.ids.append(258),
+        INVALID,
+        "sampling.allowed_token_ids[0]: got 258, allowed: 0 to 257",
+    ),
+    (
+        lambda r: setattr(r.structure, "regex", ""),
+        INVALID,
+        "structure: got '0 characters', allowed: 1 to 65536 characters",
+    ),
+    (
+        lambda r: r.structure.choices.texts.extend(["a", ""]),
+        INVALID,
+        "structure: got '2 texts', allowed: 1 to 1024 texts that are not empty",
+    ),
+    (
         lambda r: r.stop.stop.extend("x" * 17),
         INVALID,
         "stop.stop: got '17 entries', allowed: at most 16",

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from server.access.authenticator import Authenticator
 from server.access.clients import load_clients
 from server.calls.call_record import CallRecord
 from server.config import load_settings
 from server.page_prompts import PagePrompts
-from server.rpc.authentication import Authenticator
 from server.telemetry import prompt_box
 from server.telemetry.http_pages import Probes
 from server.telemetry.metrics_server import MetricsServer
