@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pruning.probes import Probes
 from pruning.quality import Quality
 from pruning.repair import RepairError
 from server.calibration.calibrator import Calibrator, OnProgress
@@ -16,14 +18,19 @@ from server.depth.levels import DepthPair
 from server.depth.policy import DepthPolicy
 from server.engine.base import RepairsLayers
 
+# Standard errors by which a probe must be worse to count.
+_NUM_STDERRS = 2.0
+# By how much the share of repeated 4-grams may rise: its noise is not known.
+_MAX_MORE_REPEATED = 0.05
+
 logger = logging.getLogger(__name__)
 
 
 def what_is_not_better(before: Quality, after: Quality) -> str:
     """Return what of the quality on held-out text is not better than before; empty: nothing.
 
-    Everything that decides whether healed maps are used is compared here, offline and in the
-    server.
+    This decides whether healed maps are used, offline and in the server, and there
+    :func:`what_is_worse` does, too.
     """
     problems = []
     for name, old, new in (
@@ -35,6 +42,48 @@ def what_is_not_better(before: Quality, after: Quality) -> str:
         elif new >= old:
             problems.append(f"{name} {new:.4g}, before: {old:.4g}")
     return "; ".join(problems)
+
+
+def what_is_worse(before: Probes, after: Probes) -> str:
+    """Return what a level does worse than before, by its probes; empty: nothing.
+
+    The probes are small, so that a difference counts only beyond its noise. What was not measured
+    of both is not compared.
+    """
+    problems = []
+    old, new = before.writing, after.writing
+    if old is not None and new is not None:
+        if _exceeds(new.ratio, new.ratio_stderr, old.ratio, old.ratio_stderr):
+            problems.append(
+                f"written text has {new.ratio:.3g} times dense's perplexity, "
+                f"before: {old.ratio:.3g}"
+            )
+        if new.repeated_share > old.repeated_share + _MAX_MORE_REPEATED:
+            problems.append(
+                f"repeats {100 * new.repeated_share:.0f} % of what it writes, "
+                f"before: {100 * old.repeated_share:.0f} %"
+            )
+    chose, chooses = before.choosing, after.choosing
+    if (
+        chose is not None
+        and chooses is not None
+        and _exceeds(
+            chose.accuracy, chose.accuracy_stderr, chooses.accuracy, chooses.accuracy_stderr
+        )
+    ):
+        problems.append(
+            f"chooses {100 * chooses.accuracy:.0f} % right, before: {100 * chose.accuracy:.0f} %"
+        )
+    return "; ".join(problems)
+
+
+def _exceeds(
+    value: float | None, stderr: float | None, other: float | None, other_stderr: float | None
+) -> bool:
+    """Return whether ``value`` is larger by more than the noise of the two."""
+    if value is None or other is None:
+        return False
+    return value - other > _NUM_STDERRS * math.hypot(stderr or 0.0, other_stderr or 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +135,8 @@ class HealedLevels:
     ) -> Judgement:
         """Load the maps in ``path`` into the engine, and compare them with those of ``policy``.
 
-        They are better only if they are at every level that they serve. Raises
+        They are better only if they are at every level that they serve, and are probed only if
+        they are. Raises
         :class:`RepairError` and :class:`OSError` for maps that cannot be loaded, and
         :class:`EngineDead`.
         """
@@ -100,7 +150,17 @@ class HealedLevels:
             for pair in pairs
             if (problem := what_is_not_better(before[pair], after[pair]))
         ]
-        return Judgement(healed.with_measurements(after, {}), fingerprint, "; ".join(problems))
+        probes: dict[DepthPair, Probes] = {}
+        if not problems:
+            old = await self._probes(policy, pairs, on_progress)
+            probes = await self._probes(healed, pairs, on_progress)
+            problems = [
+                f"{problem} at {_depth(pair)}"
+                for pair in pairs
+                if (problem := what_is_worse(old[pair], probes[pair]))
+            ]
+        judged = healed.with_measurements(after, {}, probes)
+        return Judgement(judged, fingerprint, "; ".join(problems))
 
     async def install(self, path: Path) -> str:
         """Let the engine load the maps from this file from now on; return their fingerprint."""
@@ -117,6 +177,15 @@ class HealedLevels:
             policy,
             pairs,
             lambda missing: self._calibrator.measure_quality(policy, missing, on_progress),
+        )
+
+    async def _probes(
+        self, policy: DepthPolicy, pairs: Sequence[DepthPair], on_progress: OnProgress
+    ) -> dict[DepthPair, Probes]:
+        return await self._store.probes(
+            policy,
+            pairs,
+            lambda missing: self._calibrator.measure_probes(policy, missing, on_progress),
         )
 
 

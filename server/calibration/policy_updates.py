@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from pruning.plan import Plan
@@ -193,9 +194,11 @@ class PolicyUpdates:
 
     async def _renew_repair(self, repairer: Repairer) -> None:
         installed = await repairer.install()
-        policy, status = await repairer.judged(self._in_force.policy, installed.repair)
+        # Levels with healed maps would be the same with and without.
+        unhealed = replace(self._in_force.policy, healed={})
+        policy, status = await repairer.judged(unhealed, installed.repair)
         if status.in_force is not None:
-            policy = await self._kept_or_measured(policy)
+            policy = await self._kept_or_measured(self._in_force.policy.with_repair(policy.repair))
             # SetPolicy may have changed the policy meanwhile; its changes stay.
             self._in_force.install(
                 with_found_levels(

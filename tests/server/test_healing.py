@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from pruning.probes import Choosing, Probes, Writing
 from pruning.quality import Quality
 from pruning.repair import (
     Healing,
@@ -25,7 +26,7 @@ from pruning.repair import (
 )
 from pruning.repair.healing_job import HealingJob
 from server.calibration.healed_store import HealedStore
-from server.calibration.healing import what_is_not_better
+from server.calibration.healing import what_is_not_better, what_is_worse
 from server.depth.levels import DepthPair, LevelSpec
 from server.depth.policy import DepthPolicy
 from server.engine.base import EngineDead, LayerSelection, ProgressCallback
@@ -138,6 +139,50 @@ def test_better_is_better_in_perplexity_and_divergence() -> None:
     not_measured = "divergence from the dense model was not measured"
     assert what_is_not_better(before, quality(9.0, None)) == not_measured
     assert what_is_not_better(quality(10.0, None), quality(9.0, 0.4)) == not_measured
+
+
+def test_a_probe_counts_beyond_its_noise() -> None:
+    before = probes(ratio=1.5, repeated=0.10, accuracy=0.60)
+    assert what_is_worse(before, before) == ""
+    assert what_is_worse(before, probes(ratio=1.7, repeated=0.14, accuracy=0.50)) == ""
+    worse = what_is_worse(before, probes(ratio=1.9, repeated=0.20, accuracy=0.40))
+    assert worse == (
+        "written text has 1.9 times dense's perplexity, before: 1.5; repeats 20 % of what it "
+        "writes, before: 10 %; chooses 40 % right, before: 60 %"
+    )
+    assert what_is_worse(before, Probes(None, None)) == ""
+    assert what_is_worse(Probes(None, None), before) == ""
+
+
+def probes(ratio: float, repeated: float, accuracy: float) -> Probes:
+    return Probes(
+        Writing(3 * ratio, 3.0, ratio, 0.1, repeated, 0.05, 0.2, 16, 768),
+        Choosing(accuracy, 0.05, 0.8, 0.05, 64, 0.25),
+    )
+
+
+async def test_a_level_that_does_worse_by_its_probes_keeps_its_maps(
+    tmp_path: Path,
+    trained: list[HealingJob],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    compared: list[tuple[Probes, Probes]] = []
+
+    def worse(before: Probes, after: Probes) -> str:
+        compared.append((before, after))
+        return "chooses 20 % right, before: 40 %"
+
+    monkeypatch.setattr("server.calibration.healing.what_is_worse", worse)
+    started = Started(tmp_path, HealingEngine(), heal="true")
+    policy = await started.run()
+    assert started.startup.healer is not None
+    await started.startup.healer.run()
+    assert started.policy.healed == policy.healed == {}
+    assert len(compared) == 2, "at both levels"
+    assert all(isinstance(each, Probes) for pair in compared for each in pair)
+    assert "are not used: chooses 20 % right, before: 40 % at depth 4" in caplog.text
+    await started.service.close()
 
 
 async def test_kept_maps_are_used_where_they_are_better(tmp_path: Path) -> None:
