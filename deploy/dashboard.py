@@ -87,6 +87,7 @@ def _dashboard() -> dashboard.Dashboard:
         ("Latency", _latency_panels()),
         ("Load", _load_panels()),
         ("Model", _model_panels()),
+        ("Repair", _repair_panels()),
         ("Health", _health_panels()),
     ):
         board.with_row(dashboard.Row(title))
@@ -300,6 +301,33 @@ def _model_panels() -> list[Any]:
     ]
 
 
+def _repair_panels() -> list[Any]:
+    """Empty where the settings ask for no repair."""
+    return [
+        _stat("Replicas with repair", "percentunit")
+        .description("Share of those that are to have it; the log and GetStatus say why not all.")
+        .with_target(_query(f"avg(fathom_repair_up{{{_CHOSEN}}})", "with repair").instant()),
+        _bars("KL divergence of the levels", "short")
+        .description("Mean over the levels, in nats, with the maps and without, as last compared.")
+        .with_target(
+            _query(
+                f"max by (repair) (fathom_repair_kl_nats{{{_CHOSEN}}})", "{{repair}} repair"
+            ).instant()
+        ),
+        _bars("What repair leaves unexplained, by layer", "percentunit")
+        .max(1)
+        .description("Share of what the layer adds that its map does not.")
+        .with_target(
+            _query(
+                f"max by (layer) (fathom_repair_unexplained_share{{{_CHOSEN}}})", "{{layer}}"
+            ).instant()
+        ),
+        _stat("Memory of the maps", "bytes").with_target(
+            _query(f"max(fathom_repair_bytes{{{_CHOSEN}}})", "of each replica").instant()
+        ),
+    ]
+
+
 def _health_panels() -> list[Any]:
     return [
         _stat("Engines up", "short").with_target(
@@ -314,6 +342,14 @@ def _health_panels() -> list[Any]:
             _query(
                 f"sum by (direction) (increase(fathom_policy_changes_total{{{_CHOSEN}}}[1h]))",
                 "{{direction}}",
+            ).instant()
+        ),
+        _stat("Results that are not finite", "short")
+        .description("Requests of the last hour that ended because of them, by depth.")
+        .with_target(
+            _query(
+                f"sum by (depth) (increase(fathom_non_finite_results_total{{{_CHOSEN}}}[1h]))",
+                "{{depth}} layers",
             ).instant()
         ),
         _bars("Start, by phase", "s").with_target(

@@ -234,6 +234,8 @@ class Metrics:
     def set_policy(self, policy: DepthPolicy) -> None:
         """Show the measurements, scores and levels of this policy."""
         self._policy.policy = policy
+        for level in policy.levels:  # so that the first failure at a level is an increase
+            self._non_finite_results.labels(level.decode_layers)
 
     def set_repair(self, status: RepairStatus) -> None:
         """Show what stands in for skipped layers."""

@@ -32,7 +32,7 @@ ABSENT = re.compile(r"absent\((.+)\)")
 
 
 class TlsServer(RunningServer):
-    """Has a certificate, whose expiry is a metric."""
+    """Has a certificate, whose expiry is a metric, and repair."""
 
     tls: ClientTls
 
@@ -46,7 +46,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsServer]:
     authority = Authority()
     certificate, key = authority.issue("server").write(directory, "server")
     TlsServer.tls = ClientTls(ca=authority.pem)
-    server = TlsServer(directory, tls_certificate=certificate, tls_key=key)
+    server = TlsServer(directory, tls_certificate=certificate, tls_key=key, repair="closed-form")
     try:
         server.wait_until_serving()
         yield server
