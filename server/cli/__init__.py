@@ -9,6 +9,7 @@ import typer
 
 from server.cli.bench import bench
 from server.cli.calibrate import calibrate
+from server.cli.evaluate import evaluate
 from server.cli.export import export
 from server.cli.generate import generate
 from server.cli.heal import heal
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 for command in (serve, generate, model, calibrate, export, quantize, heal, health):
     app.command()(command)
+app.command("eval")(evaluate)
 # Its benchmarks have commands and options of their own.
 app.command(
     add_help_option=False,

@@ -1,0 +1,1 @@
+"""Evaluation of a live server by lm-evaluation-harness, over gRPC."""
