@@ -89,7 +89,7 @@ def test_what_cannot_be_folded_is_refused(
     small_quantized: Path,
     tmp_path: Path,
 ) -> None:
-    common = ["--depth", "2", tmp_path / "out"]
+    common: list[str | Path] = ["--depth", "2", tmp_path / "out"]
     found = refusal(*arguments, "--repair", "closed-form", *common)
     assert "--repair: got 'closed-form', allowed: none, folded; the maps of the server" in found
     found = refusal(*arguments, "--repair", "no", *common)
