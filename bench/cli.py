@@ -7,7 +7,18 @@ import sys
 
 import typer
 
-from bench import bystander, calibration, fleet, mixed, peers, profile, startup, throughput
+from bench import (
+    bystander,
+    calibration,
+    depth_quality,
+    fleet,
+    mixed,
+    peers,
+    profile,
+    repair,
+    startup,
+    throughput,
+)
 from bench.options import command
 from bench.plots import MatplotlibMissing
 from bench.subjects.server_process import ServerFailed
@@ -26,6 +37,8 @@ app.command("throughput")(with_connection(command(throughput.ThroughputOptions, 
 app.command("peers")(command(peers.PeersOptions, peers.run))
 app.command("mixed")(command(mixed.MixedOptions, mixed.run))
 app.command("calibration")(command(calibration.CalibrationOptions, calibration.run))
+app.command("depth-quality")(command(depth_quality.DepthQualityOptions, depth_quality.run))
+app.command("repair")(command(repair.RepairOptions, repair.run))
 app.command("startup")(command(startup.StartupOptions, startup.run))
 app.command("bystander")(command(bystander.BystanderOptions, bystander.run))
 app.command("fleet")(with_connection(command(fleet.FleetBenchOptions, fleet.run)))

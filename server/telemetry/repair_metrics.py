@@ -12,21 +12,21 @@ from server.depth.repair import RepairStatus, StandIn
 
 
 class RepairCollector(Collector):
-    """Shows one :class:`RepairStatus`; there are no samples where no repair is wanted."""
+    """Shows one :class:`RepairStatus`; families have no samples where no repair is wanted."""
 
     def __init__(self) -> None:
         self.status = RepairStatus()
 
     def collect(self) -> Iterator[Metric]:
         status = self.status
-        if status.wanted is StandIn.NONE:
-            return
         repair = status.in_force
-        yield GaugeMetricFamily(
+        is_up = GaugeMetricFamily(
             "fathom_repair_up",
             "Whether maps stand in for skipped layers, as the settings ask for.",
-            value=float(repair is not None),
+            labels=[],
         )
+        if status.wanted is not StandIn.NONE:
+            is_up.add_metric([], float(repair is not None))
         divergence = GaugeMetricFamily(
             "fathom_repair_kl_nats",
             "Mean KL divergence of the levels from dense, in nats, with the maps and without.",
@@ -35,26 +35,22 @@ class RepairCollector(Collector):
         for label, value in (("with", status.kl_nats), ("without", status.kl_nats_without)):
             if value is not None:
                 divergence.add_metric([label], value)
-        yield divergence
-        if repair is None:
-            return
         info = GaugeMetricFamily(
             "fathom_repair_info",
             "1 for the maps that stand in for skipped layers.",
             labels=["fingerprint", "kind"],
         )
-        info.add_metric([repair.fingerprint, repair.kind.value], 1.0)
-        yield info
-        yield GaugeMetricFamily(
-            "fathom_repair_bytes",
-            "Memory of the maps that stand in for skipped layers.",
-            value=float(repair.num_bytes),
+        size = GaugeMetricFamily(
+            "fathom_repair_bytes", "Memory of the maps that stand in for skipped layers.", labels=[]
         )
         unexplained = GaugeMetricFamily(
             "fathom_repair_unexplained_share",
             "Share of what a layer adds that its map does not; 1 is no better than skipping.",
             labels=["layer"],
         )
-        for layer, share in sorted(repair.unexplained.items()):
-            unexplained.add_metric([str(layer)], share)
-        yield unexplained
+        if repair is not None:
+            info.add_metric([repair.fingerprint, repair.kind.value], 1.0)
+            size.add_metric([], float(repair.num_bytes))
+            for layer, share in sorted(repair.unexplained.items()):
+                unexplained.add_metric([str(layer)], share)
+        yield from (is_up, divergence, info, size, unexplained)

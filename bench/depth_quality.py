@@ -1,0 +1,257 @@
+"""What each depth costs in quality: by metric, with repair and without, and for the prompt alone.
+
+Perplexity on texts that neither ranking nor repair has seen, divided by that of the dense model,
+the divergence from it, and the accuracy on multiple-choice questions, all in one engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import typer
+
+from bench.multiple_choice import Question, accuracy, load_questions
+from bench.options import Options, names, numbers, option
+from bench.plots import save_lines
+from bench.random_model import DTYPES
+from bench.session import Session
+from pruning.fingerprint import model_fingerprint
+from pruning.plan import Plan
+from pruning.quality import Quality
+from pruning.text import TextError, load_texts
+from server.calibration.calibrator import Calibrator, Progress, text_windows
+from server.calibration.served_metrics import SERVED_METRICS, searches
+from server.engine.arguments import DtypeName
+from server.engine.base import LayerSelection
+from server.engine.elastic.engine import ElasticEngine
+from server.engine.elastic.engine_arguments import ElasticConfig
+from server.errors import InvalidArgument
+from server.model.demo.corpus import Part, documents
+from server.model.source import find_model
+
+_CHARACTERS_PER_TOKEN = 16
+# Speed is measured on random weights by default, quality cannot be.
+_MODELS = {"random": "smollm2", "demo": None}
+_NAMES = {"block_influence": "BI", "greedy_kl": "greedy", "single_removal_kl": "single removal"}
+
+
+@dataclass(frozen=True)
+class DepthQualityOptions(Options):
+    depths: str = option("", "Depths; none: 0.9, 0.8 and two thirds of the layers.")
+    metrics: str = option("block_influence", "What the layers are ranked by, one or more metrics.")
+    repair: bool = option(True, "Whether each is measured with repair, too.")
+    prompt_only: bool = option(True, "Whether pruning of the prompt alone is measured, too.")
+    calibration: str = option(
+        "", "Text to rank and fit on; none: the documentation of Python's standard library."
+    )
+    calibration_tokens: int = option(16384, "Tokens of it.")
+    search_tokens: int = option(524288, "Tokens that a search for layers may run.")
+    texts: str = option(
+        "", "Files of held-out text; none: a part of that documentation that was not ranked on."
+    )
+    text_tokens: int = option(4096, "Tokens of each held-out text.")
+    questions: str = option("", "Files of multiple-choice questions, as JSON lines; none: none.")
+    num_questions: int = option(500, "Questions of each file, at most.")
+
+
+def run(options: DepthQualityOptions) -> None:
+    asyncio.run(measure(options))
+
+
+async def measure(options: DepthQualityOptions) -> Session:
+    metrics = names(options.metrics, "--metrics", SERVED_METRICS)
+    try:
+        source = find_model(_MODELS.get(options.model, options.model))
+        calibration = _texts(options.calibration, Part.CALIBRATION, options.calibration_tokens)
+        held_out = {
+            Path(each).stem or "documentation": _texts(each, Part.HELD_OUT, options.text_tokens)
+            for each in options.texts.split(",")
+        }
+    except (InvalidArgument, TextError) as error:
+        raise typer.BadParameter(str(error)) from None
+    questions = {
+        Path(each).stem: load_questions(Path(each), options.num_questions)
+        for each in filter(None, options.questions.split(","))
+    }
+    if options.dtype not in DTYPES:
+        raise typer.BadParameter(f"--dtype: allowed: {', '.join(DTYPES)}")
+    engine = ElasticEngine(
+        ElasticConfig(
+            model=source.directory,
+            name=source.name,
+            dtype=cast(DtypeName, options.dtype),
+            max_context=options.max_context,
+            max_num_seqs=64,
+            kv_cache_gib=1.0,
+            compile_layers=options.compile_layers,
+            engine_args=options.fathom_engine_args(),
+        )
+    )
+    session = Session("depth_quality", options, {"name": source.name, "dtype": options.dtype})
+    with session.progress as progress, tempfile.TemporaryDirectory() as directory:
+        with progress.working("Starting the engine"):
+            await engine.start()
+        try:
+            num_layers = engine.model.num_layers
+            depths = _depths(options.depths, num_layers)
+            calibrator = Calibrator(
+                engine,
+                model_fingerprint=model_fingerprint(source.directory),
+                versions={},
+                texts=calibration,
+                max_tokens=options.calibration_tokens,
+                held_out_texts=[text for texts in held_out.values() for text in texts],
+                max_held_out_tokens=options.text_tokens,
+                every_depth=False,
+                search_tokens=options.search_tokens,
+            )
+
+            def report(work: Progress) -> None:
+                progress.advance(work.phase.capitalize(), work.done, work.total)
+
+            repair = None
+            if options.repair:
+                path = Path(directory) / "maps.safetensors"
+                await calibrator.fit_repair(engine, path, report)
+                repair = await engine.install_repair(path)
+            rows: dict[tuple[str, int], LayerSelection] = {("dense", num_layers): LayerSelection()}
+            for metric in metrics:
+                plan: Plan | None = None
+                for maps in (None, repair) if options.repair else (None,):
+                    if plan is None or searches(metric):  # else nothing depends on the maps
+                        plan = await calibrator.measure_plan(report, metric=metric, repair=maps)
+                    rows |= _rows(plan, metric, depths, maps, options.prompt_only)
+            windows = {
+                name: text_windows(
+                    engine.tokenize,
+                    texts,
+                    max_context=engine.model.max_context,
+                    max_tokens=options.text_tokens,
+                    vocab_size=engine.model.vocab_size,
+                )
+                for name, texts in held_out.items()
+            }
+            await _measure(session, engine, rows, windows, questions)
+        finally:
+            await engine.shutdown()
+    _summarize(session, list(windows), list(questions))
+    session.directory.mkdir(parents=True, exist_ok=True)
+    (session.directory / "depth_quality.md").write_text(_markdown(session), "utf-8")
+    session.finish(lambda stem: _plot(session, stem))
+    return session
+
+
+def _rows(
+    plan: Plan, metric: str, depths: Sequence[int], repair: str | None, prompt_only: bool
+) -> dict[tuple[str, int], LayerSelection]:
+    name = _NAMES.get(metric, metric) + (" + repair" if repair else "")
+    rows = {}
+    for depth in depths:
+        skipped = tuple(sorted(plan.skipped(depth)))
+        rows[name, depth] = LayerSelection(skipped, skipped, repair)
+        if prompt_only:
+            rows[f"{name}, prompt only", depth] = LayerSelection(skipped, (), repair)
+    return rows
+
+
+async def _measure(
+    session: Session,
+    engine: ElasticEngine,
+    rows: dict[tuple[str, int], LayerSelection],
+    windows: dict[str, list[list[int]]],
+    questions: dict[str, list[Question]],
+) -> None:
+    progress = session.progress
+    qualities: dict[str, list[Quality]] = {}
+    for name, of_text in windows.items():
+        qualities[name] = await engine.measure_quality(
+            of_text,
+            list(rows.values()),
+            lambda *done, name=name: progress.advance(f"Perplexity, {name}", *done),
+        )
+    for number, ((name, depth), layers) in enumerate(rows.items()):
+        row: dict[str, Any] = {"method": name, "depth": depth}
+        for text, measured in qualities.items():
+            row[f"text {text}"] = asdict(measured[number])
+        for file, of_file in questions.items():
+            found = await accuracy(
+                engine,
+                of_file,
+                layers,
+                lambda *done, file=file, row=row: progress.advance(
+                    f"{file}, {row['method']}, depth {row['depth']}", *done
+                ),
+            )
+            row[f"questions {file}"] = asdict(found)
+        session.report.rounds.append(row)
+        # A run of hours that is stopped has what it had measured.
+        session.report.save(session.directory)
+
+
+def _summarize(session: Session, texts: Sequence[str], questions: Sequence[str]) -> None:
+    dense, *_ = session.report.rounds
+    for row in session.report.rounds:
+        summary: dict[str, Any] = {"depth": row["depth"], "method": row["method"]}
+        ratios, divergences = [], []
+        for text in texts:
+            perplexity = row[f"text {text}"]["perplexity"]
+            summary[f"perplexity_{text}"] = perplexity
+            ratios.append(perplexity / dense[f"text {text}"]["perplexity"])
+            divergences.append(row[f"text {text}"]["kl_nats"])
+        summary["of_dense"] = math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
+        summary["kl_nats"] = math.fsum(divergences) / len(divergences)
+        for file in questions:
+            found = row[f"questions {file}"]
+            summary[file] = f"{found['share']:.1%} ± {found['stderr']:.1%}"
+        session.report.summary.append(summary)
+    session.report.notes.append(
+        "of dense: the geometric mean over the texts of perplexity / that of the dense model; "
+        "questions: accuracy by log-likelihood per character, and its standard error"
+    )
+
+
+def _markdown(session: Session) -> str:
+    """Return the summary as a table for a document."""
+    rows = session.report.summary
+    headings = [name.replace("_", " ") for name in rows[0]]
+    lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
+    for row in rows:
+        cells = [f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row.values()]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"`{session.report.command}`", ""])
+
+
+def _plot(session: Session, stem: Path) -> None:
+    lines: dict[str, dict[float, float]] = {}
+    dense, *others = session.report.summary
+    for row in others:
+        line = lines.setdefault(row["method"], {float(dense["depth"]): 1.0})
+        line[float(row["depth"])] = row["of_dense"]
+    save_lines(
+        stem,
+        lines,
+        x_label="depth",
+        y_label="perplexity / dense",
+        title=str(session.report.model["name"]),
+    )
+
+
+def _depths(text: str, num_layers: int) -> tuple[int, ...]:
+    if not text:
+        return tuple({round(num_layers * share): None for share in (0.9, 0.8, 2 / 3)})
+    depths = numbers(text)
+    if max(depths) >= num_layers:
+        raise typer.BadParameter(f"--depths: got {max(depths)}, allowed: less than {num_layers}")
+    return depths
+
+
+def _texts(source: str, part: Part, num_tokens: int) -> Sequence[str]:
+    if not source:
+        return list(documents([part]))
+    return load_texts(source, max_characters=num_tokens * _CHARACTERS_PER_TOKEN)
