@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 from pruning.checkpoint import CheckpointError
@@ -60,8 +60,10 @@ class Startup:
         self._service = service
         self._progress = progress
 
-    async def run(self) -> None:
+    async def run(self, before_open: Callable[[], Awaitable[None]] | None = None) -> None:
         """Take all steps, and open the service.
+
+        ``before_open`` is called when all else has been done.
 
         Raises:
             StartError: one of the steps failed.
@@ -85,6 +87,8 @@ class Startup:
             if repair is not None:
                 policy = await self._repair(policy, repair, calibrator, store)
             policy = await self._measure(policy, calibrator, store)
+        if before_open is not None:
+            await before_open()
         self._service.open(policy, calibrator, store)
         # An operator who has set others with SetLevels may look for them here.
         logger.info(
