@@ -156,11 +156,7 @@ class Application:
             metrics.set_startup("inputs", inputs_seconds)
             with self._progress:
                 startup = Startup(settings, inputs, engine, service, self._progress)
-                await startup.run()
-                if http_server is not None:
-                    assert isinstance(engine, RunsVllm)
-                    with refused_as("http_port", Exception):  # vLLM's classes read the model
-                        await http_server.open(engine)
+                await startup.run(lambda: _open(http_server, engine))
             self._serving = True
             http_url = None if http_server is None else http_server.url
             self._announce(service, rpc_server.port, metrics_port.url, http_url)
@@ -317,6 +313,14 @@ def make_http_server(
         tls=tls,
         tool_parser=settings.tool_parser,
     )
+
+
+async def _open(http_server: HttpServer | None, engine: Engine) -> None:
+    """Open the HTTP server, if there is one, before the service says that it serves."""
+    if http_server is not None:
+        assert isinstance(engine, RunsVllm)
+        with refused_as("http_port", Exception):  # vLLM's classes read the model
+            await http_server.open(engine, engine.model.name)
 
 
 def _engine(settings: Settings, inputs: Inputs) -> Engine:

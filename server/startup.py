@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,8 +76,10 @@ class Startup:
         # settings do not ask for it.
         self.healer: LevelHealer | None = None
 
-    async def run(self) -> None:
+    async def run(self, before_open: Callable[[], Awaitable[None]] | None = None) -> None:
         """Take all steps, and open the service.
+
+        ``before_open`` is called when all else has been done.
 
         Raises:
             StartError: one of the steps failed.
@@ -104,6 +107,8 @@ class Startup:
                 with self._service.phase("repair"):
                     policy = await healed.with_kept(policy, self._on_progress)
                 policy = await self._measure(with_found_levels(policy), store, steps)
+        if before_open is not None:
+            await before_open()
         self._service.open(
             policy,
             calibrator,

@@ -130,9 +130,9 @@ class HttpServer:
         )
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
 
-    async def open(self, engine: RunsVllm) -> None:
+    async def open(self, engine: RunsVllm, name: str) -> None:
         """Answer requests from now on, by vLLM's classes for the model of ``engine``."""
-        self._app = await asyncio.to_thread(self._make_app, engine)
+        self._app = await asyncio.to_thread(self._make_app, engine, name)
 
     async def stop(self) -> None:
         """End: answers that are complete still reach their clients.
@@ -143,7 +143,7 @@ class HttpServer:
             self._server.should_exit = True
             await self._serving
 
-    def _make_app(self, engine: RunsVllm) -> ASGIApp:
+    def _make_app(self, engine: RunsVllm, name: str) -> ASGIApp:
         # Imported late: it imports vLLM.
         from starlette.routing import Router
 
@@ -152,7 +152,6 @@ class HttpServer:
         from server.openai.serving import serving_classes
 
         client = InferenceClient(self._service.inference, engine.vllm_config)
-        name = self._service.model_name
         serving = serving_classes(client, name, tool_parser=self._tool_parser)
         return Router(Routes(self._service, *serving).routes(), redirect_slashes=False)
 

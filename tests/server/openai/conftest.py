@@ -69,9 +69,9 @@ class HttpDeployment(Deployment):
         return f"http://127.0.0.1:{self.http.port}"
 
     async def open(self) -> None:
-        await super().open()
         assert isinstance(self.engine, ToyVllm)
-        await self.http.open(self.engine)
+        await self.http.open(self.engine, self.engine.model.name)
+        await super().open()
 
     def policy(self) -> DepthPolicy:
         qualities = {
