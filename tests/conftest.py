@@ -34,11 +34,15 @@ DATA = Path(__file__).parents[1].parent / "shared" / "data"
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Return as many as processors and memory allow; none where a single file is asked for."""
+    """Return as many as memory allows, at most one more than there are processors.
+
+    Tests wait about half of their time for engines and servers. None where a single file is asked
+    for.
+    """
     if len(config.args) == 1 and ".py" in config.args[0]:
         return 0
     by_memory = psutil.virtual_memory().available // WORKER_BYTES
-    num_workers = min(len(os.sched_getaffinity(0)), by_memory)
+    num_workers = min(len(os.sched_getaffinity(0)) + 1, by_memory)
     return num_workers if num_workers > 1 else 0
 
 

@@ -20,12 +20,12 @@ def test_a_single_file_runs_in_this_process(argument: str) -> None:
     assert num_workers(argument) == 0
 
 
-def test_more_have_a_worker_for_each_processor_that_memory_allows(
+def test_more_have_a_worker_more_than_processors_if_memory_allows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2})
     monkeypatch.setattr("tests.conftest.WORKER_BYTES", 1)
-    assert num_workers("tests") == 3
-    assert num_workers("tests/a.py", "tests/b.py") == 3
+    assert num_workers("tests") == 4
+    assert num_workers("tests/a.py", "tests/b.py") == 4
     monkeypatch.setattr("tests.conftest.WORKER_BYTES", 1 << 60)
     assert num_workers("tests") == 0

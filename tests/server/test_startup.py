@@ -403,6 +403,7 @@ async def test_what_a_start_has_no_time_for_is_measured_while_serving(
         "level turbo",
         "level prompt",
         "speed of dense",
+        "probes of dense",
         "quality of dense, depth 7, depth 6, depth 5, depth 4, depth 3, depth 2, depth 1",
     )
     await until(lambda: not start.service.status().unmeasured)
