@@ -60,7 +60,7 @@ def test_running_requests_keep_their_layers_and_new_ones_get_the_new_plan(
     request = control_pb2.CalibrateRequest(texts=OTHER_TEXTS, max_tokens=2048)
     phases, plan = calibrate(demo_client, request, begin)
 
-    assert phases == ["importance", "quality"]
+    assert phases == ["importance", "quality", "probes"]
     assert demo_client.get_plan().plan == plan
     assert plan.text_fingerprint != before.text_fingerprint
     changed = [depth for depth in depths if skips(plan, depth) != skips(before, depth)]
