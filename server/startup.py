@@ -255,7 +255,11 @@ class Startup:
         for depth in range(1, policy.num_layers + 1):
             pairs |= {DepthPair(depth, depth), DepthPair(depth, policy.num_layers)}
         possible = sorted(filter(policy.can_have, pairs))
-        policy = with_found_levels(policy.with_measurements(*store.kept(policy, possible)))
+        with self._service.phase("quality"):
+            policy = with_found_levels(policy.with_measurements(*store.kept(policy, possible)))
+        for phase in ("probes", "speed"):
+            with self._service.phase(phase):
+                pass  # A start that finds all of it kept shows these phases as well.
         started = time.monotonic()
         while (step := steps.next(policy)) is not None:
             if (math.isfinite(seconds) and step.can_wait) or time.monotonic() - started >= seconds:
