@@ -57,7 +57,12 @@ def test_a_node_client_generates_at_three_depths(
         assert generation["token_ids"] == list(response.token_ids)
         assert generation["text"] == response.text
         assert generation["streamed_token_ids"] == list(response.token_ids)
-        served = {"prefill_layers": depth, "decode_layers": depth, "reason": "REASON_REQUESTED"}
+        served = {
+            "prefill_layers": depth,
+            "decode_layers": depth,
+            "reason": "REASON_REQUESTED",
+            "stand_in": "STAND_IN_NONE",
+        }
         assert generation["served"] == served
         first, *deltas, last = generation["events"]
         assert (first, {*deltas}, last) == ("prompt_info", {"delta"}, "finish_info")
