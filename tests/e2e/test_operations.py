@@ -69,6 +69,7 @@ def server(
         directory,
         state_dir=state,
         config=directory / "fathom.yaml",
+        levels=None,
         tls_certificate=certificate,
         tls_key=key,
         clients=clients,

@@ -35,7 +35,7 @@ def test_settings_change_and_calls_are_taken_while_health_says_no(
     config = tmp_path / "fathom.yaml"
     config.write_text(f"levels: {{full: 16, half: 8}}\ndrain_delay_seconds: {DRAIN_DELAY}\n")
     state = demo_server.copy_state(tmp_path)
-    settings: dict[str, Any] = {"state_dir": state, "compile_layers": False}
+    settings: dict[str, Any] = {"state_dir": state, "levels": None}
     with (
         running_server(tmp_path, config=config, **settings) as server,
         server.client() as client,

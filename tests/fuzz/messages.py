@@ -80,6 +80,9 @@ def _fill(message: Message, source: Source, depth: int) -> None:
 def _append(values: Any, field: Any, source: Source, depth: int) -> None:
     if field.message_type is None:
         values.append(_value(field, source))
+    elif field.message_type.GetOptions().map_entry:
+        entry = field.message_type.fields_by_name
+        values[_value(entry["key"], source)] = _value(entry["value"], source)
     elif depth < _MAX_DEPTH:
         _fill(values.add(), source, depth + 1)
 
