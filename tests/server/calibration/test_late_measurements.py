@@ -80,10 +80,14 @@ async def test_quality_is_finished_after_a_few_interruptions_and_speed_is_left()
     )
     assert late.pending == [
         "speed of dense, generative, fast",
+        "probes of dense, generative, fast",
         "quality of dense, generative, fast",
     ]
     task = asyncio.create_task(late.run())
-    while in_force.policy.qualities.keys() != {level.depths for level in LEVELS}:
+    while not all(
+        level.depths in in_force.policy.qualities and in_force.policy.is_probed(level.depths)
+        for level in LEVELS
+    ):
         assert not task.done()
         await asyncio.sleep(0.01)
     # Two depths in one step, and the third in another.
