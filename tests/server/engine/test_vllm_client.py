@@ -66,7 +66,7 @@ def client_of(*steps: object, errored: bool = False) -> VllmClient:
 
 async def generate(client: VllmClient) -> list[GenerationDelta]:
     options = SamplingOptions(logprobs=0)
-    deltas = client.generate("r", [1, 2], options, cache_salt="s", depth="depth 3")
+    deltas = client.generate("r", [1, 7], options, cache_salt="s", depth="depth 3")
     return [delta async for delta in deltas]
 
 

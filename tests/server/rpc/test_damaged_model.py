@@ -123,7 +123,7 @@ async def test_health_status_metrics_and_log_tell_of_damaged_weights(
         assert error.code() is grpc.StatusCode.DATA_LOSS
         assert message_of(error) == problems[0]
     assert (await damaged.generate(4)).text
-    assert (damaged.count(5), damaged.count(4)) == (2, None)
+    assert (damaged.count(5), damaged.count(4)) == (2, 0)
     logged = [text for text in caplog.messages if "further ones at this depth" in text]
     assert len(logged) == 1
     assert "of client 127.0.0.1: at depth 5 " in logged[0]
