@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -17,22 +15,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO
 
+from pruning.process_end import how_it_ended, shortened
 from pruning.quantization.errors import QuantizationError, QuantizationFailed
 from pruning.weights import weight_bytes
 
 OnLayers = Callable[[int, int], None]
 
 _WORKER = "pruning.quantization.worker"
-# Only the end of the process's output is read.
-_TAIL_BYTES = 64 << 10
-_MAX_MESSAGE = 300
 # GPTQModel does not start with fewer.
 _MIN_CPU_WORKERS = 2
 _SMALL_MODEL_BYTES = 64 << 20
 _INSTALL = "pip install 'fathom-server[quantize]'"
 # The package may lie beside this one without being installed.
 _ROOT = str(Path(__file__).parents[2])
-_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +113,7 @@ def run_worker(
             problem = _follow(messages, on_layers)
             code = process.wait()
         if problem is not None or code != 0:
-            raise QuantizationFailed(problem or _death(code, _tail(output)))
+            raise QuantizationFailed(problem or how_it_ended("quantizes", code, output))
 
 
 @contextmanager
@@ -145,30 +140,6 @@ def _follow(messages: IO[str], on_layers: OnLayers | None) -> str | None:
             case {"done": int(done), "total": int(total)} if on_layers is not None:
                 on_layers(done, total)
     return None if problem is None else shortened(problem)
-
-
-def shortened(message: str) -> str:
-    """Return the message in one line of moderate length."""
-    line = " ".join(message.split())
-    return line if len(line) <= _MAX_MESSAGE else f"{line[: _MAX_MESSAGE - 3]}..."
-
-
-def _death(code: int, tail: str) -> str:
-    if code == -signal.SIGKILL:
-        return (
-            "the process that quantizes was killed (SIGKILL), as the system does when memory "
-            "runs out"
-        )
-    cause = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    return f"the process that quantizes {cause}; its last words: {tail or 'none'}"
-
-
-def _tail(output: IO[bytes]) -> str:
-    """Return the last line that the process has printed."""
-    output.seek(max(output.seek(0, os.SEEK_END) - _TAIL_BYTES, 0))
-    text = _ANSI.sub("", output.read().decode("utf-8", "replace"))
-    lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
-    return shortened(lines[-1]) if lines else ""
 
 
 def _environment(source: Path) -> dict[str, str]:

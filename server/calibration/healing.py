@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from pruning.quality import Quality
 from pruning.repair import RepairError
 from server.calibration.calibrator import Calibrator, OnProgress
 from server.calibration.healed_store import HealedStore
+from server.calibration.measurements import Measurements
 from server.calibration.policy_store import PolicyStore
 from server.depth.levels import DepthPair
 from server.depth.policy import DepthPolicy
@@ -136,26 +136,26 @@ class HealedLevels:
         """Load the maps in ``path`` into the engine, and compare them with those of ``policy``.
 
         They are better only if they are at every level that they serve, and are probed only if
-        they are. Raises
-        :class:`RepairError` and :class:`OSError` for maps that cannot be loaded, and
-        :class:`EngineDead`.
+        they are. Raises :class:`RepairError` and :class:`OSError` for maps that cannot be loaded,
+        and :class:`EngineDead`.
         """
         fingerprint = await self._engine.install_repair(path)
         healed = policy.with_healed(skipped, fingerprint)
         pairs = policy.healable_levels()[skipped]
-        before = await self._qualities(policy, pairs, on_progress)
-        after = await self._qualities(healed, pairs, on_progress)
+        measured = Measurements(self._calibrator, self._store, on_progress)
+        before = await measured.qualities(policy, pairs)
+        after = await measured.qualities(healed, pairs)
         problems = [
-            f"{problem} at {_depth(pair)}"
+            f"{problem} at depth {pair}"
             for pair in pairs
             if (problem := what_is_not_better(before[pair], after[pair]))
         ]
         probes: dict[DepthPair, Probes] = {}
         if not problems:
-            old = await self._probes(policy, pairs, on_progress)
-            probes = await self._probes(healed, pairs, on_progress)
+            old = await measured.probes(policy, pairs)
+            probes = await measured.probes(healed, pairs)
             problems = [
-                f"{problem} at {_depth(pair)}"
+                f"{problem} at depth {pair}"
                 for pair in pairs
                 if (problem := what_is_worse(old[pair], probes[pair]))
             ]
@@ -169,27 +169,3 @@ class HealedLevels:
     def name(self, policy: DepthPolicy, skipped: tuple[int, ...]) -> str:
         """Return what the log calls the depth that skips these layers."""
         return f"{policy.num_layers - len(skipped)} of {policy.num_layers} layers"
-
-    async def _qualities(
-        self, policy: DepthPolicy, pairs: Sequence[DepthPair], on_progress: OnProgress
-    ) -> dict[DepthPair, Quality]:
-        return await self._store.qualities(
-            policy,
-            pairs,
-            lambda missing: self._calibrator.measure_quality(policy, missing, on_progress),
-        )
-
-    async def _probes(
-        self, policy: DepthPolicy, pairs: Sequence[DepthPair], on_progress: OnProgress
-    ) -> dict[DepthPair, Probes]:
-        return await self._store.probes(
-            policy,
-            pairs,
-            lambda missing: self._calibrator.measure_probes(policy, missing, on_progress),
-        )
-
-
-def _depth(pair: DepthPair) -> str:
-    if pair.prefill_layers == pair.decode_layers:
-        return f"depth {pair.decode_layers}"
-    return f"depth {pair.prefill_layers}/{pair.decode_layers}"

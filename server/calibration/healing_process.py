@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO
 
+from pruning.process_end import how_it_ended, shortened
 from pruning.repair import HealingStep, RepairError
 from pruning.repair.healing_job import HealingJob
 
@@ -54,7 +53,7 @@ async def heal_beside(job: HealingJob, on_step: Callable[[HealingStep], None]) -
                 process.kill()
             await process.wait()
         if problem is not None or code != 0:
-            raise RepairError(problem or _death(code, output))
+            raise RepairError(problem or how_it_ended("heals", code, output))
 
 
 async def _follow(
@@ -67,22 +66,10 @@ async def _follow(
             break
         match json.loads(line):
             case {"error": str(error)}:
-                problem = " ".join(error.split())[:_MAX_MESSAGE]
+                problem = shortened(error)
             case {"step": step, "total": total, "loss": loss, "held_out_loss": held_out_loss}:
                 on_step(HealingStep(step, total, loss, held_out_loss))
     return problem
-
-
-def _death(code: int, output: IO[bytes]) -> str:
-    if code == -signal.SIGKILL:
-        return (
-            "the process that heals was killed (SIGKILL), as the system does when memory runs out"
-        )
-    output.seek(0)
-    lines = output.read().decode("utf-8", "replace").split("\n")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "none")
-    cause = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    return f"the process that heals {cause}; its last words: {last[:_MAX_MESSAGE]}"
 
 
 def _environment() -> dict[str, str]:

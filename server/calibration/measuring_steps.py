@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from server.calibration.calibrator import Calibrator, OnProgress
+from server.calibration.measurements import Measurements
 from server.calibration.policy_store import PolicyStore
 from server.depth.level_search import search_levels, with_found_levels
 from server.depth.levels import DepthPair
@@ -48,8 +49,7 @@ class MeasuringSteps:
     ) -> None:
         """``store`` is asked before anything is measured, and keeps what was."""
         self._calibrator = calibrator
-        self._store = store
-        self._on_progress = on_progress
+        self._measured = Measurements(calibrator, store, on_progress)
 
     def next(
         self,
@@ -72,35 +72,12 @@ class MeasuringSteps:
 
     async def take(self, policy: DepthPolicy, step: Step) -> DepthPolicy:
         """Return the policy with what the step measures, and with the levels that follow."""
-        calibrator, store, depths = self._calibrator, self._store, step.depths
         if step.phase == "speed":
-            if store is None:
-                speeds = await calibrator.measure_speed(policy, depths, self._on_progress)
-            else:
-                speeds = await store.speeds(
-                    policy,
-                    depths,
-                    lambda missing: calibrator.measure_speed(policy, missing, self._on_progress),
-                )
-            return policy.with_measurements({}, speeds)
+            return policy.with_measurements({}, await self._measured.speeds(policy, step.depths))
         if step.phase == "probes":
-            if store is None:
-                probes = await calibrator.measure_probes(policy, depths, self._on_progress)
-            else:
-                probes = await store.probes(
-                    policy,
-                    depths,
-                    lambda missing: calibrator.measure_probes(policy, missing, self._on_progress),
-                )
+            probes = await self._measured.probes(policy, step.depths)
             return policy.with_measurements({}, {}, probes)
-        if store is None:
-            qualities = await calibrator.measure_quality(policy, depths, self._on_progress)
-        else:
-            qualities = await store.qualities(
-                policy,
-                depths,
-                lambda missing: calibrator.measure_quality(policy, missing, self._on_progress),
-            )
+        qualities = await self._measured.qualities(policy, step.depths)
         return with_found_levels(policy.with_measurements(qualities, {}))
 
     async def take_all(self, policy: DepthPolicy) -> DepthPolicy:

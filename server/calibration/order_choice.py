@@ -148,12 +148,7 @@ class OrderChoice:
 
     def _report(self, first: OrderLosses, second: OrderLosses, chosen: OrderLosses) -> None:
         other = second if chosen is first else first
-        depths = ", ".join(
-            str(pair.decode_layers)
-            if pair.prefill_layers == pair.decode_layers
-            else f"{pair.prefill_layers}/{pair.decode_layers}"
-            for pair in self._depths
-        )
+        depths = ", ".join(map(str, self._depths))
         losses = ", ".join(
             f"{measure} {chosen.losses[measure]:.3f} against {other.losses[measure]:.3f}"
             for measure in (PERPLEXITY, WRITING, CHOOSING)

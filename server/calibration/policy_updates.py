@@ -198,7 +198,8 @@ class PolicyUpdates:
         unhealed = replace(self._in_force.policy, healed={})
         policy, status = await repairer.judged(unhealed, installed.repair)
         if status.in_force is not None:
-            policy = await self._kept_or_measured(self._in_force.policy.with_repair(policy.repair))
+            steps = MeasuringSteps(self._calibrator, self._store, lambda _: None)
+            policy = await steps.take_all(self._in_force.policy.with_repair(policy.repair))
             # SetPolicy may have changed the policy meanwhile; its changes stay.
             self._in_force.install(
                 with_found_levels(
@@ -225,11 +226,6 @@ class PolicyUpdates:
             raise FailedPrecondition(
                 "the engine has lost its repair maps while this was measured; try again"
             )
-
-    async def _kept_or_measured(self, policy: DepthPolicy) -> DepthPolicy:
-        """Return the policy with what its depths lack, kept or measured now."""
-        steps = MeasuringSteps(self._calibrator, self._store, lambda _: None)
-        return await steps.take_all(policy)
 
     async def _measured(self, policy: DepthPolicy, on_progress: OnProgress) -> DepthPolicy:
         """Return the policy with what its depths lack of quality, probes and speed.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pruning.repair import summarize_maps
 from server.calibration.calibrator import Calibrator, OnProgress
+from server.calibration.measurements import Measurements
 from server.calibration.policy_store import PolicyStore
 from server.depth.level_search import compared_depths
 from server.depth.levels import DepthPair
@@ -49,6 +50,7 @@ class Repairer:
         self._calibrator = calibrator
         self._store = store
         self._on_progress = on_progress
+        self._measured = Measurements(calibrator, store, on_progress)
         self._wanted = wanted
 
     async def install(self) -> InstalledRepair:
@@ -99,11 +101,7 @@ class Repairer:
 
     async def _loss(self, policy: DepthPolicy, depths: Sequence[DepthPair]) -> float:
         """Return the mean divergence from the dense model at ``depths``, in nats a token."""
-        qualities = await self._store.qualities(
-            policy,
-            depths,
-            lambda missing: self._calibrator.measure_quality(policy, missing, self._on_progress),
-        )
+        qualities = await self._measured.qualities(policy, depths)
         return math.fsum(
             math.inf if quality.kl_nats is None else quality.kl_nats
             for quality in qualities.values()

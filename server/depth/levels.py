@@ -29,6 +29,12 @@ class DepthPair:
     prefill_layers: int
     decode_layers: int
 
+    def __str__(self) -> str:
+        """Return the depths as a flag has them: 12 where they are the same, else 8/12."""
+        if self.prefill_layers == self.decode_layers:
+            return str(self.decode_layers)
+        return f"{self.prefill_layers}/{self.decode_layers}"
+
 
 @dataclass(frozen=True, slots=True)
 class Level:
@@ -45,11 +51,8 @@ class Level:
 
     def __str__(self) -> str:
         """Return the level as it is written in a flag, and what it may lose."""
-        depths = f"{self.decode_layers}"
-        if self.prefill_layers != self.decode_layers:
-            depths = f"{self.prefill_layers}/{self.decode_layers}"
         loss = "" if self.max_quality_loss is None else f" (loss {self.max_quality_loss:g})"
-        return f"{self.name}={depths}{loss}"
+        return f"{self.name}={self.depths}{loss}"
 
     @property
     def depths(self) -> DepthPair:
