@@ -48,6 +48,7 @@ from server.engine.elastic.payload import (
 )
 from server.engine.measuring import check_windows, finite_quality, reference_sums
 from server.engine.model_tokenizer import ModelTokenizer
+from server.engine.pace import present_gate
 from server.engine.prefix_cache import cache_salt
 from server.engine.token_progress import TokenProgress, first_failure
 from server.engine.vllm_client import VllmClient, model_info
@@ -57,8 +58,10 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 _COMPILE_TIMEOUT_SECONDS = 600.0
-# One layer takes a second where it is 1,000 wide, and eight times as long for twice the width.
-_FIT_TIMEOUT_SECONDS = 1800.0
+# Maps of a large model are some gigabytes.
+_MAPS_TIMEOUT_SECONDS = 600.0
+_FIRST_FIT_POLL_SECONDS = 0.01
+_FIT_POLL_SECONDS = 0.5
 # Tokens whose reference states are held in the worker at one time.
 _QUALITY_GROUP_TOKENS = 8192
 # Measurements leave the rest of the batch to clients.
@@ -311,8 +314,7 @@ class ElasticEngine:
                 await self._llm.call_workers("fathom_reset_repair", args=(group, start > 0))
                 await self._prefill_all(requests, reporter)
                 for layer in group:
-                    # One at a time: between two of them the engine serves.
-                    await self._call_for_repair("fathom_fit_repair", layer)
+                    await self._fit_layer(layer)
             provenance = {
                 "num_layers": num_layers,
                 "model_fingerprint": model_fingerprint,
@@ -321,11 +323,17 @@ class ElasticEngine:
             }
             await self._call_for_repair("fathom_save_repair", str(path), provenance)
 
+    async def _fit_layer(self, layer: int) -> None:
+        """Fit the map of a layer while the engine serves."""
+        await self._llm.call_workers("fathom_begin_fit", args=(layer,))
+        delay = _FIRST_FIT_POLL_SECONDS
+        while None in (answers := await self._llm.call_workers("fathom_end_fit")):
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, _FIT_POLL_SECONDS)
+        _raise_problem(answers)
+
     async def _call_for_repair(self, method: str, *args: object) -> None:
-        answers = await self._llm.call_workers(method, _FIT_TIMEOUT_SECONDS, args)
-        for problem in answers:
-            if problem:
-                raise RepairError(problem)
+        _raise_problem(await self._llm.call_workers(method, _MAPS_TIMEOUT_SECONDS, args))
 
     async def measure_quality(
         self,
@@ -366,10 +374,13 @@ class ElasticEngine:
     async def _prefill_all(
         self, requests: Sequence[tuple[Sequence[int], Payload]], progress: TokenProgress
     ) -> None:
-        slots = asyncio.Semaphore(_MEASURING_REQUESTS)
+        gate = present_gate()
+        slots = asyncio.Semaphore(_MEASURING_REQUESTS if gate is None else 1)
 
         async def prefill(token_ids: Sequence[int], payload: Payload) -> None:
             async with slots:
+                if gate is not None:
+                    await gate()
                 await self._llm.prefill(
                     f"measure-{next(self._numbers)}",
                     token_ids,
@@ -389,6 +400,13 @@ class ElasticEngine:
     @property
     def _tokenizer(self) -> ModelTokenizer:
         return self._llm.tokenizer
+
+
+def _raise_problem(answers: Sequence[str | None]) -> None:
+    """Raise what a worker has answered that prevents a fit or a load of maps."""
+    for problem in answers:
+        if problem:
+            raise RepairError(problem)
 
 
 def _quality_payload(

@@ -159,8 +159,7 @@ class ElasticCausalLM:
 
     def _work(self, step: ElasticStep, layer: int) -> _LayerWork:
         repairs = [
-            Repair(self._stand_ins.of(number, layer), tokens)
-            for number, tokens in step.repaired_tokens(layer)
+            Repair(self._stand_ins.of(*run), tokens) for run, tokens in step.repaired_tokens(layer)
         ]
         return _LayerWork(step.active_tokens(layer), repairs)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import starmap
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ RunLayers = Callable[[Sequence[Any], torch.Tensor, torch.Tensor, torch.Tensor], 
 
 
 class Repair(NamedTuple):
-    """A stand-in of a layer, and the tokens for which it does the layer's work."""
+    """A stand-in of layers, and the tokens for which it does their work."""
 
     stand_in: StandIn
     tokens: RepairedTokens
@@ -33,9 +32,9 @@ class ResidualStream:
 
     Layers are not run one at a time: those in a row with the same active tokens are collected,
     and run together as soon as a layer has other active tokens or the stream is asked for. So
-    the tokens of a subset are gathered and scattered once for all of these layers. The same holds
-    for stand-ins and the tokens that they repair. No token is active and repaired in one layer, or
-    repaired twice, so the order does not matter.
+    the tokens of a subset are gathered and scattered once for all of these layers. Stand-ins are
+    collected meanwhile. No token that they repair is active in the layers that are collected, so
+    it does not matter which of the two is first.
     """
 
     def __init__(
@@ -51,23 +50,27 @@ class ResidualStream:
         self._residual = residual
         self._layers: list[Any] = []
         self._active: ActiveTokens = Whole.NONE
-        self._repaired: list[RepairedTokens] = []
-        # Those to apply to each of these tokens.
-        self._stand_ins: list[list[StandIn]] = []
+        self._repairs: list[tuple[RepairedTokens, list[StandIn]]] = []
 
     def add(self, layer: Any, active: ActiveTokens, repairs: Sequence[Repair] = ()) -> None:
         """Run ``layer`` on its active tokens, at the latest when the stream is asked for.
 
-        ``repairs`` do its work for others.
+        ``repairs`` do the work of layers for others.
         """
-        if not (self._fits(active) and self._fit(repairs)):
-            self._run_collected()
-            self._active, self._repaired = active, [one.tokens for one in repairs]
-            self._stand_ins = [[] for _ in repairs]
-        if active is not Whole.NONE:
+        if active is Whole.NONE:
+            if repairs:  # perhaps of tokens that are active in the layers that are collected
+                if self._layers:
+                    self._run_collected()
+                self._active = active
+        else:
+            if not _are_same(active, self._active):
+                self._run_collected()
+                self._active = active
             self._layers.append(layer)
-        for stand_ins, added in zip(self._stand_ins, repairs, strict=False):
-            stand_ins.append(added.stand_in)
+        for stand_in, tokens in repairs:
+            if not (self._repairs and _are_same(tokens, self._repairs[-1][0])):
+                self._repairs.append((tokens, []))
+            self._repairs[-1][1].append(stand_in)
 
     def parts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ``(hidden, residual)`` of all tokens; the caller may overwrite them."""
@@ -83,23 +86,9 @@ class ResidualStream:
         if self._layers:
             layers, self._layers = self._layers, []
             self._change(self._active, lambda *parts: self._run_layers(layers, *parts))
-        for tokens, stand_ins in zip(self._repaired, self._stand_ins, strict=True):
-            if stand_ins:
-                self._change(tokens, partial(_repair, tuple(stand_ins)))
-                stand_ins.clear()
-
-    def _fits(self, active: ActiveTokens) -> bool:
-        """Return whether these are no tokens, or the active ones that work is collected for."""
-        return active is Whole.NONE or _are_same(active, self._active)
-
-    def _fit(self, repairs: Sequence[Repair]) -> bool:
-        """Return whether there are none, or they are for the tokens that work is collected for."""
-        return not repairs or (
-            len(repairs) == len(self._repaired)
-            and all(
-                starmap(_are_same, zip((r.tokens for r in repairs), self._repaired, strict=True))
-            )
-        )
+        repairs, self._repairs = self._repairs, []
+        for tokens, stand_ins in repairs:
+            self._change(tokens, partial(_repair, tuple(stand_ins)))
 
     def _change(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,6 +46,13 @@ class TokenSubset:
         metadata, slots = context.attn_metadata, context.slot_mapping
         assert isinstance(metadata, dict) and isinstance(slots, dict)
         metadata[layer_name], slots[layer_name] = self.metadata, self.slot_mapping
+
+
+class MapRun(NamedTuple):
+    """Maps of neighbouring layers that are applied as one: of which file, and of which layers."""
+
+    number: int
+    layers: range
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,7 +97,7 @@ class ElasticStep:
         self.is_uniform = (
             self.spans.kv_only is None
             and bool((self._all_active == self._any_active).all())
-            and (self.spans.repaired is None or _is_uniform(self.spans.repaired))
+            and (self.spans.run_starts is None or _is_uniform(self.spans))
         )
 
     def active_tokens(self, layer: int) -> ActiveTokens:
@@ -101,18 +108,24 @@ class ElasticStep:
             return Whole.NONE
         return self._subset(self.spans.active[:, layer])
 
-    def repaired_tokens(self, layer: int) -> list[tuple[int, RepairedTokens]]:
-        """Return the tokens that skip ``layer`` and for which a stand-in does the work.
+    def repaired_tokens(self, layer: int) -> list[tuple[MapRun, RepairedTokens]]:
+        """Return the tokens for which maps do the work of layers up to ``layer``, by these maps.
 
-        They come by the number of the maps that the stand-in is of, and no token comes twice.
+        No token comes twice.
         """
-        if self.spans.repaired is None:
+        if self.spans.run_starts is None:
             return []
-        numbers = self.spans.repaired[:, layer]
+        starts, numbers = self.spans.run_starts[:, layer], self.spans.repaired
+        ends = starts >= 0
+        if not ends.any():
+            return []
+        runs = np.unique(np.stack([numbers[ends], starts[ends]], axis=1), axis=0)
         return [
-            (int(number), self._repaired(numbers == number))
-            for number in np.unique(numbers)
-            if number
+            (
+                MapRun(int(number), range(int(start), layer + 1)),
+                self._repaired(ends & (numbers == number) & (starts == start)),
+            )
+            for number, start in runs
         ]
 
     def _repaired(self, chosen: Bools) -> RepairedTokens:
@@ -208,9 +221,10 @@ class ElasticStep:
         return torch.from_numpy(indices).to(self._common.query_start_loc.device)
 
 
-def _is_uniform(repaired: Ints) -> bool:
-    """Return whether every layer has the same maps, or none, for all spans."""
-    return bool((repaired == repaired[:1]).all())
+def _is_uniform(spans: TokenSpans) -> bool:
+    """Return whether all spans have the same maps, or none, in the place of the same layers."""
+    assert spans.run_starts is not None
+    return all(bool((each == each[:1]).all()) for each in (spans.repaired, spans.run_starts))
 
 
 def _entries(values: Any, index: torch.Tensor) -> Any:

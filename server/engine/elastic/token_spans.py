@@ -24,8 +24,10 @@ class TokenSpans:
     ``rows``, ``starts``, ``stops``: [num_spans]. ``active``: [num_spans, num_layers], whether the
     span's tokens run the layer. ``kv_only``: [num_spans, num_layers], whether they skip the
     layer but write keys and values there; None if no span does in any layer. ``repaired``:
-    [num_spans, num_layers], the number of the maps that do the layer's work for them, 0 where
-    none do; None likewise.
+    [num_spans], the number of the maps that do the work of the layers they skip, 0 where none do.
+    ``run_starts``: [num_spans, num_layers], the first layer of the run of skipped layers that ends
+    with this one and whose maps are applied here as one, -1 where none ends; None if no span has
+    maps. Keys and values need the stream in front of their layer, so a run ends there.
     """
 
     rows: Ints
@@ -33,7 +35,8 @@ class TokenSpans:
     stops: Ints
     active: Bools
     kv_only: Bools | None
-    repaired: Ints | None
+    repaired: Ints
+    run_starts: Ints | None
 
     @classmethod
     def of_step(cls, table: RowTable, query_start: Ints, first_position: Ints) -> TokenSpans:
@@ -49,8 +52,8 @@ class TokenSpans:
         if not table.is_split[:num_rows].any():  # true of most steps
             rows = np.flatnonzero(stops > starts)
             active = table.prefill_active[rows]
-            repaired = _repaired(table, rows, active)
-            return cls(rows, starts[rows], stops[rows], active, None, repaired)
+            runs = _run_starts(table, rows, active, None)
+            return cls(rows, starts[rows], stops[rows], active, None, table.repair[rows], runs)
 
         # Each row is cut where its prompt ends, and the empty parts are dropped.
         cuts = _prompt_stops(table, starts, stops, first_position)
@@ -60,21 +63,32 @@ class TokenSpans:
         is_prompt = (parts == 0)[:, None]
         prefill_active, decode_active = table.prefill_active[rows], table.decode_active[rows]
         active = np.where(is_prompt, prefill_active, decode_active)
+        kv_only = is_prompt & decode_active & ~prefill_active
         return cls(
             rows,
             part_starts[rows, parts],
             part_stops[rows, parts],
             active=active,
-            kv_only=is_prompt & decode_active & ~prefill_active,
-            repaired=_repaired(table, rows, active),
+            kv_only=kv_only,
+            repaired=table.repair[rows],
+            run_starts=_run_starts(table, rows, active, kv_only),
         )
 
 
-def _repaired(table: RowTable, rows: Ints, active: Bools) -> Ints | None:
+def _run_starts(table: RowTable, rows: Ints, active: Bools, kv_only: Bools | None) -> Ints | None:
     numbers = table.repair[rows]
     if not numbers.any():  # true of dense steps
         return None
-    return np.where(~active & table.has_stand_in[numbers], numbers[:, None], 0)
+    repaired = ~active & table.has_stand_in[numbers]
+    goes_on = repaired[:, :-1] & repaired[:, 1:]  # from a layer to the next one
+    if kv_only is not None:
+        goes_on &= ~kv_only[:, 1:]
+    edge = np.zeros((len(rows), 1), np.bool_)
+    begins = repaired & ~np.concatenate([edge, goes_on], axis=1)
+    ends = repaired & ~np.concatenate([goes_on, edge], axis=1)
+    layers = np.arange(repaired.shape[1])
+    starts = np.maximum.accumulate(np.where(begins, layers, -1), axis=1)
+    return np.where(ends, starts, -1)
 
 
 def _prompt_stops(table: RowTable, starts: Ints, stops: Ints, first_position: Ints) -> Ints:

@@ -52,16 +52,20 @@ class ElasticWorkerExtension(WorkerExtension):
         """Begin a pass over the text from which the maps of ``layers`` are fitted."""
         self._elastic_model().repair.reset(layers, keep_maps=keep_maps)
 
-    def fathom_fit_repair(self, layer: int) -> str:
-        """Fit the map of one layer; return what prevents it, empty where nothing does."""
-        if get_tensor_model_parallel_rank() != 0:  # all ranks have the same stream
+    def fathom_begin_fit(self, layer: int) -> None:
+        """Begin to fit the map of one layer, beside the requests that the worker runs."""
+        if get_tensor_model_parallel_rank() == 0:  # all ranks have the same stream
+            model = self._elastic_model()
+            model.repair.begin_fit(layer, model.stream_dtype)
+
+    def fathom_end_fit(self) -> str | None:
+        """Return what prevents the fit, empty where nothing does; None: it is not at its end."""
+        if get_tensor_model_parallel_rank() != 0:
             return ""
-        model = self._elastic_model()
         try:
-            model.repair.fit_layer(layer, model.stream_dtype)
+            return "" if self._elastic_model().repair.end_fit() else None
         except RepairError as error:
             return str(error)
-        return ""
 
     def fathom_save_repair(self, path: str, provenance: dict[str, Any]) -> str:
         """Write the maps that were fitted; return what prevents it, empty where nothing does."""

@@ -55,6 +55,30 @@ def test_spans_say_of_each_token_what_its_position_says(
     assert seen == list(range(query_start[-1])), "every token of the step is in one span, in order"
 
 
+@given(layer_sets, layer_sets, layer_sets)
+def test_maps_of_neighbouring_layers_are_one_where_no_keys_and_values_are_written(
+    prefill: tuple[int, ...], decode: tuple[int, ...], mapped: tuple[int, ...]
+) -> None:
+    """A prompt of two tokens and a generated one, against a walk over the layers."""
+    table = RowTable(1, NUM_LAYERS)
+    number = table.add_repair("sha256:maps", mapped)
+    table.put(0, Payload(LayerSelection(prefill, decode, "sha256:maps")), range(2))
+    spans = TokenSpans.of_step(table, np.array([0, 3]), np.array([0]))
+    assert spans.run_starts is not None
+    assert set(spans.repaired.tolist()) == {number}
+    for index, starts in enumerate(spans.run_starts.tolist()):
+        runs = [range(start, end + 1) for end, start in enumerate(starts) if start >= 0]
+        skips = prefill if index == 0 else decode
+        kv_only = set(prefill) - set(decode) if index == 0 else set()
+        expected: list[range] = []
+        for layer in sorted(set(skips) & set(mapped)):
+            if expected and expected[-1].stop == layer and layer not in kv_only:
+                expected[-1] = range(expected[-1].start, layer + 1)
+            else:
+                expected.append(range(layer, layer + 1))
+        assert runs == expected
+
+
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 5))))
 def test_token_indices_are_the_ranges_one_after_another(pairs: list[tuple[int, int]]) -> None:
     starts = np.array([start for start, _ in pairs], np.int64)

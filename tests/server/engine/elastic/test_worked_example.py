@@ -141,19 +141,18 @@ def test_layers_with_the_same_active_tokens_run_together() -> None:
 
 
 def test_stand_ins_repair_the_tokens_that_skip_their_layer() -> None:
-    """Row B is repaired in layers 1 and 2, row C in none, for it does not ask; layer 0 has none."""
+    """Row B is repaired in layers 1 and 2, by one map; row C does not ask for it."""
     table = RowTable(len(ROWS), NUM_LAYERS)
     number = table.add_repair("sha256:maps", [1, 2, 3])
     for row, (layers, num_prompt, _, _) in enumerate(ROWS):
         repair = "sha256:maps" if row == 1 else None
         table.put(row, Payload(replace(layers, repair=repair)), range(num_prompt))
     example = ElasticStep(PlainBuilder(), metadata(), table)
-    assert [example.repaired_tokens(layer) for layer in (0, 3)] == [[], []]
-    [(found, repaired)] = example.repaired_tokens(1)
-    assert found == number
+    assert [example.repaired_tokens(layer) for layer in (0, 1, 3)] == [[], [], []]
+    [(run_of_maps, repaired)] = example.repaired_tokens(2)
+    assert run_of_maps == (number, range(1, 3))
     assert isinstance(repaired, TokenIndices)
     assert repaired.tokens.tolist() == [1]
-    assert example.repaired_tokens(2)[0][1] is repaired, "the same tokens"
 
     ran: list[tuple[list[int], list[int]]] = []
 
@@ -164,14 +163,14 @@ def test_stand_ins_repair_the_tokens_that_skip_their_layer() -> None:
     stream = ResidualStream(run, torch.arange(5), torch.zeros(5, 1), torch.ones(5, 1))
     for layer in range(NUM_LAYERS):
         repairs = [
-            Repair(torch.tensor([[float(layer)]]), tokens)
-            for _, tokens in example.repaired_tokens(layer)
+            Repair(torch.tensor([[float(sum(run.layers))]]), tokens)
+            for run, tokens in example.repaired_tokens(layer)
         ]
         stream.add(layer, example.active_tokens(layer), repairs)
     hidden, residual = stream.parts()
     assert ran == [([0], [0, 1, 2, 3, 4]), ([1, 2], [0, 2, 3, 4]), ([3], [0, 1, 4])]
-    # Token 1 is 2 after layer 0; it is doubled, then tripled, and layer 3 adds 1.
-    assert (hidden + residual).flatten().tolist() == [4, 13, 3, 3, 4]
+    # Token 1 is 2 after layer 0; it is multiplied by 1 + 1 + 2, and layer 3 adds 1.
+    assert (hidden + residual).flatten().tolist() == [4, 9, 3, 3, 4]
 
 
 def test_a_layer_that_all_tokens_skip_is_repaired_whole() -> None:
@@ -181,12 +180,12 @@ def test_a_layer_that_all_tokens_skip_is_repaired_whole() -> None:
         table.put(row, Payload(LayerSelection((1,), (1,), "sha256:maps")), range(2))
     example = ElasticStep(PlainBuilder(), metadata(), table)
     assert example.is_uniform
-    assert example.repaired_tokens(1) == [(number, Whole.ALL)]
+    assert example.repaired_tokens(1) == [((number, range(1, 2)), Whole.ALL)]
     table.put(0, Payload(LayerSelection((1,), (1,))), range(2))
     mixed = ElasticStep(PlainBuilder(), metadata(), table)
     assert not mixed.is_uniform, "one row does not ask for repair"
     [(found, tokens)] = mixed.repaired_tokens(1)
-    assert found == number
+    assert found == (number, range(1, 2))
     assert isinstance(tokens, TokenIndices)
 
 
@@ -204,15 +203,15 @@ def test_rows_are_repaired_by_the_maps_that_each_asks_for() -> None:
     example = ElasticStep(PlainBuilder(), metadata(), table)
     assert not example.is_uniform
 
-    def repaired(layer: int) -> list[tuple[int, list[int]]]:
+    def repaired(layer: int) -> list[tuple[int, range, list[int]]]:
         found = []
-        for number, tokens in example.repaired_tokens(layer):
+        for (number, layers), tokens in example.repaired_tokens(layer):
             assert isinstance(tokens, TokenIndices)
-            found.append((number, tokens.tokens.tolist()))
+            found.append((number, layers, tokens.tokens.tolist()))
         return found
 
-    assert repaired(1) == [(first, [0]), (second, [1])]
-    assert repaired(2) == [(second, [1])]
+    assert repaired(1) == [(first, range(1, 2), [0])]
+    assert repaired(2) == [(second, range(1, 3), [1])]
     maps = {first: torch.tensor([[10.0]]), second: torch.tensor([[2.0]])}
     ran: list[tuple[list[int], list[int]]] = []
 
@@ -222,12 +221,12 @@ def test_rows_are_repaired_by_the_maps_that_each_asks_for() -> None:
 
     stream = ResidualStream(run, torch.arange(5), torch.zeros(5, 1), torch.ones(5, 1))
     for layer in range(NUM_LAYERS):
-        repairs = [Repair(maps[n], tokens) for n, tokens in example.repaired_tokens(layer)]
+        repairs = [Repair(maps[n], tokens) for (n, _), tokens in example.repaired_tokens(layer)]
         stream.add(layer, example.active_tokens(layer), repairs)
     hidden, residual = stream.parts()
     assert ran == [([0], [0, 1, 2, 3, 4]), ([2], [0, 2, 3, 4]), ([3], [0, 1, 2, 3, 4])]
-    # After layer 0 all are 2. Token 0 is eleven times that, token 1 three times, twice.
-    assert (hidden + residual).flatten().tolist() == [24, 19, 4, 4, 4]
+    # After layer 0 all are 2. Token 0 is eleven times that, token 1 three times.
+    assert (hidden + residual).flatten().tolist() == [24, 7, 4, 4, 4]
 
 
 def test_rows_that_move_keep_their_repair() -> None:
