@@ -1,7 +1,8 @@
-"""What each depth costs in quality: by metric, with repair and without, and for the prompt alone.
+"""What each depth costs in quality: by metric, without repair, with it, and healed.
 
 Perplexity on texts that neither ranking nor repair has seen, divided by that of the dense model,
-the divergence from it, and the accuracy on multiple-choice questions, all in one engine.
+the divergence from it, how the depth writes and chooses, and the accuracy on multiple-choice
+questions, all in one engine.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, cast
 
 import typer
 
+from bench.healing import Trainer
 from bench.multiple_choice import Question, accuracy, load_questions
 from bench.options import Options, names, numbers, option
 from bench.plots import save_lines
@@ -23,9 +25,11 @@ from bench.random_model import DTYPES
 from bench.session import Session
 from pruning.fingerprint import model_fingerprint
 from pruning.plan import Plan
+from pruning.probes import Probes
 from pruning.quality import Quality
 from pruning.text import TextError, load_texts
 from server.calibration.calibrator import Calibrator, Progress, text_windows
+from server.calibration.probes import Prober
 from server.calibration.served_metrics import SERVED_METRICS, searches
 from server.engine.arguments import DtypeName
 from server.engine.base import LayerSelection
@@ -46,7 +50,9 @@ class DepthQualityOptions(Options):
     depths: str = option("", "Depths; none: 0.9, 0.8 and two thirds of the layers.")
     metrics: str = option("block_influence", "What the layers are ranked by, one or more metrics.")
     repair: bool = option(True, "Whether each is measured with repair, too.")
+    heal_steps: int = option(0, "Steps that the maps of each depth are trained; 0: none.")
     prompt_only: bool = option(True, "Whether pruning of the prompt alone is measured, too.")
+    probes: bool = option(True, "Whether writing and choosing are measured, too.")
     calibration: str = option(
         "", "Text to rank and fit on; none: the documentation of Python's standard library."
     )
@@ -79,6 +85,8 @@ async def measure(options: DepthQualityOptions) -> Session:
         Path(each).stem: load_questions(Path(each), options.num_questions)
         for each in filter(None, options.questions.split(","))
     }
+    if options.heal_steps and not options.repair:
+        raise typer.BadParameter("--heal-steps: maps are trained from those of --repair")
     if options.dtype not in DTYPES:
         raise typer.BadParameter(f"--dtype: allowed: {', '.join(DTYPES)}")
     engine = ElasticEngine(
@@ -115,29 +123,44 @@ async def measure(options: DepthQualityOptions) -> Session:
             def report(work: Progress) -> None:
                 progress.advance(work.phase.capitalize(), work.done, work.total)
 
+            maps_file = Path(directory) / "maps.safetensors"
             repair = None
             if options.repair:
-                path = Path(directory) / "maps.safetensors"
-                await calibrator.fit_repair(engine, path, report)
-                repair = await engine.install_repair(path)
+                await calibrator.fit_repair(engine, maps_file, report)
+                repair = await engine.install_repair(maps_file)
+            trainer = Trainer(
+                model=source.directory,
+                dtype=options.dtype,
+                closed_form=maps_file,
+                windows=_windows(engine, calibration, options.calibration_tokens),
+                steps=options.heal_steps,
+                seed=options.seed,
+                output=Path(directory),
+            )
             rows: dict[tuple[str, int], LayerSelection] = {("dense", num_layers): LayerSelection()}
             for metric in metrics:
-                plan: Plan | None = None
-                for maps in (None, repair) if options.repair else (None,):
-                    if plan is None or searches(metric):  # else nothing depends on the maps
-                        plan = await calibrator.measure_plan(report, metric=metric, repair=maps)
-                    rows |= _rows(plan, metric, depths, maps, options.prompt_only)
+                plan = await calibrator.measure_plan(report, metric=metric)
+                rows |= _rows(plan, metric, depths, None, options.prompt_only)
+                if repair is not None:
+                    if searches(metric):  # else nothing depends on the maps
+                        plan = await calibrator.measure_plan(report, metric=metric, repair=repair)
+                    rows |= _rows(plan, metric, depths, repair, options.prompt_only)
+                for depth in depths if options.heal_steps else ():
+                    name = f"{_NAMES.get(metric, metric)} + healed"
+                    skipped = tuple(sorted(plan.skipped(depth)))
+                    path = await asyncio.to_thread(
+                        trainer.train, skipped, f"{name}, depth {depth}", progress
+                    )
+                    healed = await engine.install_repair(path)
+                    rows[name, depth] = LayerSelection(skipped, skipped, healed)
             windows = {
-                name: text_windows(
-                    engine.tokenize,
-                    texts,
-                    max_context=engine.model.max_context,
-                    max_tokens=options.text_tokens,
-                    vocab_size=engine.model.vocab_size,
-                )
+                name: _windows(engine, texts, options.text_tokens)
                 for name, texts in held_out.items()
             }
-            await _measure(session, engine, rows, windows, questions)
+            start = engine.tokenize("")
+            pieces = [window[len(start) :] for each in windows.values() for window in each]
+            prober = Prober(engine, pieces, start) if options.probes else None
+            await _measure(session, engine, rows, windows, prober, questions)
         finally:
             await engine.shutdown()
     _summarize(session, list(windows), list(questions))
@@ -165,6 +188,7 @@ async def _measure(
     engine: ElasticEngine,
     rows: dict[tuple[str, int], LayerSelection],
     windows: dict[str, list[list[int]]],
+    prober: Prober | None,
     questions: dict[str, list[Question]],
 ) -> None:
     progress = session.progress
@@ -175,10 +199,19 @@ async def _measure(
             list(rows.values()),
             lambda *done, name=name: progress.advance(f"Perplexity, {name}", *done),
         )
+    probes: list[Probes] = []
+    if prober is not None:
+        probes = await prober.run(
+            list(rows.values()),
+            lambda *done: progress.advance("Writing and choosing", *done),
+            has_dense=True,
+        )
     for number, ((name, depth), layers) in enumerate(rows.items()):
         row: dict[str, Any] = {"method": name, "depth": depth}
         for text, measured in qualities.items():
             row[f"text {text}"] = asdict(measured[number])
+        if probes:
+            row["probes"] = asdict(probes[number])
         for file, of_file in questions.items():
             found = await accuracy(
                 engine,
@@ -206,14 +239,25 @@ def _summarize(session: Session, texts: Sequence[str], questions: Sequence[str])
             divergences.append(row[f"text {text}"]["kl_nats"])
         summary["of_dense"] = math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
         summary["kl_nats"] = math.fsum(divergences) / len(divergences)
+        _summarize_probes(summary, row.get("probes", {}))
         for file in questions:
             found = row[f"questions {file}"]
             summary[file] = f"{found['share']:.1%} ± {found['stderr']:.1%}"
         session.report.summary.append(summary)
     session.report.notes.append(
         "of dense: the geometric mean over the texts of perplexity / that of the dense model; "
-        "questions: accuracy by log-likelihood per character, and its standard error"
+        "writing: perplexity of what the depth writes under the dense model / that of what dense "
+        "writes; repeats: share of 4-grams that were there before; choosing: the true one of four "
+        "continuations; questions: accuracy by log-likelihood per character, and its standard error"
     )
+
+
+def _summarize_probes(summary: dict[str, Any], probes: dict[str, Any]) -> None:
+    if writing := probes.get("writing"):
+        summary["writing"] = writing["ratio"]
+        summary["repeats"] = f"{writing['repeated_share']:.0%}"
+    if choosing := probes.get("choosing"):
+        summary["choosing"] = f"{choosing['accuracy']:.0%} ± {choosing['accuracy_stderr']:.0%}"
 
 
 def _markdown(session: Session) -> str:
@@ -249,6 +293,16 @@ def _depths(text: str, num_layers: int) -> tuple[int, ...]:
     if max(depths) >= num_layers:
         raise typer.BadParameter(f"--depths: got {max(depths)}, allowed: less than {num_layers}")
     return depths
+
+
+def _windows(engine: ElasticEngine, texts: Sequence[str], num_tokens: int) -> list[list[int]]:
+    return text_windows(
+        engine.tokenize,
+        texts,
+        max_context=engine.model.max_context,
+        max_tokens=num_tokens,
+        vocab_size=engine.model.vocab_size,
+    )
 
 
 def _texts(source: str, part: Part, num_tokens: int) -> Sequence[str]:
