@@ -90,7 +90,7 @@ class Startup:
         with refused_as("model"), refused_as("the engine has died while measuring", EngineDead):
             calibrator, store = self._calibrator(), self._policy_store()
             repairer = self._repairer(calibrator, store)
-            installed = await self._installed_repair(repairer)
+            installed, problem = await self._installed_repair(repairer)
             repair = None if installed is None else installed.repair
             plan = await self._plan(calibrator, store, repair)
             policy = self._policy(plan)
@@ -98,7 +98,9 @@ class Startup:
                 with self._service.phase("levels"):
                     await calibrator.prepare(policy, self._on_progress)
             status = RepairStatus()
-            if repairer is not None and repair is not None:
+            if repairer is not None and repair is None:
+                status = RepairStatus(repairer.wanted, problem=problem)
+            elif repairer is not None and repair is not None:
                 policy, status = await self._repair(policy, repairer, repair)
             steps = MeasuringSteps(calibrator, store, self._on_progress)
             policy = await self._measure(policy, store, steps)
@@ -115,6 +117,7 @@ class Startup:
             store,
             repair=status,
             repairer=repairer,
+            fits_repair=repairer is not None and installed is None and not problem,
             measures_on=steps.next(policy) is not None,
         )
         if healed is not None and installed is not None and self._settings.heal:
@@ -169,12 +172,33 @@ class Startup:
                 )
             )
 
-    async def _installed_repair(self, repairer: Repairer | None) -> InstalledRepair | None:
-        """Install repair maps in the engine, if they are wanted."""
+    async def _installed_repair(
+        self, repairer: Repairer | None
+    ) -> tuple[InstalledRepair | None, str]:
+        """Install repair maps in the engine, if they are wanted; return what prevents it.
+
+        There may be none yet, if they are to be fitted while the server serves.
+        """
         if repairer is None:
-            return None
-        with self._service.phase("repair"), refused_as("repair", RepairError, OSError):
-            return await repairer.install()
+            return None, ""
+        with self._service.phase("repair"):
+            if self._fits_repair_now:
+                with refused_as("repair", RepairError, OSError):
+                    return await repairer.install(), ""
+            try:
+                return await repairer.install_kept(), ""
+            except (RepairError, OSError) as error:
+                problem = f"repair is not used: {error}"
+                logger.error("%s", problem)
+                return None, problem
+
+    @property
+    def _fits_repair_now(self) -> bool:
+        """Whether a start waits for repair: the settings say so, or a search counts on it."""
+        settings = self._settings
+        return settings.repair != "auto" or (
+            self._inputs.plan is None and searches(settings.metric)
+        )
 
     async def _repair(
         self, policy: DepthPolicy, repairer: Repairer, repair: Repair
@@ -295,11 +319,11 @@ class Startup:
 
     def _repairer(self, calibrator: Calibrator, store: PolicyStore) -> Repairer | None:
         """Return what repairs skipped layers, if the settings ask for it."""
-        if self._settings.repair == "none":
+        engine, repair = self._engine, self._settings.repair
+        if repair == "none" or (repair == "auto" and not isinstance(engine, RepairsLayers)):
             return None
-        engine = self._engine
         assert isinstance(engine, RepairsLayers), "the settings have been checked"
-        wanted = StandIn(self._settings.repair)
+        wanted = StandIn.CLOSED_FORM if repair == "auto" else StandIn(repair)
         return Repairer(engine, calibrator, store, self._on_progress, wanted=wanted)
 
     def _policy_store(self) -> PolicyStore:

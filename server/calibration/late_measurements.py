@@ -39,15 +39,19 @@ class LateMeasurements:
         in_force: PolicyInForce,
         *,
         is_busy: Callable[[], bool],
+        awaits_repair: Callable[[], bool],
         errors: Callable[[], AbstractContextManager[None]],
     ) -> None:
         """``is_busy``: whether a measurement would be in the way, or could not be made.
 
+        ``awaits_repair``: whether repair maps are being fitted, with which everything is measured
+        anew.
         ``errors`` notes an engine's death, and turns it into :class:`Unavailable`.
         """
         self._steps = steps
         self._in_force = in_force
         self._is_busy = is_busy
+        self._awaits_repair = awaits_repair
         self._errors = errors
         # What could not be measured, and why.
         self._given_up: dict[Measurement, str] = {}
@@ -56,7 +60,8 @@ class LateMeasurements:
     @property
     def pending(self) -> list[str]:
         """What is still to be measured, in words."""
-        return self._steps.pending(self._in_force.policy, self._given_up.keys())
+        measured = self._steps.pending(self._in_force.policy, self._given_up.keys())
+        return ["repair", *measured] if self._awaits_repair() else measured
 
     @property
     def problems(self) -> list[str]:
@@ -66,9 +71,10 @@ class LateMeasurements:
     async def run(self) -> None:
         """Measure until nothing is left."""
         logger.info("to be measured while serving: %s", "; ".join(self.pending) or "nothing")
-        while (step := self._next()) is not None:
+        while (step := self._next()) is not None or self._awaits_repair():
             await self._gap()
-            if step == self._next():  # else another policy has been put in force meanwhile
+            # Else another policy has been put in force meanwhile.
+            if step is not None and step == self._next():
                 await self._take(step)
         logger.info("everything has been measured")
 
@@ -88,7 +94,8 @@ class LateMeasurements:
         calm = 0.0
         while calm < _CALM_SECONDS:
             await asyncio.sleep(_POLL_SECONDS)
-            calm = 0.0 if self._is_busy() else calm + _POLL_SECONDS
+            in_the_way = self._is_busy() or self._awaits_repair()
+            calm = 0.0 if in_the_way else calm + _POLL_SECONDS
 
     async def _take(self, step: Step) -> None:
         policy = self._in_force.policy

@@ -87,6 +87,13 @@ class MeasuringSteps:
             policy = await self.take(policy, step)
         return policy
 
+    async def take_qualities(self, policy: DepthPolicy) -> DepthPolicy:
+        """Return the policy with all quality measured, and with the levels that follow."""
+        policy = with_found_levels(policy)
+        while step := next((one for one in self._steps(policy) if one.phase == "quality"), None):
+            policy = await self.take(policy, step)
+        return policy
+
     def pending(self, policy: DepthPolicy, without: Set[Measurement] = frozenset()) -> list[str]:
         """Return what is still to be measured, in words."""
         names = {level.depths: level.name for level in policy.levels}

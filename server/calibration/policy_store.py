@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,18 +83,27 @@ class PolicyStore:
         """Return the plan that is kept, or else the one that is made."""
         return await self._state.load_or_make("plan", self._plan_key, self._plan_file, make)
 
+    async def kept_repair(self) -> Path | None:
+        """Return the file of the repair maps that are kept; None: there is none that is whole."""
+        path = self._repair_path
+        return path if await asyncio.to_thread(self._is_kept, path) else None
+
     async def repair(self, make: Callable[[Path], Awaitable[None]]) -> Path:
         """Return the file of the repair maps that are kept, or else of those that ``make`` writes.
 
         Raises what ``make`` raises.
         """
-        path = self._state.path_of(_REPAIR_KIND, self._repair_key).with_suffix(".safetensors")
+        path = self._repair_path
         if not self._is_kept(path):
             async with self._state.locked(_REPAIR_KIND, self._repair_key):
                 # Another server may have made it while this one waited.
                 if not self._is_kept(path):
                     await make(path)
         return path
+
+    @property
+    def _repair_path(self) -> Path:
+        return self._state.path_of(_REPAIR_KIND, self._repair_key).with_suffix(".safetensors")
 
     def _is_kept(self, path: Path) -> bool:
         if not path.exists():

@@ -113,16 +113,17 @@ class PolicyUpdates:
             await self._keep()
             return self._in_force.policy
 
-    async def renew_repair(self, repairer: Repairer) -> None:
-        """Install repair maps again, and put them in force if they help.
+    async def renew_repair(self, repairer: Repairer, *, leaves_probes: bool) -> None:
+        """Fit repair maps and install them, and put them in force if they help.
 
-        Waits for another measurement to end. Raises what :class:`Repairer` raises, and
-        :class:`EngineDead`; nothing is changed then.
+        Levels that are searched for have been found with the maps then. ``leaves_probes``: their
+        probes and speed will be measured later. Waits for another measurement to end. Raises what
+        :class:`Repairer` raises, and :class:`EngineDead`; nothing is changed then.
         """
         async with self._updating:
             self._is_renewing = True
             try:
-                await self._renew_repair(repairer)
+                await self._renew_repair(repairer, leaves_probes)
             finally:
                 self._is_renewing = False
 
@@ -192,14 +193,15 @@ class PolicyUpdates:
         await self._keep()
         return plan
 
-    async def _renew_repair(self, repairer: Repairer) -> None:
+    async def _renew_repair(self, repairer: Repairer, leaves_probes: bool) -> None:
         installed = await repairer.install()
         # Levels with healed maps would be the same with and without.
         unhealed = replace(self._in_force.policy, healed={})
         policy, status = await repairer.judged(unhealed, installed.repair)
         if status.in_force is not None:
             steps = MeasuringSteps(self._calibrator, self._store, lambda _: None)
-            policy = await steps.take_all(self._in_force.policy.with_repair(policy.repair))
+            measure = steps.take_qualities if leaves_probes else steps.take_all
+            policy = await measure(self._in_force.policy.with_repair(policy.repair))
             # SetPolicy may have changed the policy meanwhile; its changes stay.
             self._in_force.install(
                 with_found_levels(

@@ -1,9 +1,10 @@
-"""Renewal of repair that an engine has lost: its maps were damaged when it was started again."""
+"""Repair that comes while serving: at the first start, and when an engine has lost its maps."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 
 from pruning.repair import RepairError
@@ -14,6 +15,7 @@ from server.calibration.policy_updates import PolicyUpdates
 from server.calibration.repairer import Repairer
 from server.depth.policy import DepthPolicy
 from server.engine.base import Engine, EngineDead, RepairsLayers
+from server.engine.pace import measuring_after
 from server.errors import FathomError
 
 _LOST = (
@@ -21,30 +23,60 @@ _LOST = (
     "without them until they have been fitted again"
 )
 
+# How soon a gap in the load is noticed.
+_POLL_SECONDS = 0.05
+# A part of a fit waits no longer for such a gap. A fit has some hundred parts.
+_PATIENCE_SECONDS = 2.0
+
 logger = logging.getLogger(__name__)
 
 
 class RepairRenewal:
-    """Takes repair out of force when the engine has lost its maps, and brings it back.
+    """Fits repair maps while the server serves, and puts them in force.
 
-    Nothing that was measured with the lost maps is used meanwhile. Belongs to the thread of the
-    event loop.
+    It takes repair out of force when the engine has lost its maps, which were damaged when it was
+    started again, and brings it back. Nothing that was measured with the lost maps is used
+    meanwhile. Belongs to the thread of the event loop.
     """
 
-    def __init__(self, engine: Engine, in_force: PolicyInForce) -> None:
+    def __init__(
+        self, engine: Engine, in_force: PolicyInForce, *, is_busy: Callable[[], bool]
+    ) -> None:
+        """``is_busy``: whether requests would have to wait for a measurement."""
         self._engine = engine
         self._in_force = in_force
+        self._is_busy = is_busy
         self._store: PolicyStore | None = None
         self._updates: PolicyUpdates | None = None
         self._repairer: Repairer | None = None
-        self._is_lost = False
+        # Whether what a policy lacks is measured in any case.
+        self._is_measured_on = False
+        # Whether there are no maps: after a failure, the next start of the engine calls for them.
+        self._is_missing = False
+        self._is_fitting = False
         self._is_needed = asyncio.Event()
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether maps are to be fitted, or are fitted now."""
+        return self._is_fitting or self._is_needed.is_set()
+
     def open(
-        self, updates: PolicyUpdates, store: PolicyStore | None, repairer: Repairer | None
+        self,
+        updates: PolicyUpdates,
+        store: PolicyStore | None,
+        repairer: Repairer | None,
+        *,
+        fits_now: bool = False,
     ) -> None:
-        """Renew with ``repairer`` from now on, one at a time with ``updates``."""
+        """Renew with ``repairer`` from now on, one at a time with ``updates``.
+
+        ``fits_now``: there have been no maps before, and they are to be fitted.
+        """
         self._updates, self._store, self._repairer = updates, store, repairer
+        if fits_now:
+            self._is_missing = self._is_measured_on = True
+            self._is_needed.set()
 
     def task(self) -> BackgroundTask:
         """Return what is to run as long as the service is open."""
@@ -58,7 +90,7 @@ class RepairRenewal:
         self._drop_healed()
         policy = self._in_force.policy
         if policy.repair is None:
-            if self._is_lost:  # the engine has died again while they were fitted
+            if self._is_missing:  # the engine has died while they were fitted
                 self._is_needed.set()
             return
         engine = self._engine
@@ -66,7 +98,7 @@ class RepairRenewal:
         if engine.has_repair(policy.repair):
             return
         logger.error("%s", _LOST)
-        self._is_lost = True
+        self._is_missing = True
         self._in_force.install(self._unrepaired(policy))
         self._in_force.set_repair(replace(self._in_force.repair, in_force=None, problem=_LOST))
         self._is_needed.set()
@@ -94,15 +126,27 @@ class RepairRenewal:
         while True:
             await self._is_needed.wait()
             self._is_needed.clear()
-            if self._updates is None or self._repairer is None:
+            if self._updates is None or self._repairer is None or not self._is_missing:
                 continue
+            self._is_fitting = True
             try:
-                await self._updates.renew_repair(self._repairer)
+                with measuring_after(self._gap):
+                    await self._updates.renew_repair(
+                        self._repairer, leaves_probes=self._is_measured_on
+                    )
             except EngineDead:
-                continue  # its restart calls for another attempt
+                continue  # its restart calls for another attempt, so this is not the end
             except (RepairError, FathomError, OSError) as error:
-                problem = f"repair is not used: its maps were lost, and not fitted again: {error}"
-                logger.exception("%s", problem)
+                problem = f"repair is not used: its maps could not be fitted: {error}"
+                logger.error("%s", problem)
                 self._in_force.set_repair(replace(self._in_force.repair, problem=problem))
             else:
-                self._is_lost = False
+                self._is_missing = False
+            self._is_fitting = self._is_measured_on = False
+
+    async def _gap(self) -> None:
+        """Wait until no request runs or waits, but not without end."""
+        waited = 0.0
+        while waited < _PATIENCE_SECONDS and self._is_busy():
+            await asyncio.sleep(_POLL_SECONDS)
+            waited += _POLL_SECONDS

@@ -63,7 +63,22 @@ class Repairer:
         async def fit(path: Path) -> None:
             await self._calibrator.fit_repair(self._engine, path, self._on_progress)
 
-        path = await self._store.repair(fit)
+        return await self._installed(await self._store.repair(fit))
+
+    async def install_kept(self) -> InstalledRepair | None:
+        """Install the maps that are kept; return None where there are none.
+
+        Raises what :meth:`install` does.
+        """
+        path = await self._store.kept_repair()
+        return None if path is None else await self._installed(path)
+
+    @property
+    def wanted(self) -> StandIn:
+        """What the settings ask for."""
+        return self._wanted
+
+    async def _installed(self, path: Path) -> InstalledRepair:
         fingerprint = await self._engine.install_repair(path)
         summary = await asyncio.to_thread(summarize_maps, path)
         return InstalledRepair(

@@ -243,7 +243,7 @@ def _export(
         except (QuantizationError, SurgeryError) as error:
             raise StartError(str(error)) from error
     removed = ", ".join(map(str, written.removed)) or "none"
-    if settings.repair != "none" and not fold:
+    if settings.repair not in ("auto", "none") and not fold:
         logger.warning(
             "repair: %s is not exported%s; --repair folded folds others into the weights",
             settings.repair,

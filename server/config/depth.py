@@ -124,11 +124,12 @@ class DepthSettings(BaseModel):
         description="Tokens that such a search may run through the model in all; more of them "
         "compare layers on more text.",
     )
-    repair: Literal["none", "closed-form", "healed"] = Field(
-        "none",
+    repair: Literal["auto", "none", "closed-form", "healed"] = Field(
+        "auto",
         description="What stands in for skipped layers; closed-form: a linear map for each, fitted "
         "on the calibration text at the first start and kept in `state_dir`, where that brings "
-        "the levels closer to the dense model; healed: at levels that `fathom heal` or `heal` "
+        "the levels closer to the dense model; auto: the same with the elastic engine, but fitted "
+        "while the server serves, in gaps of load; healed: at levels that `fathom heal` or `heal` "
         "have trained maps for, those instead, where they are better still.",
     )
     heal: bool = Field(

@@ -76,8 +76,11 @@ class Settings(
 
     @model_validator(mode="after")
     def _check_repair(self) -> Settings:
-        if self.repair != "none" and self.engine != "elastic":
-            allowed = f"none with the engine '{self.engine}', which serves layers that are cut out"
+        if self.repair not in ("auto", "none") and self.engine != "elastic":
+            allowed = (
+                f"auto or none with the engine '{self.engine}', which serves layers that are cut "
+                "out"
+            )
             raise conflict("repair", repr(self.repair), allowed)
         if self.heal and self.repair != "healed":
             raise conflict("heal", repr(self.heal), "false unless 'repair' is healed")

@@ -89,7 +89,9 @@ class Service:
         self._in_force = PolicyInForce(metrics, self._follow_policy)
         self._results = ResultCheck(engine, self._state, metrics)
         self._updates: PolicyUpdates | None = None
-        self._repair = RepairRenewal(engine, self._in_force)
+        self._repair = RepairRenewal(
+            engine, self._in_force, is_busy=lambda: self._has_requests or not self._serves
+        )
         self._late: LateMeasurements | None = None
         self._restarter = EngineRestarter(
             engine,
@@ -160,28 +162,31 @@ class Service:
         *,
         repair: RepairStatus | None = None,
         repairer: Repairer | None = None,
+        fits_repair: bool = False,
         measures_on: bool = False,
     ) -> None:
         """Begin to serve; the engine has been started, and is watched from now on.
 
         ``store`` keeps what is measured while serving for the next start. ``repair`` is what has
         come of the repair that the settings ask for; ``repairer`` fits it again where the engine
-        has lost it. ``measures_on``: what ``policy`` lacks is measured in the gaps of load.
+        has lost it. ``fits_repair``: it is to be fitted now, in the gaps of load. ``measures_on``:
+        so is what ``policy`` lacks measured.
         """
         self._model = self._engine.model
         self._updates = PolicyUpdates(self._engine, calibrator, self._in_force, store)
-        self._repair.open(self._updates, store, repairer)
+        self._repair.open(self._updates, store, repairer, fits_now=fits_repair)
         self._in_force.install(policy)
         self._in_force.set_repair(repair or RepairStatus())
         self._state.startup_phase = ""
         self.set_auto_rules(self._auto.rules)
         loop = asyncio.get_running_loop()
         self.metrics.watch_tasks(lambda: len(asyncio.all_tasks(loop)))
-        if measures_on:
+        if measures_on or fits_repair:
             self._late = LateMeasurements(
                 MeasuringSteps(calibrator, store, lambda _: None),
                 self._in_force,
                 is_busy=lambda: self._is_busy,
+                awaits_repair=lambda: self._repair.is_pending,
                 errors=self._restarter.errors,
             )
             self._tasks.append(BackgroundTask("what is measured while serving", self._late.run))
@@ -326,8 +331,15 @@ class Service:
     @property
     def _is_busy(self) -> bool:
         """Whether requests are in flight, or no measurement can be made besides."""
-        is_serving = self.state is State.SERVING
-        return not is_serving or self.is_measuring or self._admission.num_in_flight > 0
+        return not self._serves or self.is_measuring or self._has_requests
+
+    @property
+    def _serves(self) -> bool:
+        return self.state is State.SERVING
+
+    @property
+    def _has_requests(self) -> bool:
+        return self._admission.num_in_flight > 0
 
     def _load(self) -> LoadInfo:
         try:

@@ -22,8 +22,8 @@ from tests.fathom_command import PATIENCE as PATIENCE
 
 # Little of everything, so that a start is quick and several servers fit beside each other. The
 # layers run uncompiled: to compile them takes longer than most of the tests. Levels depend on no
-# measurement, and a busy machine decides neither what is measured at the start nor about automatic
-# depth.
+# measurement, no maps come in while a test runs, and a busy machine decides neither what is
+# measured at the start nor about automatic depth.
 SMALL: Mapping[str, object] = {
     "dtype": "float32",
     "kv_cache_gib": 0.25,
@@ -34,6 +34,7 @@ SMALL: Mapping[str, object] = {
     "startup_seconds": "inf",
     "auto_first_token_seconds": 3600.0,
     "auto_inter_token_seconds": 3600.0,
+    "repair": "none",
     "levels": "dense=0.0,balanced=0.25,fast=0.5,turbo=0.75",
 }
 

@@ -76,6 +76,7 @@ async def test_quality_is_finished_after_a_few_interruptions_and_speed_is_left()
         steps,
         in_force,
         is_busy=lambda: engine.is_measuring or engine.load().num_running > 0,
+        awaits_repair=lambda: False,
         errors=nullcontext,
     )
     assert late.pending == [

@@ -367,11 +367,12 @@ def test_module_prints_the_table() -> None:
 
 
 def test_repair_needs_an_engine_that_skips_layers() -> None:
-    assert load_settings({}).repair == "none"
+    assert load_settings({}).repair == "auto"
+    assert load_settings({"engine": "dedicated"}).repair == "auto"
     assert load_settings({"repair": "closed-form"}).repair == "closed-form"
     assert problems(repair="closed-form", engine="dedicated") == [
-        "repair: got 'closed-form', allowed: none with the engine 'dedicated', which serves layers "
-        "that are cut out"
+        "repair: got 'closed-form', allowed: auto or none with the engine 'dedicated', which "
+        "serves layers that are cut out"
     ]
 
 
