@@ -30,13 +30,19 @@ class LayerMeans:
 
 
 class LayerMeanEstimator(ABC):
-    """Accumulates a quantity of every layer over any number of tokens in constant memory."""
+    """Accumulates a quantity of every layer over any number of tokens in constant memory.
+
+    With more ``num_quantities``, each of them; then their sums follow each other.
+    """
+
+    num_quantities = 1
 
     def __init__(self, num_layers: int) -> None:
         if num_layers < 1:
             raise ValueError(f"num_layers: got {num_layers}, allowed: at least 1")
         self._num_tokens = [0] * num_layers
-        # Of each layer, on the device of its states: sum and sum of squares, float64 [2].
+        # Of each layer, on the device of its states: sum and sum of squares of each quantity,
+        # float64 [2 * num_quantities].
         self._moments: list[torch.Tensor | None] = [None] * num_layers
 
     def update(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
@@ -58,7 +64,7 @@ class LayerMeanEstimator(ABC):
         with torch.no_grad():
             dtype = torch.promote_types(before.dtype, torch.float32)
             values = self.of_tokens(before.to(dtype), after.to(dtype)).double()
-            moments = torch.stack([values.sum(), values.square().sum()])
+            moments = torch.stack([values.sum(-1), values.square().sum(-1)], dim=-1).flatten()
             previous = self._moments[layer]
             # Not in place: a tensor made under inference_mode could not be changed outside it.
             self._moments[layer] = moments if previous is None else previous + moments
@@ -66,7 +72,10 @@ class LayerMeanEstimator(ABC):
 
     @abstractmethod
     def of_tokens(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-        """Return the quantity of each token, [num_tokens], of states [num_tokens, hidden]."""
+        """Return the quantity of each token, [num_tokens], of states [num_tokens, hidden].
+
+        With more ``num_quantities`` than one, [num_quantities, num_tokens].
+        """
 
     def sums(self) -> list[list[float]]:
         """Return, for each layer, the number of tokens and the sums of values and squares.
@@ -74,8 +83,9 @@ class LayerMeanEstimator(ABC):
         Plain lists, to be sent between processes, merged with :func:`merge_sums` and turned
         into means with :func:`layer_means`. Waits for the device.
         """
+        nothing = (0.0,) * (2 * self.num_quantities)
         return [
-            [float(n), *(moments.tolist() if moments is not None else (0.0, 0.0))]
+            [float(n), *(moments.tolist() if moments is not None else nothing)]
             for n, moments in zip(self._num_tokens, self._moments, strict=True)
         ]
 

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from pruning.depths import check_removal_order, removal_order, skipped_layers
 from pruning.durable import replace_file
 from pruning.importance import BlockInfluence
+from pruning.metrics import DensePass, other_scores
 from pruning.metrics.base import Ranking
 from pruning.metrics.names import BLOCK_INFLUENCE, METRIC_NAMES
 
@@ -139,6 +140,26 @@ class Plan:
         Raises :class:`ValueError` unless 1 <= ``depth`` <= ``num_layers``.
         """
         return skipped_layers(self.removal_order, depth)
+
+    @classmethod
+    def from_dense_pass(
+        cls,
+        measured: DensePass,
+        *,
+        model_fingerprint: str,
+        text_fingerprint: str,
+        tokenizer_fingerprint: str = "",
+        versions: dict[str, str],
+    ) -> Plan:
+        """Return the plan by block influence, with the scores of all metrics of a dense pass."""
+        plan = cls.from_importance(
+            measured.block_influence,
+            model_fingerprint=model_fingerprint,
+            text_fingerprint=text_fingerprint,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+            versions=versions,
+        )
+        return replace(plan, other_scores=other_scores(measured))
 
     def ranked_by(self, metric: str, ranking: Ranking) -> Plan:
         """Return the plan with the order of another metric, which keeps all scores it has."""

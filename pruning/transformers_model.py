@@ -44,7 +44,9 @@ def load_tokenizer(directory: Path, *, trust: bool) -> Any:
 
 
 def batches(
-    windows: Sequence[Sequence[int]], device: Any, advance: Callable[[int, int], None]
+    windows: Sequence[Sequence[int]],
+    device: Any,
+    advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Any]:
     """Yield each window as int64 [1, num_tokens].
 

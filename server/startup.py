@@ -103,12 +103,13 @@ class Startup:
             elif repairer is not None and repair is not None:
                 policy, status = await self._repair(policy, repairer, repair)
             steps = MeasuringSteps(calibrator, store, self._on_progress)
-            policy = await self._measure(policy, store, steps)
+            started = time.monotonic()
+            policy = await self._measure(policy, store, steps, started)
             healed = self._healed_levels(calibrator, store)
             if healed is not None:
                 with self._service.phase("repair"):
                     policy = await healed.with_kept(policy, self._on_progress)
-                policy = await self._measure(with_found_levels(policy), store, steps)
+                policy = await self._measure(with_found_levels(policy), store, steps, started)
         if before_open is not None:
             await before_open()
         self._service.open(
@@ -267,12 +268,12 @@ class Startup:
         return with_found_levels(policy)
 
     async def _measure(
-        self, policy: DepthPolicy, store: PolicyStore, steps: MeasuringSteps
+        self, policy: DepthPolicy, store: PolicyStore, steps: MeasuringSteps, started: float
     ) -> DepthPolicy:
         """Return the policy with what is kept of its measurements and what is measured now.
 
-        That is what levels need, as far as there is time for it, or with time without end
-        everything; the service measures the rest.
+        That is what levels need, as far as there is time for it since ``started``, or with time
+        without end everything; the service measures the rest.
         """
         seconds = self._settings.startup_seconds
         pairs = {level.depths for level in policy.levels}
@@ -284,7 +285,6 @@ class Startup:
         for phase in ("probes", "speed"):
             with self._service.phase(phase):
                 pass  # A start that finds all of it kept shows these phases as well.
-        started = time.monotonic()
         while (step := steps.next(policy)) is not None:
             if (math.isfinite(seconds) and step.can_wait) or time.monotonic() - started >= seconds:
                 break

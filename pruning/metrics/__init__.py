@@ -10,7 +10,14 @@ from __future__ import annotations
 from pruning.metrics.angular_distance import AngularDistance
 from pruning.metrics.base import Evidence, Metric, MetricError, Ranking
 from pruning.metrics.block_influence import BlockInfluenceMetric
-from pruning.metrics.dense_pass import DensePass, DensePassEstimator, measure_dense_pass
+from pruning.metrics.dense_pass import (
+    DensePass,
+    DensePassEstimator,
+    DensePassSums,
+    dense_pass,
+    measure_dense_pass,
+    measure_dense_pass_sums,
+)
 from pruning.metrics.evaluator import (
     BudgetSpent,
     Evaluate,
@@ -30,6 +37,7 @@ __all__ = [
     "BudgetSpent",
     "DensePass",
     "DensePassEstimator",
+    "DensePassSums",
     "Evaluate",
     "Evidence",
     "GreedyRemoval",
@@ -43,7 +51,10 @@ __all__ = [
     "Selection",
     "Sequential",
     "SingleRemoval",
+    "dense_pass",
     "measure_dense_pass",
+    "measure_dense_pass_sums",
+    "other_scores",
 ]
 
 METRICS: dict[str, Metric] = {
@@ -59,3 +70,12 @@ METRICS: dict[str, Metric] = {
         GreedyRemoval(),
     )
 }
+
+
+def other_scores(measured: DensePass) -> dict[str, tuple[float, ...]]:
+    """Return the scores of all metrics of a dense pass but block influence, by name."""
+    metrics: list[Metric] = [RelativeMagnitude(), Norm()]
+    if measured.angular_distances is not None:
+        metrics.append(AngularDistance())
+    evidence = Evidence(len(measured.block_influence.scores), measured)
+    return {metric.name: metric.rank(evidence).scores for metric in metrics}

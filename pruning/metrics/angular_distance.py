@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pruning.metrics.base import Evidence, Need, Ranking, needed_dense_pass
+from pruning.metrics.base import Evidence, MetricError, Need, Ranking, needed_dense_pass
 from pruning.metrics.names import ANGULAR_DISTANCE
 
 
@@ -35,8 +35,17 @@ class AngularDistance:
     need = Need.DENSE_PASS
 
     def rank(self, evidence: Evidence) -> Ranking:
-        """Return the ranking; raises :class:`ValueError` for a block that the model has not."""
+        """Return the ranking.
+
+        Raises :class:`ValueError` for a block that the model has not, and :class:`MetricError`
+        where the distances were not measured.
+        """
         distances = needed_dense_pass(self, evidence).angular_distances
+        if distances is None:
+            raise MetricError(
+                f"{self.name}: needs the streams of all layers in one process, which pipeline "
+                "parallel does not give"
+            )
         num_layers = evidence.num_layers
         size = max(num_layers // 4, 1) if self.block_size is None else self.block_size
         if not 1 <= size <= num_layers:

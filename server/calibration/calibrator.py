@@ -14,7 +14,7 @@ from typing import Protocol
 
 from pruning.fingerprint import text_fingerprint
 from pruning.importance import ImportanceError
-from pruning.metrics import Evidence
+from pruning.metrics import Evidence, MetricError, dense_pass
 from pruning.metrics.names import BLOCK_INFLUENCE, GREEDY_KL
 from pruning.plan import Plan
 from pruning.probes import Probes
@@ -133,11 +133,11 @@ class Calibrator:
     ) -> Plan:
         """Rank the layers on ``texts``, or on those of the server where there are none.
 
-        They are ranked by ``metric``, or by the server's; Block Influence is measured in any
-        case. ``repair`` is the fingerprint of the maps that stand in for skipped layers, and
-        ``depths`` are those of the levels. The metric "auto" compares the order of Block Influence
-        with that of greedy removal there, where the engine and ``search_tokens`` allow a search,
-        and takes the better one.
+        They are ranked by ``metric``, or by the server's; Block Influence and what else one pass
+        over the texts shows is measured in any case. ``repair`` is the fingerprint of the maps
+        that stand in for skipped layers, and ``depths`` are those of the levels. The metric
+        "auto" compares the order of Block Influence with that of greedy removal there, where the
+        engine and ``search_tokens`` allow a search, and takes the better one.
 
         Raises :class:`InvalidArgument` for texts that give no tokens or none that the model
         knows, for too few tokens to measure on, and for an unknown metric;
@@ -163,11 +163,13 @@ class Calibrator:
                 logger.warning("layers are ranked by %s: %s", BLOCK_INFLUENCE, error)
                 chosen = find_metric(BLOCK_INFLUENCE, self._engine)
         with _measuring():
-            importance = await self._engine.measure_importance(
-                windows, _report(on_progress, "importance")
+            measured = dense_pass(
+                await self._engine.measure_importance(windows, _report(on_progress, "importance"))
             )
-        plan = Plan.from_importance(
-            importance,
+            evidence = Evidence(self._engine.model.num_layers, measured)
+            own = None if search is not None else chosen.rank(evidence)
+        plan = Plan.from_dense_pass(
+            measured,
             model_fingerprint=self._model_fingerprint,
             text_fingerprint=text_fingerprint(texts or self._texts),
             tokenizer_fingerprint=self._tokenizer_fingerprint,
@@ -189,9 +191,8 @@ class Calibrator:
                 )
                 plan = replace(plan, other_scores=searched.other_scores)
                 return await choice.choose(plan, searched)
-        if chosen.name == BLOCK_INFLUENCE:
-            return plan
-        return plan.ranked_by(chosen.name, chosen.rank(Evidence(plan.num_layers)))
+        assert own is not None
+        return plan.ranked_by(chosen.name, own)
 
     async def fit_repair(self, engine: RepairsLayers, path: Path, on_progress: OnProgress) -> None:
         """Fit repair maps on the server's calibration text, and write them to ``path``.
@@ -446,5 +447,5 @@ def _calibrating_on(texts: Sequence[str]) -> Iterator[None]:
 def _measuring() -> Iterator[None]:
     try:
         yield
-    except (ImportanceError, QualityError) as error:
+    except (ImportanceError, MetricError, QualityError) as error:
         raise FailedPrecondition(f"this model cannot be measured on this text: {error}") from error

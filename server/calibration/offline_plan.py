@@ -10,8 +10,7 @@ from typing import Any
 
 from pruning.checkpoint import read_config
 from pruning.fingerprint import text_fingerprint, tokenizer_fingerprint
-from pruning.metrics import METRICS, Evidence
-from pruning.metrics.names import BLOCK_INFLUENCE
+from pruning.metrics import METRICS, Evidence, measure_dense_pass
 from pruning.plan import Plan, PlanError
 from pruning.transformers_model import batches, load_model, load_tokenizer
 from server.calibration.calibrator import WINDOW, text_windows
@@ -67,7 +66,7 @@ def measured_plan(
     num_layers: int,
     texts: Sequence[str],
     report: ProgressReport,
-    metric: str = BLOCK_INFLUENCE,
+    metric: str,
 ) -> Plan:
     """Load the model, rank its layers and keep the plan in the state directory.
 
@@ -75,24 +74,21 @@ def measured_plan(
     raises for a model that it cannot load, and :class:`ValueError` for one whose layers it cannot
     rank.
     """
-    from pruning.importance import measure_block_influence
-
     with report.working("Loading the model, to rank its layers"):
         model, tokenizer = load_offline(settings, directory)
     windows = measuring_windows(model, tokenizer, texts, settings.calibration_tokens)
-    influence = measure_block_influence(
+    measured = measure_dense_pass(
         model,
         batches(windows, model.device, lambda *c: report.advance("Ranking the layers", *c)),
     )
-    plan = Plan.from_importance(
-        influence,
+    plan = Plan.from_dense_pass(
+        measured,
         model_fingerprint=fingerprint,
         text_fingerprint=text_fingerprint(texts),
         tokenizer_fingerprint=tokenizer_fingerprint(directory),
         versions={name: metadata.version(name) for name in _PACKAGES},
     )
-    if metric != BLOCK_INFLUENCE:
-        plan = plan.ranked_by(metric, METRICS[metric].rank(Evidence(num_layers)))
+    plan = plan.ranked_by(metric, METRICS[metric].rank(Evidence(num_layers, measured)))
     key = transformers_plan_key(
         model=fingerprint,
         tokenizer=plan.tokenizer_fingerprint,

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from pruning.metrics.names import METRIC_NAMES
 from pruning.text import TextError, load_texts
 from server.cli.connection import Connection, connected, with_connection
 from server.cli.problems import report_problem
@@ -68,14 +69,21 @@ def calibrate(
 
 def _table(plan: common_pb2.Plan) -> Table:
     removed = {layer: position for position, layer in enumerate(plan.removal_order, start=1)}
-    table = Table(title=f"Block influence on {plan.num_tokens} tokens", title_justify="left")
-    for heading in ("Layer", "Influence", *plan.other_scores, "Removed"):
-        table.add_column(heading, justify="right")
+    table = Table(
+        title=f"Block influence on {plan.num_tokens} tokens",
+        title_justify="left",
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    others = [name for name in METRIC_NAMES if name in plan.other_scores]
+    for heading in ("Layer", "Influence", *others, "Removed"):
+        # At spaces a heading may be broken.
+        table.add_column(heading.replace("_", " "), justify="right")
     for layer in plan.layers:
         table.add_row(
             str(layer.layer),
             f"{layer.score:.4f} ± {layer.stderr:.4f}",
-            *(f"{other.scores[layer.layer]:.4f}" for other in plan.other_scores.values()),
+            *(f"{plan.other_scores[name].scores[layer.layer]:.4g}" for name in others),
             str(removed[layer.layer]),
         )
     return table

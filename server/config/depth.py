@@ -24,9 +24,17 @@ from server.config.errors import conflict, not_allowed
 from server.config.values import names_from, pairs_from
 from server.depth.levels import LevelSpec
 
-# Those of pruning.metrics whose evidence the engines measure, and the better one of two of them.
+# Those of pruning.metrics, and the better one of two of them.
 ServedMetric = Literal[
-    "block_influence", "reverse_order", "sequential", "single_removal_kl", "greedy_kl", "auto"
+    "block_influence",
+    "relative_magnitude",
+    "norm",
+    "angular_distance",
+    "reverse_order",
+    "sequential",
+    "single_removal_kl",
+    "greedy_kl",
+    "auto",
 ]
 DEFAULT_SEARCH_TOKENS = 1 << 19
 

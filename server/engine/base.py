@@ -8,12 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from pruning.importance import BlockInfluence
+from pruning.metrics import DensePassSums
 from pruning.plan import Plan
 from pruning.quality import Quality
 
 # Called with (done, total), in tokens or in engines that have been started.
 ProgressCallback = Callable[[int, int], None]
+# Called with what has been measured of the layers so far, for each group of windows: whether that
+# is enough.
+IsEnough = Callable[[Sequence[DensePassSums]], bool]
+
+
+def never_enough(sums: Sequence[DensePassSums]) -> bool:
+    """Let a measurement go on to the end of its text."""
+    return False
 
 
 class EngineDead(Exception):
@@ -340,11 +348,17 @@ class Engine(Protocol):
         ...
 
     async def measure_importance(
-        self, windows: Sequence[Sequence[int]], progress: ProgressCallback
-    ) -> BlockInfluence:
-        """Measure every layer's Block Influence over ``windows`` of token ids, at full depth.
+        self,
+        windows: Sequence[Sequence[int]],
+        progress: ProgressCallback,
+        is_enough: IsEnough = never_enough,
+    ) -> list[DensePassSums]:
+        """Measure what metrics rank by over ``windows`` of token ids, at full depth.
 
-        Raises :class:`InvalidArgument` for an id that is not below the model's ``vocab_size``.
+        Returns the sums of each group of windows, in their order; see
+        :func:`server.engine.measuring.importance_parts`. The measurement ends early where
+        ``is_enough`` says so of those that it has. Raises :class:`InvalidArgument` for an id that
+        is not below the model's ``vocab_size``.
         """
         ...
 

@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from pruning.quality import Quality, quality_of_windows
 from server.engine.base import ModelInfo
 from server.errors import InvalidArgument, NonFiniteResult
 
+# Token ids.
+Window = Sequence[int]
 
-def check_windows(windows: Sequence[Sequence[int]], model: ModelInfo) -> None:
+# Windows whose importance is added up separately, unless there are more of them than that.
+_MAX_GROUPS = 64
+# After so many groups a measurement of importance may end.
+_GROUPS_AT_A_TIME = 16
+
+
+def importance_parts(windows: Sequence[Window]) -> Iterator[list[Sequence[Window]]]:
+    """Yield the groups of windows whose importance is added up separately, some at a time.
+
+    A group is one window, or several neighbours where there are more than ``_MAX_GROUPS`` windows.
+    """
+    size = math.ceil(len(windows) / _MAX_GROUPS)
+    groups = [windows[start : start + size] for start in range(0, len(windows), size)]
+    for start in range(0, len(groups), _GROUPS_AT_A_TIME):
+        yield groups[start : start + _GROUPS_AT_A_TIME]
+
+
+def check_windows(windows: Sequence[Window], model: ModelInfo) -> None:
     """Raise :class:`InvalidArgument` for a token id that the model has no embedding for.
 
     Such an id would end the engine. It occurs where the tokenizer has more tokens than the model.

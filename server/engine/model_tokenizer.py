@@ -54,7 +54,7 @@ class ModelTokenizer:
 
     def tokenize(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Return the ids of ``text``, after the special tokens that begin every text."""
-        ids = list(self._tokenizer.encode(text, add_special_tokens=special_tokens))
+        ids = self._encode(text, special_tokens=special_tokens)
         appended = len(self._appended)
         if special_tokens and appended and tuple(ids[-appended:]) == self._appended:
             del ids[-appended:]
@@ -72,7 +72,7 @@ class ModelTokenizer:
                 f"model {self._model_name} has no chat template; send a prompt or token ids"
             )
         text = self._chat_template.render(messages)
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        return self._encode(text, special_tokens=False)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """Return the text of ``token_ids``, without special tokens."""
@@ -111,8 +111,8 @@ class ModelTokenizer:
     @cached_property
     def _appended(self) -> tuple[int, ...]:
         """The special tokens that the tokenizer puts after a text."""
-        plain = list(self._tokenizer.encode(_PLAIN_TEXT, add_special_tokens=False))
-        with_special = list(self._tokenizer.encode(_PLAIN_TEXT, add_special_tokens=True))
+        plain = self._encode(_PLAIN_TEXT, special_tokens=False)
+        with_special = self._encode(_PLAIN_TEXT, special_tokens=True)
         for start in range(len(with_special) - len(plain) + 1):
             if with_special[start : start + len(plain)] == plain:
                 return tuple(with_special[start + len(plain) :])
@@ -121,8 +121,17 @@ class ModelTokenizer:
     @cached_property
     def _anchor(self) -> tuple[list[int], str]:
         """Tokens that stand before the one whose text is asked for, and their text."""
-        ids = list(self._tokenizer.encode(_PLAIN_TEXT, add_special_tokens=False))
+        ids = self._encode(_PLAIN_TEXT, special_tokens=False)
         return ids, self._decode(ids)
+
+    def _encode(self, text: str, *, special_tokens: bool) -> list[int]:
+        from transformers import PreTrainedTokenizerBase
+
+        # Quiet: a text to measure on may be longer than the context, because it is cut into
+        # windows, and a prompt that is too long has an error of its own. Other tokenizers of vLLM
+        # say nothing, and do not take the argument.
+        quiet = {"verbose": False} if isinstance(self._tokenizer, PreTrainedTokenizerBase) else {}
+        return list(self._tokenizer.encode(text, add_special_tokens=special_tokens, **quiet))
 
     @cached_property
     def _chat_template(self) -> ChatTemplate:

@@ -21,6 +21,10 @@ class TokenProgress:
         self._done += num_tokens
         self._callback(self._done, self._total)
 
+    def finish(self) -> None:
+        """Report that nothing is left to do, where not all tokens were needed."""
+        self.advance(self._total - self._done)
+
 
 def first_failure(failures: BaseExceptionGroup[Exception]) -> Exception:
     """Return the first of the errors that a task group's tasks have raised."""

@@ -188,6 +188,7 @@ class OfflineHealing:
                 self.num_layers,
                 self._texts,
                 self._progress,
+                settings.metric,
             )
 
     def _model(self) -> _Loaded:

@@ -264,7 +264,8 @@ def calibration_windows(
     tokenizer = load_tokenizer(directory, trust=settings.trust_remote_code)
 
     def tokenize(text: str, *, special_tokens: bool = True) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=special_tokens).input_ids)
+        # Quiet, for a text longer than the context is cut into windows.
+        return list(tokenizer(text, add_special_tokens=special_tokens, verbose=False).input_ids)
 
     return text_windows(
         tokenize,

@@ -43,7 +43,8 @@ def test_calibration(tmp_path: Path) -> None:
     )
     assert [row["method"] for row in report.summary] == [
         "plain prefill",
-        "Block Influence, in the engine",
+        "all metrics of one pass, in the engine",
+        "a pass of a search, in the engine",
         "Block Influence, output_hidden_states",
     ]
     assert {r["num_tokens"] for r in report.rounds} == {1200, 4800}

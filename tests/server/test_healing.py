@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -212,6 +213,23 @@ async def test_kept_maps_are_used_where_they_are_better(tmp_path: Path) -> None:
     await plain.startup.run()
     assert not plain.service.policy.healed
     await plain.service.close()
+
+
+async def test_both_measurements_of_a_start_share_one_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skipped = await skipped_by_the_plan(tmp_path)
+    started = Started(tmp_path, engine := HealingEngine(), startup_seconds="10")
+    save_maps(healed_maps(skipped), started.store.path_of(skipped))
+    # The budget is used up when the healed maps have been judged.
+    clock = SimpleNamespace(monotonic=lambda: 20.0 if len(engine.paths) > 1 else 0.0)
+    monkeypatch.setattr("server.startup.time", clock)
+    policy = await started.run()
+    assert policy.healed
+    assert FAST in policy.qualities
+    assert FAST not in policy.speeds
+    assert any("speed of" in each for each in started.service.status().unmeasured)
+    await started.service.close()
 
 
 async def test_kept_maps_that_are_no_better_are_not_used(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pruning.checkpoint import read_config
 from pruning.fingerprint import model_fingerprint
-from pruning.importance import BlockInfluence
+from pruning.metrics import DensePassSums
 from pruning.plan import Plan
 from pruning.quality import Quality
 from server.engine.arguments import (
@@ -29,12 +29,14 @@ from server.engine.base import (
     CacheNamespace,
     GenerationDelta,
     GenerationRequest,
+    IsEnough,
     LayerSelection,
     LoadInfo,
     ModelInfo,
     ProgressCallback,
     SamplingOptions,
     TokenScore,
+    never_enough,
 )
 from server.engine.dedicated.checkpoints import CheckpointStore
 from server.engine.dedicated.importance import measure_in_process
@@ -252,13 +254,17 @@ class DedicatedEngine:
         return scores[num_context - 1 :]
 
     async def measure_importance(
-        self, windows: Sequence[Sequence[int]], progress: ProgressCallback
-    ) -> BlockInfluence:
+        self,
+        windows: Sequence[Sequence[int]],
+        progress: ProgressCallback,
+        is_enough: IsEnough = never_enough,
+    ) -> list[DensePassSums]:
         check_windows(windows, self.model)
         return await measure_in_process(
             self._config.ranked_model or self._config.model,
             windows,
             progress,
+            is_enough,
             dtype=self._dtype,
             trust_remote_code=self._config.trust_remote_code,
         )

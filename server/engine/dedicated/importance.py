@@ -1,12 +1,12 @@
-"""Block Influence measured with transformers, in a process that ends with the measurement.
+"""The layers' importance measured with transformers, in a process that ends with the measurement.
 
 An unmodified vLLM cannot measure single layers, so transformers loads the model a second time.
 That happens in another process, because the server's process would keep much of that memory.
 
     python -m server.engine.dedicated.importance
 
-reads one JSON object from its standard input and writes one JSON object a line: the progress, and
-at the end the result or an error.
+reads one JSON object from its standard input and writes one JSON object a line: the progress, what
+some groups of windows add up to, or an error, which is the last.
 """
 
 from __future__ import annotations
@@ -16,26 +16,30 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pruning.importance import BlockInfluence, ImportanceError
-from server.engine.base import ProgressCallback
+from pruning.layer_means import ImportanceError
+from pruning.metrics import DensePassSums
+from server.engine.base import IsEnough, ProgressCallback
+from server.engine.measuring import importance_parts
 from server.errors import FailedPrecondition
 
-# In bytes. The result is one line, with some numbers for each layer.
-_LINE_LIMIT = 1 << 24
+# In bytes. A line has some numbers for each pair of layers, for some groups.
+_LINE_LIMIT = 1 << 26
 
 
 async def measure_in_process(
     model: Path,
     windows: Sequence[Sequence[int]],
     progress: ProgressCallback,
+    is_enough: IsEnough,
     *,
     dtype: str,
     trust_remote_code: bool,
-) -> BlockInfluence:
-    """Measure the Block Influence of every layer in a process of its own.
+) -> list[DensePassSums]:
+    """Measure as :meth:`server.engine.base.Engine.measure_importance`, in a process of its own.
 
     Cancelling ends that process. Raises :class:`ImportanceError` for a model whose layers cannot
     be ranked, :class:`FailedPrecondition` where the measurement fails otherwise.
@@ -61,15 +65,17 @@ async def measure_in_process(
         process.stdin.write(json.dumps(job).encode())
         await process.stdin.drain()
         process.stdin.close()
+        num_tokens = sum(map(len, windows))
+        groups: list[DensePassSums] = []
         async for line in process.stdout:
             message = json.loads(line)
             if "done" in message:
-                progress(message["done"], message["total"])
-            elif "importance" in message:
-                found = message["importance"]
-                return BlockInfluence(
-                    tuple(found["scores"]), tuple(found["stderrs"]), found["num_tokens"]
-                )
+                progress(message["done"], num_tokens)
+            elif "groups" in message:
+                groups += [DensePassSums(**sums) for sums in message["groups"]]
+                if message["last"] or is_enough(groups):
+                    progress(num_tokens, num_tokens)
+                    return groups
             else:
                 raise ImportanceError(message["error"])
     except (BrokenPipeError, ConnectionResetError):
@@ -95,31 +101,23 @@ def main() -> None:
         out.write(f"{json.dumps(message)}\n")
         out.flush()
 
-    from pruning.importance import measure_block_influence
+    from pruning.metrics import measure_dense_pass_sums
     from pruning.transformers_model import batches, load_model
 
     try:
         model = load_model(Path(job["model"]), job["dtype"], trust=job["trust_remote_code"])
-        influence = measure_block_influence(
-            model,
-            batches(
-                job["windows"],
-                model.device,
-                lambda done, total: tell({"done": done, "total": total}),
-            ),
-        )
+        done = 0
+        parts = list(importance_parts(job["windows"]))
+        for part in parts:
+            groups = []
+            for group in part:
+                sums = measure_dense_pass_sums(model, batches(group, model.device))
+                groups.append(asdict(sums))
+                done += sum(map(len, group))
+                tell({"done": done})
+            tell({"groups": groups, "last": part is parts[-1]})
     except Exception as error:  # transformers documents no base class of its errors
         tell({"error": f"{type(error).__name__}: {error}"})
-        return
-    tell(
-        {
-            "importance": {
-                "scores": influence.scores,
-                "stderrs": influence.stderrs,
-                "num_tokens": influence.num_tokens,
-            }
-        }
-    )
 
 
 if __name__ == "__main__":

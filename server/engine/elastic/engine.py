@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequenc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pruning.importance import BlockInfluence, block_influence, merge_sums
+from pruning.metrics import DensePassSums
 from pruning.plan import Plan
 from pruning.quality import Quality
 from pruning.repair import (
@@ -25,12 +25,14 @@ from server.engine.base import (
     CacheNamespace,
     GenerationDelta,
     GenerationRequest,
+    IsEnough,
     LayerSelection,
     LoadInfo,
     ModelInfo,
     ProgressCallback,
     SamplingOptions,
     TokenScore,
+    never_enough,
 )
 from server.engine.elastic.compatibility import check_vllm
 from server.engine.elastic.engine_arguments import (
@@ -46,7 +48,12 @@ from server.engine.elastic.payload import (
     Probe,
     QualityProbe,
 )
-from server.engine.measuring import check_windows, finite_quality, reference_sums
+from server.engine.measuring import (
+    check_windows,
+    finite_quality,
+    importance_parts,
+    reference_sums,
+)
 from server.engine.model_tokenizer import ModelTokenizer
 from server.engine.pace import present_gate
 from server.engine.prefix_cache import cache_salt
@@ -264,21 +271,38 @@ class ElasticEngine:
         return scores[num_context - 1 :]
 
     async def measure_importance(
-        self, windows: Sequence[Sequence[int]], progress: ProgressCallback
-    ) -> BlockInfluence:
+        self,
+        windows: Sequence[Sequence[int]],
+        progress: ProgressCallback,
+        is_enough: IsEnough = never_enough,
+    ) -> list[DensePassSums]:
         check_windows(windows, self.model)
+        reporter = TokenProgress(progress, windows)
+        groups: list[DensePassSums] = []
         async with self._measuring:
-            await self._llm.call_workers("fathom_reset_importance")
-            payload = Payload(LayerSelection(), probe=ImportanceProbe())
-            await self._prefill_all(
-                [(window, payload) for window in windows], TokenProgress(progress, windows)
-            )
-            sums: list[list[float]] | None = None
-            for answer in await self._llm.call_workers("fathom_importance_sums"):
-                if answer is not None:
-                    sums = answer if sums is None else merge_sums(sums, answer)
-        assert sums is not None
-        return block_influence(sums)
+            # What a measurement that was cancelled has left.
+            await self._llm.call_workers("fathom_take_importance")
+            for part in importance_parts(windows):
+                requests = [
+                    (window, Payload(LayerSelection(), probe=ImportanceProbe(number)))
+                    for number, group in enumerate(part)
+                    for window in group
+                ]
+                await self._prefill_all(requests, reporter)
+                groups += await self._take_importance()
+                if is_enough(groups):
+                    reporter.finish()
+                    break
+        return groups
+
+    async def _take_importance(self) -> list[DensePassSums]:
+        """Return the sums of each group, which the ranks may have of different layers."""
+        groups: dict[int, DensePassSums] = {}
+        for answer in await self._llm.call_workers("fathom_take_importance"):
+            for group, fields in answer:
+                sums = DensePassSums(**fields)
+                groups[group] = groups[group] + sums if group in groups else sums
+        return [groups[group] for group in sorted(groups)]
 
     async def fit_repair(
         self,

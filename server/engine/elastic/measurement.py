@@ -1,18 +1,19 @@
-"""Block Influence and quality, measured inside the engine on requests that are marked for it."""
+"""Importance and quality, measured inside the engine on requests that are marked for it."""
 
 from __future__ import annotations
 
 import os
 import sys
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from pruning.importance import BlockInfluenceEstimator
+from pruning.metrics import DensePassEstimator, DensePassSums
 from pruning.quality import paired_statistics
 from pruning.repair import GramEstimator, LayerMap, RepairMaps, fit_map, save_maps
 from pruning.repair.gram import LayerGram
@@ -26,11 +27,23 @@ _CHUNK = 512
 ComputeLogits = Callable[[torch.Tensor], torch.Tensor | None]
 
 
+@dataclass(frozen=True, slots=True)
+class MarkedRow:
+    """The tokens that a step has of a marked request; ``ends``: its last one is among them."""
+
+    probe: Probe
+    num_tokens: int
+    ends: bool
+
+
 class LayerMeter(Protocol):
     """Takes what every layer does to the tokens of marked requests."""
 
     def marks(self, probe: Probe) -> bool:
         """Return whether a request with this probe is marked."""
+
+    def begin(self, rows: Sequence[MarkedRow]) -> None:
+        """Take note of a step's marked requests, whose tokens follow each other in this order."""
 
     def update(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
         """Take the stream of the marked tokens before and after ``layer``.
@@ -42,37 +55,63 @@ class LayerMeter(Protocol):
 def marked_tokens(
     meter: LayerMeter, step: ElasticStep, table: RowTable
 ) -> torch.Tensor | slice | None:
-    """Return the indices of the step's tokens to measure on."""
+    """Return the indices of the step's tokens to measure on, and show the meter whose they are."""
     marked = [
-        step.row_tokens(row)
+        (probed, int(step.first_position[row]), step.row_tokens(row))
         for row, probed in table.probed.items()
         if meter.marks(probed.probe) and step.has_row(row)
     ]
+    # In the order of the batch, as a slice of all tokens has them.
+    marked.sort(key=lambda each: each[2].start)
     if not marked:
         return None
-    if sum(tokens.stop - tokens.start for tokens in marked) == step.num_tokens:
+    rows = [
+        MarkedRow(
+            probed.probe,
+            tokens.stop - tokens.start,
+            ends=first + tokens.stop - tokens.start == len(probed.token_ids),
+        )
+        for probed, first, tokens in marked
+    ]
+    meter.begin(rows)
+    if sum(row.num_tokens for row in rows) == step.num_tokens:
         return slice(0, step.num_tokens)  # which copies nothing
-    return torch.cat([torch.arange(tokens.start, tokens.stop) for tokens in marked])
+    return torch.cat([torch.arange(tokens.start, tokens.stop) for _, _, tokens in marked])
 
 
 class ImportanceMeter:
-    """Accumulates Block Influence over the marked requests of any number of steps."""
+    """Accumulates what metrics rank by over the marked requests of any number of steps.
+
+    The requests of a group are added up together; of each group that is
+    :class:`DensePassEstimator`'s memory.
+    """
 
     def __init__(self, num_layers: int) -> None:
         self._num_layers = num_layers
-        self._estimator = BlockInfluenceEstimator(num_layers)
-
-    def reset(self) -> None:
-        self._estimator = BlockInfluenceEstimator(self._num_layers)
+        self._rows: Sequence[MarkedRow] = ()
+        self._groups: dict[int, DensePassEstimator] = {}
 
     def marks(self, probe: Probe) -> bool:
         return isinstance(probe, ImportanceProbe)
 
-    def update(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
-        self._estimator.update(layer, before, after)
+    def begin(self, rows: Sequence[MarkedRow]) -> None:
+        self._rows = rows
 
-    def sums(self) -> list[list[float]]:
-        return self._estimator.sums()
+    def update(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        start = 0
+        for row in self._rows:
+            assert isinstance(row.probe, ImportanceProbe)
+            if row.probe.group not in self._groups:
+                self._groups[row.probe.group] = DensePassEstimator(self._num_layers)
+            tokens = slice(start, start + row.num_tokens)
+            last = torch.tensor([row.num_tokens - 1] if row.ends else [], dtype=torch.long)
+            self._groups[row.probe.group].update(layer, before[tokens], after[tokens], last)
+            start = tokens.stop
+
+    def take(self) -> dict[int, DensePassSums]:
+        """Return the sums of each group, and forget them."""
+        groups, self._groups = self._groups, {}
+        return {group: estimator.sums() for group, estimator in sorted(groups.items())}
 
 
 class GramMeter:
@@ -87,6 +126,9 @@ class GramMeter:
 
     def marks(self, probe: Probe) -> bool:
         return isinstance(probe, GramProbe) and probe.held_out is self._held_out
+
+    def begin(self, rows: Sequence[MarkedRow]) -> None:
+        """Do nothing: to the sums it is one which request a token is of."""
 
     def update(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
         self._estimator.update(layer, before, after)

@@ -13,7 +13,12 @@ KEY = "fathom"
 
 @dataclass(frozen=True, slots=True)
 class ImportanceProbe:
-    """Measures what every layer does to the tokens of this request."""
+    """Measures what every layer does to the tokens of this request, one text.
+
+    Requests of the same ``group`` are added up together.
+    """
+
+    group: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +69,8 @@ class Payload:
         if self.num_context is not None:
             data["num_context"] = self.num_context
         match self.probe:
-            case ImportanceProbe():
-                data["importance"] = True
+            case ImportanceProbe(group):
+                data["importance"] = group
             case GramProbe(held_out):
                 data["gram"] = held_out
             case QualityProbe(window, selection, first_scored):
@@ -79,8 +84,8 @@ class Payload:
         if data is None:
             return cls(LayerSelection())
         probe: Probe | None = None
-        if data.get("importance"):
-            probe = ImportanceProbe()
+        if "importance" in data:
+            probe = ImportanceProbe(data["importance"])
         elif "gram" in data:
             probe = GramProbe(data["gram"])
         elif "quality" in data:

@@ -6,6 +6,7 @@ call never returns.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +78,16 @@ class ElasticWorkerExtension(WorkerExtension):
             return str(error)
         return ""
 
-    def fathom_reset_importance(self) -> None:
-        self._elastic_model().importance.reset()
+    def fathom_take_importance(self) -> list[tuple[int, dict[str, Any]]]:
+        """Return each group and the sums of this worker's layers for it, and forget them.
 
-    def fathom_importance_sums(self) -> list[list[float]] | None:
-        """Return the sums of this worker's layers; ranks that repeat another's return None."""
+        The sums are fields of :class:`pruning.metrics.DensePassSums`. Ranks that repeat another's
+        return none.
+        """
+        groups = self._elastic_model().importance.take()
         if get_tensor_model_parallel_rank() != 0:
-            return None
-        return self._elastic_model().importance.sums()
+            return []
+        return [(group, asdict(sums)) for group, sums in groups.items()]
 
     def fathom_reset_quality(self) -> None:
         self._elastic_model().quality.reset()

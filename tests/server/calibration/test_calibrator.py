@@ -6,17 +6,20 @@ from collections.abc import Sequence
 
 import pytest
 
-from pruning.importance import BlockInfluence, ImportanceError
+from pruning.importance import ImportanceError
+from pruning.metrics import DensePassSums
 from pruning.quality import Quality
 from pruning.text import TextError
 from server.calibration.calibrator import WINDOW, Calibrator, Progress, text_windows
 from server.depth.levels import DepthPair
 from server.depth.policy import DepthPolicy
-from server.engine.base import LayerSelection, ProgressCallback
+from server.engine.base import IsEnough, LayerSelection, ProgressCallback, never_enough
 from server.errors import FailedPrecondition, InvalidArgument
 from tests.server.calibration.searched_engine import SearchedEngine, greedy_order
 from tests.server.rpc.conftest import LEVELS, make_plan
 from tests.server.rpc.toy_engine import BOS, MODEL, ToyEngine
+
+OF_ONE_PASS = {"relative_magnitude", "norm", "angular_distance"}
 
 
 class RecordingEngine(ToyEngine):
@@ -28,12 +31,15 @@ class RecordingEngine(ToyEngine):
         self.not_finite = False
 
     async def measure_importance(
-        self, windows: Sequence[Sequence[int]], progress: ProgressCallback
-    ) -> BlockInfluence:
+        self,
+        windows: Sequence[Sequence[int]],
+        progress: ProgressCallback,
+        is_enough: IsEnough = never_enough,
+    ) -> list[DensePassSums]:
         if self.not_finite:
             raise ImportanceError("layer 3: the block influence is not finite")
         self.windows = [list(window) for window in windows]
-        return await super().measure_importance(windows, progress)
+        return await super().measure_importance(windows, progress, is_enough)
 
     async def measure_quality(
         self,
@@ -110,8 +116,26 @@ async def test_orders_that_need_no_measurement_carry_block_influence(
     plan = await calibrator.measure_plan(ignore, metric="sequential")
     assert plan.metric == "sequential"
     assert plan.removal_order == tuple(range(8))
-    assert plan.other_scores == {"sequential": tuple(map(float, range(8)))}
+    assert plan.other_scores == {
+        **influence.other_scores,
+        "sequential": tuple(map(float, range(8))),
+    }
+    assert influence.other_scores.keys() == OF_ONE_PASS
     assert (plan.scores, plan.stderrs) == (influence.scores, influence.stderrs)
+
+
+@pytest.mark.parametrize("metric", sorted(OF_ONE_PASS))
+async def test_metrics_of_the_same_pass_cost_nothing_more(
+    engine: RecordingEngine, metric: str
+) -> None:
+    calibrator = make_calibrator(engine)
+    influence = await calibrator.measure_plan(ignore)
+    plan = await calibrator.measure_plan(ignore, metric=metric)
+    assert plan.metric == metric
+    assert plan.other_scores == influence.other_scores
+    if metric != "angular_distance":  # whose order is one of blocks
+        scores = plan.other_scores[metric]
+        assert plan.removal_order == tuple(sorted(range(8), key=scores.__getitem__))
 
 
 async def test_a_search_carries_block_influence_and_its_own_scores() -> None:
@@ -123,7 +147,7 @@ async def test_a_search_carries_block_influence_and_its_own_scores() -> None:
     )
     assert plan.metric == "greedy_kl"
     assert list(plan.removal_order[:4]) == greedy_order(4)
-    assert plan.other_scores.keys() == {"greedy_kl"}
+    assert plan.other_scores.keys() == {*OF_ONE_PASS, "greedy_kl"}
     assert plan.num_tokens == 1200 + 4, "Block Influence is measured on all of the text"
     assert {progress.phase for progress in seen} == {"importance", "search"}
     assert {layers.repair for layers in engine.measured} == {"sha256:maps"}

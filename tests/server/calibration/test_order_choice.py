@@ -132,7 +132,9 @@ async def test_the_better_order_is_taken(
     depths = [DepthPair(8, 8), DepthPair(5, 5), DepthPair(6, 8)]
     plan = await calibrator(engine).measure_plan(seen.append, depths=depths, repair="sha256:maps")
     assert plan.metric == taken
-    assert plan.other_scores.keys() == {GREEDY_KL}, "the scores of both are kept"
+    assert plan.other_scores.keys() == {
+        *("relative_magnitude", "norm", "angular_distance", GREEDY_KL)
+    }, "the scores of both are kept"
     assert (list(plan.removal_order[:4]) == greedy_order(4)) is (taken == GREEDY_KL)
     compared = engine.calls[-1]
     assert compared[0] == LayerSelection()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -140,3 +141,18 @@ def test_what_the_tokenizer_appends_is_left_out(
 def test_special_tokens_are_known_by_name(metaspace: Any) -> None:
     special = ModelTokenizer(metaspace, "test").special_tokens
     assert special == {"<unk>": 0, "<s>": 1, "</s>": 2}
+
+
+def test_a_text_longer_than_the_context_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = load(DEMO_MODEL)
+    tokenizer.model_max_length = 4
+    library = logging.getLogger("transformers")
+    library.addHandler(caplog.handler)
+    try:
+        ids = ModelTokenizer(tokenizer, "test").tokenize("a list of values " * 10)
+        assert len(ids) > 4
+        assert caplog.text == ""
+        tokenizer.encode("a list of values " * 10)
+        assert "Token indices sequence length is longer" in caplog.text, "as it says otherwise"
+    finally:
+        library.removeHandler(caplog.handler)

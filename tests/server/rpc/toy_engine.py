@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequenc
 from contextlib import aclosing
 from typing import Any
 
-from pruning.importance import BlockInfluence
+from pruning.metrics import DensePassSums
 from pruning.plan import Plan
 from pruning.quality import Quality
 from server.engine.base import (
@@ -22,12 +22,15 @@ from server.engine.base import (
     FinishReason,
     GenerationDelta,
     GenerationRequest,
+    IsEnough,
     LayerSelection,
     LoadInfo,
     ModelInfo,
     ProgressCallback,
     TokenScore,
+    never_enough,
 )
+from server.engine.measuring import importance_parts
 from server.errors import FailedPrecondition
 
 BOS, EOS = 256, 257
@@ -60,6 +63,19 @@ def logprob(ids: Sequence[int], token_id: int, layers: LayerSelection) -> float:
 
 def text_of(token_id: int) -> str:
     return "" if token_id >= BOS else bytes([token_id]).decode("ascii", errors="replace")
+
+
+def toy_sums(scores: Sequence[float], num_tokens: int) -> DensePassSums:
+    """What tokens of these influences add up to, which differ by 1 % or so."""
+    num_layers = len(scores)
+    moments = []
+    for layer, score in enumerate(scores):
+        sums = [float(num_tokens)]
+        for value in (score, 0.5 - 0.01 * layer, 10.0 + layer):
+            sums += [value * num_tokens, 1.0001 * value**2 * num_tokens]
+        moments.append(sums)
+    angles = [[abs(i - j) / 10 for j in range(num_layers + 1)] for i in range(num_layers + 1)]
+    return DensePassSums(moments, angles, 1)
 
 
 class ToyEngine:
@@ -206,16 +222,25 @@ class ToyEngine:
         ]
 
     async def measure_importance(
-        self, windows: Sequence[Sequence[int]], progress: ProgressCallback
-    ) -> BlockInfluence:
+        self,
+        windows: Sequence[Sequence[int]],
+        progress: ProgressCallback,
+        is_enough: IsEnough = never_enough,
+    ) -> list[DensePassSums]:
         total = sum(map(len, windows))
         done = 0
-        for window in windows:
-            await self._step()
-            done += len(window)
-            progress(done, total)
-        scores = tuple(-logprob(windows[0], layer, LayerSelection()) for layer in range(NUM_LAYERS))
-        return BlockInfluence(scores, (0.01,) * NUM_LAYERS, total)
+        scores = [-logprob(windows[0], layer, LayerSelection()) for layer in range(NUM_LAYERS)]
+        groups: list[DensePassSums] = []
+        for part in importance_parts(windows):
+            for group in part:
+                await self._step()
+                num_tokens = sum(map(len, group))
+                done += num_tokens
+                progress(done, total)
+                groups.append(toy_sums(scores, num_tokens))
+            if is_enough(groups):
+                break
+        return groups
 
     async def measure_quality(
         self,

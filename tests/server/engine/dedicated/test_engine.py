@@ -13,7 +13,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pruning.importance import BlockInfluence
+from pruning.metrics import DensePass, dense_pass
 from pruning.quality import Quality
 from server.engine.base import GenerationRequest, LayerSelection, SamplingOptions, TokenScore
 from server.engine.dedicated.engine import DedicatedConfig, DedicatedEngine
@@ -36,7 +36,7 @@ class Expected:
     tokens: dict[LayerSelection, list[list[int]]]
     scores: dict[LayerSelection, list[TokenScore]]
     qualities: list[Quality]
-    importance: BlockInfluence
+    importance: DensePass
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def expected(stories_model: Path) -> Expected:
                 for n, layers in enumerate((FULL, HALF))
             },
             elastic.run(elastic.engine.measure_quality(windows, [FULL, HALF], lambda *_: None)),
-            elastic.run(elastic.engine.measure_importance(windows, lambda *_: None)),
+            dense_pass(elastic.run(elastic.engine.measure_importance(windows, lambda *_: None))),
         )
 
 
@@ -116,11 +116,21 @@ def test_importance_is_that_of_the_elastic_engine(
     running: RunningEngines, expected: Expected
 ) -> None:
     progress: list[tuple[int, int]] = []
-    measured = running.run(
-        running.engine.measure_importance(expected.windows, lambda *step: progress.append(step))
+    measured = dense_pass(
+        running.run(
+            running.engine.measure_importance(expected.windows, lambda *step: progress.append(step))
+        )
     )
-    assert measured.num_tokens == expected.importance.num_tokens
-    assert measured.scores == pytest.approx(expected.importance.scores, abs=1e-5)
+    influence, other = measured.block_influence, expected.importance.block_influence
+    assert influence.num_tokens == other.num_tokens
+    assert influence.scores == pytest.approx(other.scores, abs=1e-5)
+    for quantity in ("relative_magnitude", "norm"):
+        found, wanted = (getattr(each, quantity).means for each in (measured, expected.importance))
+        assert found == pytest.approx(wanted, rel=1e-4), quantity
+    for row, wanted in zip(
+        measured.angular_distances or (), expected.importance.angular_distances or (), strict=True
+    ):
+        assert row == pytest.approx(wanted, abs=1e-4)
     total = sum(map(len, expected.windows))
     assert progress[-1] == (total, total)
 
@@ -252,6 +262,7 @@ def test_layers_of_the_model_that_is_named_for_it_are_ranked(
         await engine.start()
         found = await engine.measure_importance(expected.windows, lambda *_: None)
         await engine.shutdown()
-        return found.scores
+        return dense_pass(found).block_influence.scores
 
-    assert asyncio.run(scores()) == pytest.approx(expected.importance.scores, abs=1e-5)
+    wanted = expected.importance.block_influence.scores
+    assert asyncio.run(scores()) == pytest.approx(wanted, abs=1e-5)

@@ -11,6 +11,7 @@ import pytest
 from transformers import OPTConfig, PretrainedConfig, StableLmConfig
 
 from pruning.fingerprint import model_fingerprint
+from pruning.metrics import dense_pass
 from pruning.plan import Plan
 from server.engine.base import LayerSelection
 from server.engine.dedicated.checkpoints import CheckpointStore
@@ -46,8 +47,8 @@ def test_family_equals_transformers(family: str, tmp_path: Path) -> None:
     try:
         assert running.engine.model.architecture not in ELASTIC_ARCHITECTURES
         importance = running.run(running.engine.measure_importance(windows, lambda *_: None))
-        plan = running.plan = Plan.from_importance(
-            importance,
+        plan = running.plan = Plan.from_dense_pass(
+            dense_pass(importance),
             model_fingerprint=fingerprint,
             text_fingerprint="sha256:random",
             versions={},

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from pruning.metrics import DensePass
 from pruning.repair import LayerMap
 from server.engine.base import LayerSelection
 
@@ -97,3 +101,46 @@ def generate_with_skips(
         logits = logits_with_skips(model, ids, len(prompt_ids), layers, maps)
         ids.append(int(logits[-1].argmax()))
     return ids[len(prompt_ids) :]
+
+
+@torch.inference_mode()
+def check_dense_pass(measured: DensePass, model: Any, windows: Sequence[Sequence[int]]) -> None:
+    """Compare what was measured with the definitions, one token and one pair at a time."""
+    streams = [_streams(model, window) for window in windows]
+    num_layers = len(streams[0]) - 1
+    for layer in range(num_layers):
+        influences, magnitudes, norms = [], [], []
+        for of_window in streams:
+            for x, y in zip(of_window[layer], of_window[layer + 1], strict=True):
+                influences.append(1 - float(x @ y / x.norm() / y.norm()))
+                magnitudes.append(float((y - x).norm() / y.norm()))
+                norms.append(float(y.norm()))
+        for found, expected, error in (
+            (measured.block_influence.scores, influences, 1e-5),
+            (measured.relative_magnitude.means, magnitudes, 1e-5),
+            (measured.norm.means, norms, 1e-4 * max(norms)),
+        ):
+            assert found[layer] == pytest.approx(sum(expected) / len(expected), abs=error), layer
+    assert measured.num_texts == len(windows)
+    assert measured.angular_distances is not None
+    for first, second in itertools.product(range(num_layers + 1), repeat=2):
+        angles = []
+        for of_window in streams:
+            x, y = of_window[first][-1], of_window[second][-1]
+            cosine = max(-1.0, min(1.0, float(x @ y / x.norm() / y.norm())))
+            angles.append(math.acos(cosine) / math.pi)
+        # The arc cosine is steep where two streams are nearly one.
+        expected_angle = 0.0 if first == second else sum(angles) / len(angles)
+        assert measured.angular_distances[first][second] == pytest.approx(
+            expected_angle, abs=1e-4
+        ), (first, second)
+
+
+def _streams(model: Any, window: Sequence[int]) -> list[torch.Tensor]:
+    """Return the stream into every layer and out of the last, float64 [num_tokens, hidden]."""
+    norm, model.model.norm = model.model.norm, torch.nn.Identity()
+    try:
+        states = model(torch.tensor([list(window)]), output_hidden_states=True).hidden_states
+    finally:
+        model.model.norm = norm
+    return [state[0].double() for state in states]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from pruning.metrics import DensePassSums, dense_pass
 from pruning.quality import quality_of_windows, token_statistics
 from server.engine.base import LayerSelection, LoadInfo
 from tests.conftest import data_path
@@ -173,9 +174,10 @@ def test_importance_is_the_published_one_and_equal_in_transformers(
     stories = json.loads(data_path("text/tinystories_1000.json").read_text("utf-8"))
     windows = [engine.engine.tokenize(story)[:256] for story in stories[:100]]
     seen: list[tuple[int, int]] = []
-    measured = engine.run(
+    sums = engine.run(
         engine.engine.measure_importance(windows, lambda *counts: seen.append(counts))
     )
+    measured = dense_pass(sums).block_influence
     expected = measure_block_influence(dense, [torch.tensor([window]) for window in windows])
     assert measured.num_tokens == expected.num_tokens == sum(map(len, windows))
     assert measured.scores == pytest.approx(expected.scores, abs=1e-5)
@@ -190,7 +192,7 @@ def test_importance_ignores_requests_that_run_meanwhile(
     import asyncio
 
     windows = [prompt * 2 for prompt in prompts]
-    alone = engine.run(engine.engine.measure_importance(windows, lambda *_: None))
+    alone = dense_pass(engine.run(engine.engine.measure_importance(windows, lambda *_: None)))
 
     async def both() -> Any:
         from server.engine.base import GenerationRequest, SamplingOptions
@@ -209,7 +211,63 @@ def test_importance_ignores_requests_that_run_meanwhile(
         )
         return measured
 
-    assert engine.run(both()).scores == pytest.approx(alone.scores, abs=1e-6)
+    together = dense_pass(engine.run(both()))
+    expected, measured = alone.block_influence, together.block_influence
+    assert measured.scores == pytest.approx(expected.scores, abs=1e-6)
+    assert together.num_texts == alone.num_texts == len(windows)
+    for of_layer, alone_of_layer in zip(
+        together.angular_distances or (), alone.angular_distances or (), strict=True
+    ):
+        assert of_layer == pytest.approx(alone_of_layer, abs=1e-5)
+
+
+def test_what_one_pass_shows_is_what_the_definitions_say(
+    engine: RunningEngine, dense: Any, prompts: list[list[int]]
+) -> None:
+    windows = [prompt * 3 for prompt in prompts]
+    sums = engine.run(engine.engine.measure_importance(windows, lambda *_: None))
+    assert [each.num_tokens for each in sums] == list(map(len, windows)), "one group each"
+    assert [each.num_texts for each in sums] == [1] * len(windows)
+    reference.check_dense_pass(dense_pass(sums), dense, windows)
+    for window, each in zip(windows, sums, strict=True):
+        reference.check_dense_pass(dense_pass([each]), dense, [window])
+
+
+def test_a_text_that_is_longer_than_a_step_has_one_last_token(
+    engine: RunningEngine, dense: Any, prompts: list[list[int]]
+) -> None:
+    longest = engine.engine.model.max_context - 2
+    text = list(itertools.islice(itertools.cycle(prompts[-1]), 16 * longest))
+    # Together they are longer than any step, so some are split.
+    windows = [text[start : start + longest] for start in range(0, len(text), longest)]
+    config = engine.engine.vllm_config.scheduler_config
+    assert sum(map(len, windows)) > config.max_num_batched_tokens > longest
+    sums = engine.run(engine.engine.measure_importance(windows, lambda *_: None))
+    assert [each.num_tokens for each in sums] == list(map(len, windows))
+    assert [each.num_texts for each in sums] == [1] * len(windows)
+    reference.check_dense_pass(dense_pass(sums[:4]), dense, windows[:4])
+
+
+def test_a_measurement_ends_when_it_is_told_to(
+    engine: RunningEngine, prompts: list[list[int]]
+) -> None:
+    windows = [prompts[number % len(prompts)] for number in range(40)]
+    seen: list[int] = []
+    progress: list[tuple[int, int]] = []
+
+    def is_enough(sums: Sequence[DensePassSums]) -> bool:
+        seen.append(len(sums))
+        return len(sums) >= 32
+
+    sums = engine.run(
+        engine.engine.measure_importance(windows, lambda *c: progress.append(c), is_enough)
+    )
+    assert seen == [16, 32]
+    assert [each.num_tokens for each in sums] == list(map(len, windows[:32]))
+    assert progress[-1] == (sum(map(len, windows)),) * 2
+    # Nothing of it is left for the next one.
+    again = engine.run(engine.engine.measure_importance(windows[:3], lambda *_: None))
+    assert [each.num_tokens for each in again] == list(map(len, windows[:3]))
 
 
 def test_quality_is_that_of_transformers(

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from pruning.importance import measure_block_influence
+from pruning.metrics import dense_pass
 from pruning.repair import fit_repair, load_maps
 from server.engine.base import EngineDead, GenerationRequest, LayerSelection, SamplingOptions
 from server.engine.elastic.engine import ElasticEngine
@@ -109,11 +110,14 @@ def test_pairs_of_depths_with_and_without_repair_in_one_batch(
 def test_measurements_count_every_token_once(
     engine: RunningEngine, dense: Any, windows: list[list[int]]
 ) -> None:
-    measured = engine.run(engine.engine.measure_importance(windows, lambda *_: None))
+    sums = engine.run(engine.engine.measure_importance(windows, lambda *_: None))
+    all_measured = dense_pass(sums)
+    measured = all_measured.block_influence
     expected = measure_block_influence(dense, [torch.tensor([window]) for window in windows])
     assert measured.num_tokens == expected.num_tokens
     assert measured.scores == pytest.approx(expected.scores, abs=1e-5)
     assert measured.stderrs == pytest.approx(expected.stderrs, rel=1e-3)
+    reference.check_dense_pass(all_measured, dense, windows)
     (quality,) = engine.run(
         engine.engine.measure_quality(windows, [selection(5, 5)], lambda *_: None)
     )
