@@ -87,6 +87,7 @@ def _dashboard() -> dashboard.Dashboard:
         ("Latency", _latency_panels()),
         ("Load", _load_panels()),
         ("Model", _model_panels()),
+        ("Writing and choosing", _probe_panels()),
         ("Repair", _repair_panels()),
         ("Health", _health_panels()),
     ):
@@ -297,6 +298,60 @@ def _model_panels() -> list[Any]:
         ),
         _bars("Perplexity by depth", "short").with_target(
             _query(f"max by (depth) (fathom_depth_perplexity{{{_CHOSEN}}})", "{{depth}}").instant()
+        ),
+    ]
+
+
+def _probe_panels() -> list[Any]:
+    """What perplexity and agreement hide; empty where the held-out text is too little."""
+    return [
+        _bars("Perplexity of what levels write", "short")
+        .description(
+            "Under the dense model, divided by that of what the dense model writes itself: 1 is as "
+            "good as dense. fathom model shows the standard error."
+        )
+        .with_target(
+            _query(
+                f"max by (level) (fathom_level_writing_perplexity_ratio{{{_CHOSEN}}})", "{{level}}"
+            ).instant()
+        ),
+        _bars("Repetition in what levels write", "percentunit")
+        .max(1)
+        .description(
+            "Share of sequences of 4 tokens that were there before. Text in a loop has a low "
+            "perplexity, and much of this. Compare with dense."
+        )
+        .with_target(
+            _query(
+                f"max by (level) (fathom_level_writing_repeated_ratio{{{_CHOSEN}}})", "{{level}}"
+            ).instant()
+        ),
+        _bars("First tokens that are not the dense model's", "percentunit")
+        .max(1)
+        .description("Share of prompts that the level begins to continue in another way.")
+        .with_target(
+            _query(
+                f"max by (level) (fathom_level_writing_first_token_changed_ratio{{{_CHOSEN}}})",
+                "{{level}}",
+            ).instant()
+        ),
+        _bars("Choosing among four answers", "percentunit")
+        .max(1)
+        .description(
+            "Share of passages whose true continuation is the most likely one (guessing: 25 %), "
+            "and share for which the level chooses what the dense model does."
+        )
+        .with_target(
+            _query(
+                f"min by (level) (fathom_level_choosing_accuracy_ratio{{{_CHOSEN}}})",
+                "{{level}}, right",
+            ).instant()
+        )
+        .with_target(
+            _query(
+                f"min by (level) (fathom_level_choosing_agreement_ratio{{{_CHOSEN}}})",
+                "{{level}}, as dense",
+            ).instant()
         ),
     ]
 

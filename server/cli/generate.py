@@ -42,6 +42,16 @@ def generate(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on after the end of the text.")
     ] = False,
+    num_completions: Annotated[
+        int,
+        typer.Option(
+            "--num-completions",
+            "-n",
+            help="Completions of the prompt, which are printed one after the other.",
+            min=1,
+            max=2**32 - 1,
+        ),
+    ] = 1,
     chat: Annotated[
         bool, typer.Option("--chat", help="Send the prompt as a user's message of a chat.")
     ] = False,
@@ -63,6 +73,7 @@ def generate(
         stop=inference_pb2.StopConditions(
             max_tokens=max_tokens, stop=stop or [], ignore_eos=ignore_eos
         ),
+        n=num_completions,
     )
     if chosen:
         request.depth.CopyFrom(common_pb2.Depth(layers=depth, prune_ratio=prune_ratio, level=level))
@@ -71,14 +82,33 @@ def generate(
     else:
         request.prompt = text
     with connected(connection) as client:
+        printed = _Printed()
         for response in client.generate_stream(request):
-            match response.WhichOneof("event"):
-                case "delta":
-                    sys.stdout.write(response.delta.text)
-                    sys.stdout.flush()
-                case "finish_info":
-                    print(flush=True)
-                    print(_summary(response.finish_info), file=sys.stderr)
+            printed.take(response)
+
+
+class _Printed:
+    """Completions on stdout, one after the other; what comes out of turn waits."""
+
+    def __init__(self) -> None:
+        self._present = 0
+        self._waiting: dict[int, list[inference_pb2.GenerateStreamResponse]] = {}
+
+    def take(self, response: inference_pb2.GenerateStreamResponse) -> None:
+        self._waiting.setdefault(response.index, []).append(response)
+        while self._present in self._waiting:
+            for each in self._waiting.pop(self._present):
+                self._print(each)
+
+    def _print(self, response: inference_pb2.GenerateStreamResponse) -> None:
+        match response.WhichOneof("event"):
+            case "delta":
+                sys.stdout.write(response.delta.text)
+                sys.stdout.flush()
+            case "finish_info":
+                print(flush=True)
+                print(_summary(response.finish_info), file=sys.stderr)
+                self._present += 1
 
 
 def _summary(info: inference_pb2.FinishInfo) -> str:

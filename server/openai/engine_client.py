@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -17,6 +16,7 @@ from vllm.utils.async_utils import merge_async_iterators
 from server.errors import FathomError
 from server.openai.call import PROMPT, Call, current
 from server.openai.choice import Choice
+from server.serving.completions import run_together
 from server.serving.inference import Inference
 
 
@@ -61,14 +61,9 @@ class InferenceClient(EngineClient):
 
     async def _whole(self, call: Call, choices: list[Choice]) -> RequestOutput:
         try:
-            async with asyncio.TaskGroup() as group:
-                for choice in choices:
-                    group.create_task(self._run_whole(choice))
-        except ExceptionGroup as failures:
-            error = failures.exceptions[0]
-            if isinstance(error, FathomError):
-                raise call.refuse(error) from None
-            raise error from None
+            await run_together(map(self._run_whole, choices))
+        except FathomError as error:
+            raise call.refuse(error) from None
         whole, *others = [choice.whole_output() for choice in choices]
         for other in others:
             whole.outputs += other.outputs

@@ -27,6 +27,7 @@ from server.openai.depth_names import HEADER, depths_asked
 from server.openai.models import ModelList
 from server.openai.sampling import sampling_options
 from server.openai.serving import Chats, Completions
+from server.serving.completions import MAX_COMPLETIONS
 from server.serving.service import Service
 
 M = TypeVar("M", bound=BaseModel)
@@ -34,7 +35,6 @@ M = TypeVar("M", bound=BaseModel)
 # What vLLM is given where the service has read prompts or messages already.
 _NO_PROMPT = "."
 _NO_MESSAGES = [{"role": "user", "content": "."}]
-_MAX_CHOICES_OF_PROMPT = 128
 
 _TOKENIZE = frozenset({"model", "prompt", "messages", "add_special_tokens", "return_token_strs"})
 _DETOKENIZE = frozenset({"model", "tokens"})
@@ -166,8 +166,8 @@ class Routes:
     ) -> Call:
         """Return the call, checked as far as that can be done before it is admitted."""
         num_choices = 1 if asked.n is None else asked.n
-        if not 1 <= num_choices <= _MAX_CHOICES_OF_PROMPT:
-            raise InvalidArgument("n", num_choices, f"1 to {_MAX_CHOICES_OF_PROMPT}")
+        if not 1 <= num_choices <= MAX_COMPLETIONS:
+            raise InvalidArgument("n", num_choices, f"1 to {MAX_COMPLETIONS}")
         if num_choices * len(prompts) > bodies.MAX_CHOICES:
             allowed = f"at most {bodies.MAX_CHOICES} choices of all prompts together"
             raise InvalidArgument("n", f"{num_choices} for each of {len(prompts)} prompts", allowed)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from server.engine.base import SamplingOptions, Structure, StructureKind
 from server.errors import InvalidArgument
+from server.serving.completions import seed_of
 
 if TYPE_CHECKING:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -40,7 +41,7 @@ def sampling_options(
         presence_penalty=request.presence_penalty,
         frequency_penalty=request.frequency_penalty,
         repetition_penalty=request.repetition_penalty,
-        seed=None if seed is None else (seed + choice) % _SEEDS,
+        seed=seed_of(seed, choice),
         max_tokens=max_tokens,
         min_tokens=request.min_tokens or None,
         stop=tuple(stop),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import grpc
 
 from server.calls.call_record import current_call
-from server.calls.generation import FinishInfo, PromptInfo
+from server.calls.generation import FinishInfo, GenerationEvent, PromptInfo
 from server.engine.base import GenerationDelta
 from server.rpc import replies, requests
+from server.rpc.completions import run_completions
 from server.rpc.generated.fathom.v1 import inference_pb2 as pb
 from server.rpc.generated.fathom.v1 import inference_pb2_grpc
 from server.rpc.pieces import in_pieces
@@ -27,52 +29,70 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.GenerateResponse:
-        call, generation = current_call(), requests.generation(request)
-        call.begin(generation)
+        generation, count = requests.generation(request), requests.num_completions(request)
         response = pb.GenerateResponse()
-        texts: list[str] = []
-        async with self._service.inference.generate(
-            generation, deadline=_deadline(context), may_repeat=True
-        ) as events:
-            async for event in events:
-                call.observe(event)
-                match event:
-                    case PromptInfo():
-                        response.prompt_info.CopyFrom(replies.prompt_info_message(event))
-                    case GenerationDelta():
-                        delta = replies.delta_message(event, token_ids=request.output.token_ids)
-                        texts.append(delta.text)
-                        response.token_ids.extend(delta.token_ids)
-                        response.logprobs.extend(delta.logprobs)
-                    case FinishInfo():
-                        response.finish_info.CopyFrom(replies.finish_info_message(event))
-                        response.served.CopyFrom(replies.served_message(event.served))
-        response.text = "".join(texts)
+        responses = [response, *(response.others.add() for _ in range(count - 1))]
+        texts: list[list[str]] = [[] for _ in responses]
+
+        async def take(event: GenerationEvent, index: int) -> None:
+            part = responses[index]
+            match event:
+                case PromptInfo():
+                    part.prompt_info.CopyFrom(replies.prompt_info_message(event))
+                case GenerationDelta():
+                    delta = replies.delta_message(event, token_ids=request.output.token_ids)
+                    texts[index].append(delta.text)
+                    part.token_ids.extend(delta.token_ids)
+                    part.logprobs.extend(delta.logprobs)
+                case FinishInfo():
+                    part.finish_info.CopyFrom(replies.finish_info_message(event))
+                    part.served.CopyFrom(replies.served_message(event.served))
+
+        await run_completions(
+            self._service.inference,
+            generation,
+            count,
+            take,
+            current_call(),
+            deadline=_deadline(context),
+            may_repeat=True,
+        )
+        for part, pieces in zip(responses, texts, strict=True):
+            part.text = "".join(pieces)
         return response
 
     async def GenerateStream(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
-        call, generation = current_call(), requests.generation(request)
-        call.begin(generation)
-        # Written rather than yielded: a generator that gRPC iterates over is not closed when a
-        # call is cancelled while a message is on its way.
-        async with self._service.inference.generate(
-            generation, deadline=_deadline(context)
-        ) as events:
-            async for event in events:
-                call.observe(event)
-                response = pb.GenerateStreamResponse()
-                match event:
-                    case PromptInfo():
-                        response.prompt_info.CopyFrom(replies.prompt_info_message(event))
-                    case GenerationDelta():
-                        response.delta.CopyFrom(
-                            replies.delta_message(event, token_ids=request.output.token_ids)
-                        )
-                    case FinishInfo():
-                        response.finish_info.CopyFrom(replies.finish_info_message(event))
+        generation, count = requests.generation(request), requests.num_completions(request)
+        # A call takes one message at a time.
+        turn = asyncio.Lock()
+
+        async def take(event: GenerationEvent, index: int) -> None:
+            response = pb.GenerateStreamResponse(index=index)
+            match event:
+                case PromptInfo():
+                    response.prompt_info.CopyFrom(replies.prompt_info_message(event))
+                case GenerationDelta():
+                    response.delta.CopyFrom(
+                        replies.delta_message(event, token_ids=request.output.token_ids)
+                    )
+                case FinishInfo():
+                    response.finish_info.CopyFrom(replies.finish_info_message(event))
+            # Written rather than yielded: a generator that gRPC iterates over is not closed when a
+            # call is cancelled while a message is on its way.
+            async with turn:
                 await context.write(response)
+
+        await run_completions(
+            self._service.inference,
+            generation,
+            count,
+            take,
+            current_call(),
+            deadline=_deadline(context),
+            may_repeat=False,
+        )
 
     async def Score(
         self, request: pb.ScoreRequest, context: grpc.aio.ServicerContext[Any, Any]

@@ -27,6 +27,7 @@ from server.depth.policy import Auto, DepthChoice, Layers, NamedLevel, PruneRati
 from server.engine.base import SamplingOptions, Structure, StructureKind
 from server.errors import InvalidArgument
 from server.rpc.generated.fathom.v1 import common_pb2, control_pb2, inference_pb2
+from server.serving.completions import MAX_COMPLETIONS
 
 # Every token of a request is compared with all its stop strings, on the engine's thread.
 _MAX_STOPS, _MAX_STOP_CHARACTERS = 16, 256
@@ -50,6 +51,12 @@ def generation(request: inference_pb2.GenerateRequest) -> Generation:
         sampling=_sampling(request),
         echo=request.output.echo,
     )
+
+
+def num_completions(request: inference_pb2.GenerateRequest) -> int:
+    if request.n > MAX_COMPLETIONS:
+        raise InvalidArgument("n", request.n, f"at most {MAX_COMPLETIONS}")
+    return max(request.n, 1)
 
 
 def scoring(request: inference_pb2.ScoreRequest) -> Scoring:

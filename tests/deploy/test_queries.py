@@ -22,6 +22,7 @@ from tests.deploy.rules import rule_groups, rules
 from tests.e2e.calls import at_once, greedy_request
 from tests.e2e.prometheus import Prometheus, running_prometheus
 from tests.e2e.running_server import PATIENCE, RunningServer, until
+from tests.e2e.test_page import dom
 from tests.server.access.authority import Authority
 
 DEPTHS = (16, 12, 8)
@@ -151,3 +152,15 @@ def test_each_level_has_a_point_of_quality_against_throughput(
     with server.client() as client:
         levels = {str(level.decode_layers) for level in client.get_model().levels}
     assert levels <= quality.keys() & throughput.keys()
+
+
+def test_the_page_for_operators_shows_repair(server: TlsServer, tmp_path: Path) -> None:
+    """Here because this server has repair."""
+    with server.client() as client:
+        repair = client.get_model().repair
+    page = dom(server.metrics_url.replace("/metrics", "/"), tmp_path)
+    assert "Linear maps stand in for skipped layers." in page
+    (kind,) = re.findall(r"<dt>Kind</dt><dd[^>]*>([^<]+)</dd>", page)
+    assert kind == "closed-form"
+    (divergence,) = re.findall(r"<dt>KL divergence, with maps</dt><dd[^>]*>([\d.]+) nats", page)
+    assert float(divergence) == pytest.approx(repair.kl_nats, abs=0.0006)

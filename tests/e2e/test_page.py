@@ -54,6 +54,11 @@ def test_it_shows_what_the_metrics_have(demo_server: RunningServer, tmp_path: Pa
     assert shown == {level.decode_layers for level in model.levels}
     assert len(re.findall(r'<rect class="bar"', page)) == model.num_layers
     assert re.search(rf"<dt>{model.levels[0].name}</dt><dd[^>]*>in force</dd>", page)
+    probes = re.findall(r'<th scope="row">([a-z]+)</th><td>([\d.,]+) ± [\d.,]+</td>', page)
+    assert {name: float(ratio) for name, ratio in probes} == {
+        level.name: pytest.approx(level.writing.ratio, abs=0.006) for level in model.levels
+    }
+    assert "the setting repair asks for none" in page
 
 
 PROMPT = "def add(a, b):\n    return a + b\n\ndef "

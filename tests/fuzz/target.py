@@ -56,6 +56,7 @@ def _convert(message: Message) -> None:
     match message:
         case inference_pb2.GenerateRequest():
             generation = requests.generation(message)
+            assert 1 <= requests.num_completions(message) <= 128
             _, served = _POLICY.resolve(generation.depth, generation.prefill_depth)
             assert 1 <= served.decode_layers <= 8
             assert 1 <= served.prefill_layers <= 8

@@ -73,7 +73,8 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """Sends prompt_info first, then deltas, and finish_info last.
+        """Sends prompt_info first, then deltas, and finish_info last; the same for each of n completions,
+        whose messages come in any order among each other.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
