@@ -183,10 +183,12 @@ class Startup:
         if repairer is None:
             return None, ""
         with self._service.phase("repair"):
-            if self._fits_repair_now:
+            if self._settings.repair != "auto":
                 with refused_as("repair", RepairError, OSError):
                     return await repairer.install(), ""
             try:
+                if self._fits_repair_now:
+                    return await repairer.install(), ""
                 return await repairer.install_kept(), ""
             except (RepairError, OSError) as error:
                 problem = f"repair is not used: {error}"
@@ -195,9 +197,12 @@ class Startup:
 
     @property
     def _fits_repair_now(self) -> bool:
-        """Whether a start waits for repair: the settings say so, or a search counts on it."""
+        """Whether a start waits for maps that are not there yet.
+
+        It does where nothing is to be left for later, and where a search counts on them.
+        """
         settings = self._settings
-        return settings.repair != "auto" or (
+        return math.isinf(settings.startup_seconds) or (
             self._inputs.plan is None and searches(settings.metric)
         )
 

@@ -17,7 +17,7 @@ LEVELS = (LevelSpec("dense", 0.0), LevelSpec("fast", max_quality_loss=0.25))
 
 
 def start_of(directory: Path, engine: ToyEngine, text: str = "calibration text " * 20) -> Start:
-    return Start(directory, text, engine, 0.01, LEVELS, "dense", startup_seconds="inf")
+    return Start(directory, text, engine, 0.01, LEVELS, "dense", startup_seconds="3600")
 
 
 @pytest.fixture(autouse=True)
@@ -93,4 +93,25 @@ async def test_an_engine_that_cannot_repair_has_none(tmp_path: Path) -> None:
     await start.startup.run()
     status = start.service.status()
     assert (status.repair.wanted, status.unmeasured) == (StandIn.NONE, ())
+    await start.service.close()
+
+
+async def test_a_start_without_end_fits_it(tmp_path: Path) -> None:
+    engine = RepairingEngine()
+    start = Start(tmp_path, engine=engine, startup_seconds="inf")
+    await start.startup.run()
+    assert start.service.policy.repair == engine.installed is not None
+    assert start.service.status().unmeasured == ()
+    await start.service.close()
+
+
+async def test_a_start_without_end_goes_on_without_maps_that_cannot_be_fitted(
+    tmp_path: Path,
+) -> None:
+    start = Start(tmp_path, "short", RepairingEngine(), startup_seconds="inf")
+    await start.startup.run()
+    status = start.service.status()
+    assert status.repair.in_force is None
+    assert status.repair.problem.startswith("repair is not used: text: got 6 tokens to fit")
+    assert status.unmeasured == ()
     await start.service.close()

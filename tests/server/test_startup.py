@@ -272,7 +272,8 @@ async def test_a_search_with_an_engine_that_runs_levels_alone(tmp_path: Path) ->
     start = Start(tmp_path, engine=FixedDepths(), metric="greedy_kl")
     with pytest.raises(
         StartError,
-        match=r"^metric: got 'greedy_kl', allowed: block_influence, reverse_order, sequential; ",
+        match=r"^metric: got 'greedy_kl', allowed: block_influence, relative_magnitude, norm, "
+        r"angular_distance, reverse_order, sequential; ",
     ):
         await start.startup.run()
     await start.service.close()
