@@ -11,6 +11,7 @@ from server.cli.connection import Connection, connected, with_connection
 from server.cli.probes_table import probes_table
 from server.cli.short_number import short_number as _short
 from server.cli.stand_in import stand_in_name
+from server.rpc.client import CallError, Client
 from server.rpc.generated.fathom.v1 import common_pb2, inference_pb2
 
 
@@ -19,6 +20,7 @@ def model(connection: Connection) -> None:
     """Show the model that is served, and what each depth costs and gains."""
     with connected(connection) as client:
         served = client.get_model()
+        unmeasured = _unmeasured(client)
     console = Console(highlight=False)
     quantization = f", {served.quantization}" if served.quantization else ""
     console.print(
@@ -32,6 +34,18 @@ def model(connection: Connection) -> None:
     console.print(_table(served))
     if (probes := probes_table(served)) is not None:
         console.print(probes)
+    if unmeasured:
+        console.print(escape(f"To be measured when no request runs: {'; '.join(unmeasured)}"))
+
+
+def _unmeasured(client: Client) -> list[str]:
+    """Return what the server will still measure; none where the caller may not know."""
+    try:
+        return list(client.get_status().unmeasured)
+    except CallError as error:
+        if error.code != "PERMISSION_DENIED":
+            raise
+        return []
 
 
 def _repair(repair: inference_pb2.Repair) -> str:
