@@ -92,12 +92,18 @@ class ElasticStep:
         self._indices: dict[bytes, TokenIndices] = {}
         self._all_active: Bools = np.asarray(self.spans.active.all(axis=0))
         self._any_active: Bools = np.asarray(self.spans.active.any(axis=0))
+        runs = self.spans.run_starts
+        self._any_run_ends = None if runs is None else np.asarray((runs >= 0).any(axis=0))
+        # Whether all spans have the same maps, or none, in the place of the same layers.
+        self._is_repaired_alike = runs is None or all(
+            bool((each == each[:1]).all()) for each in (self.spans.repaired, runs)
+        )
         # Whether every layer runs all tokens or none, its stand-in too, and there are no KV-only
         # tokens.
         self.is_uniform = (
             self.spans.kv_only is None
             and bool((self._all_active == self._any_active).all())
-            and (self.spans.run_starts is None or _is_uniform(self.spans))
+            and self._is_repaired_alike
         )
 
     def active_tokens(self, layer: int) -> ActiveTokens:
@@ -113,19 +119,22 @@ class ElasticStep:
 
         No token comes twice.
         """
-        if self.spans.run_starts is None:
+        if self._any_run_ends is None or not self._any_run_ends[layer]:
             return []
+        assert self.spans.run_starts is not None
         starts, numbers = self.spans.run_starts[:, layer], self.spans.repaired
-        ends = starts >= 0
-        if not ends.any():
-            return []
-        runs = np.unique(np.stack([numbers[ends], starts[ends]], axis=1), axis=0)
+        if self._is_repaired_alike:
+            run = MapRun(int(numbers[0]), range(int(starts[0]), layer + 1))
+            return [(run, Whole.ALL)]
+        runs = {
+            pair for pair in zip(numbers.tolist(), starts.tolist(), strict=True) if pair[1] >= 0
+        }
         return [
             (
-                MapRun(int(number), range(int(start), layer + 1)),
-                self._repaired(ends & (numbers == number) & (starts == start)),
+                MapRun(number, range(start, layer + 1)),
+                self._repaired((numbers == number) & (starts == start)),
             )
-            for number, start in runs
+            for number, start in sorted(runs)
         ]
 
     def _repaired(self, chosen: Bools) -> RepairedTokens:
@@ -219,12 +228,6 @@ class ElasticStep:
 
     def _on_device(self, indices: Ints) -> torch.Tensor:
         return torch.from_numpy(indices).to(self._common.query_start_loc.device)
-
-
-def _is_uniform(spans: TokenSpans) -> bool:
-    """Return whether all spans have the same maps, or none, in the place of the same layers."""
-    assert spans.run_starts is not None
-    return all(bool((each == each[:1]).all()) for each in (spans.repaired, spans.run_starts))
 
 
 def _entries(values: Any, index: torch.Tensor) -> Any:
