@@ -11,6 +11,7 @@ from bench import (
     bystander,
     calibration,
     depth_quality,
+    faces,
     fleet,
     mixed,
     peers,
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 app.command("throughput")(with_connection(command(throughput.ThroughputOptions, throughput.run)))
 app.command("peers")(command(peers.PeersOptions, peers.run))
+app.command("http")(command(faces.FaceOptions, faces.run))
 app.command("mixed")(command(mixed.MixedOptions, mixed.run))
 app.command("calibration")(command(calibration.CalibrationOptions, calibration.run))
 app.command("depth-quality")(command(depth_quality.DepthQualityOptions, depth_quality.run))

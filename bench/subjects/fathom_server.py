@@ -26,10 +26,18 @@ class FathomServer:
     name = "Fathom, gRPC"
 
     def __init__(
-        self, settings: EngineSettings | None, connection: Connection | None = None
+        self,
+        settings: EngineSettings | None,
+        connection: Connection | None = None,
+        *,
+        http_port: int | None = None,
     ) -> None:
-        """``settings`` are those of a server to start; None if there is a ``connection``."""
+        """``settings`` are those of a server to start; None if there is a ``connection``.
+
+        With ``http_port`` the server that is started answers OpenAI's API there, too.
+        """
         self._settings = settings
+        self._http_port = http_port
         self._process: ServerProcess | None = None
         self._client: AsyncClient | None = None
         self._connection = connection or Connection("")
@@ -44,9 +52,10 @@ class FathomServer:
             port = free_port()
             self._connection = Connection(f"127.0.0.1:{port}")
             log = self._settings.model.work_dir / "logs" / f"fathom-{port}.log"
-            self._process = ServerProcess(
-                serve_command(self._settings, port, self._settings.model.work_dir / "state"), log
-            )
+            command = serve_command(self._settings, port, self._settings.model.work_dir / "state")
+            if self._http_port is not None:
+                command += ["--http-port", self._http_port]
+            self._process = ServerProcess(command, log)
             await self._process.wait_until(lambda: is_serving(self.address))
         self._client = AsyncClient(self.address, tls=self._connection.tls)
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import AsyncIterator
-from typing import Any
 
-import aiohttp
 import psutil
 
 from bench.subjects.base import EngineSettings, free_port, own_choice_of_runner
+from bench.subjects.openai_client import OpenAiClient
 from bench.subjects.server_process import ServerProcess
 from bench.workload import Request
 
@@ -25,12 +23,11 @@ class OpenAiServer:
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
         self._process: ServerProcess | None = None
-        self._session: aiohttp.ClientSession | None = None
-        self._url = ""
+        self._client: OpenAiClient | None = None
 
     async def start(self) -> None:
         port = free_port()
-        self._url = f"http://127.0.0.1:{port}"
+        url = f"http://127.0.0.1:{port}"
         settings = self._settings
         arguments = settings.vllm_arguments()
         command: list[object] = [
@@ -45,44 +42,19 @@ class OpenAiServer:
         log = settings.model.work_dir / "logs" / f"openai-{port}.log"
         with own_choice_of_runner():
             self._process = ServerProcess(command, log)
-        connector = aiohttp.TCPConnector(limit=0)
-        self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout())
-        await self._process.wait_until(self._serves)
-
-    async def _serves(self) -> bool:
-        assert self._session is not None
-        try:
-            async with self._session.get(f"{self._url}/health") as response:
-                return response.status == 200
-        except aiohttp.ClientConnectionError:
-            return False
+        self._client = OpenAiClient(url)
+        await self._process.wait_until(self._client.is_serving)
 
     async def generate(self, request: Request) -> AsyncIterator[int]:
-        assert self._session is not None
-        body = {
-            "model": _NAME,
-            "prompt": list(request.prompt_ids),
-            "max_tokens": request.num_tokens,
-            "temperature": 0.0,
-            "ignore_eos": True,
-            "stream": True,
-            # A chunk may have no text or several tokens; ``usage`` counts the tokens so far.
-            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-        }
-        num_tokens = 0
-        async with self._session.post(f"{self._url}/v1/completions", json=body) as response:
-            response.raise_for_status()
-            async for line in response.content:
-                if line.startswith(b"data: {"):
-                    usage: dict[str, Any] = json.loads(line[6:])["usage"]
-                    before, num_tokens = num_tokens, usage["completion_tokens"]
-                    yield num_tokens - before
+        assert self._client is not None
+        async for num_tokens in self._client.generate(_NAME, request):
+            yield num_tokens
 
     def processes(self) -> list[psutil.Process]:
         return [] if self._process is None else self._process.processes()
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
+        if self._client is not None:
+            await self._client.close()
         if self._process is not None:
             self._process.close()

@@ -7,7 +7,7 @@ import contextlib
 import gc
 import math
 import signal
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -213,23 +213,15 @@ class VllmClient:
         if options.structure is not None and self._patterns is not None:
             await self._patterns.check(options.structure)
         params = self.sampling_params(vllm_options, extra_args)
-        with self._errors() as llm:
-            outputs = llm.generate(_prompt(prompt_ids, cache_salt), params, request_id)
-            async with contextlib.aclosing(outputs):
-                async for output in outputs:
-                    delta = _delta(output, options, stops, tokenizer)
-                    if output.prompt_logprobs:
-                        delta = replace(
-                            delta,
-                            prompt_scores=token_scores(
-                                prompt_ids,
-                                output.prompt_logprobs,
-                                options.prompt_logprobs or 0,
-                                tokenizer,
-                            ),
-                        )
-                    _check_finite(output, (*delta.prompt_scores, *delta.scores), depth)
-                    yield delta
+        async with self._outputs(request_id, prompt_ids, params, cache_salt) as outputs:
+            async for output in outputs:
+                delta = _delta(output, options, stops, tokenizer)
+                if output.prompt_logprobs:
+                    num_top = options.prompt_logprobs or 0
+                    scores = token_scores(prompt_ids, output.prompt_logprobs, num_top, tokenizer)
+                    delta = replace(delta, prompt_scores=scores)
+                _check_finite(output, (*delta.prompt_scores, *delta.scores), depth)
+                yield delta
 
     async def prefill(
         self,
@@ -245,12 +237,10 @@ class VllmClient:
         params.detokenize = False
         # A token that is found in the prefix cache is not run, and so not measured.
         params.skip_reading_prefix_cache = True
-        with self._errors() as llm:
-            outputs = llm.generate(_prompt(token_ids, cache_salt), params, request_id)
-            async with contextlib.aclosing(outputs):
-                async for output in outputs:
-                    _finish_reason(output.outputs[0].finish_reason)
-                    _check_finite(output, (), depth)
+        async with self._outputs(request_id, token_ids, params, cache_salt) as outputs:
+            async for output in outputs:
+                _finish_reason(output.outputs[0].finish_reason)
+                _check_finite(output, (), depth)
 
     async def prompt_scores(
         self,
@@ -267,18 +257,26 @@ class VllmClient:
         # A token that is found in the prefix cache is not run, and so has no score.
         params.skip_reading_prefix_cache = True
         scores: list[TokenScore] = []
+        async with self._outputs(request_id, token_ids, params, cache_salt) as outputs:
+            async for output in outputs:
+                _finish_reason(output.outputs[0].finish_reason)
+                if output.prompt_logprobs:
+                    logprobs = output.prompt_logprobs
+                    scores += token_scores(
+                        token_ids, logprobs, num_top, self.tokenizer, with_greedy=True
+                    )
+                _check_finite(output, scores, depth)
+        return scores
+
+    @contextlib.asynccontextmanager
+    async def _outputs(
+        self, request_id: str, token_ids: Sequence[int], params: SamplingParams, cache_salt: str
+    ) -> AsyncIterator[AsyncIterator[RequestOutput]]:
+        """Run a request in vLLM; leaving ends it. Errors are those of :meth:`_errors`."""
         with self._errors() as llm:
             outputs = llm.generate(_prompt(token_ids, cache_salt), params, request_id)
             async with contextlib.aclosing(outputs):
-                async for output in outputs:
-                    _finish_reason(output.outputs[0].finish_reason)
-                    if output.prompt_logprobs:
-                        logprobs = output.prompt_logprobs
-                        scores += token_scores(
-                            token_ids, logprobs, num_top, self.tokenizer, with_greedy=True
-                        )
-                    _check_finite(output, scores, depth)
-        return scores
+                yield outputs
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[AsyncLLM]:

@@ -22,6 +22,8 @@ TINY = (
         (["throughput", "--rates", "-1"], "--rates"),
         (["peers", "--peers", "vllm,nobody"], "got 'nobody'"),
         (["peers", *TINY, "--depths", "5"], "allowed: at most 4"),
+        (["http", "--servers", "http,nobody"], "got 'nobody'"),
+        (["http", "--servers", "http"], "allowed: two or three"),
         (["mixed", "--streams", "3"], "an even number"),
         (["mixed", *TINY, "--depth", "4"], "allowed: 1 to 3"),
         (["calibration", "--tokens", "1"], "allowed: 2 or more"),

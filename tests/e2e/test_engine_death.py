@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -14,6 +15,7 @@ from server.rpc.generated.fathom.v1 import inference_pb2
 from tests.e2e.calls import LONG, at_once, failure, greedy_request, requested
 from tests.e2e.running_server import PATIENCE, RunningServer, measurements_in, running_server
 from tests.e2e.watcher import Watcher
+from tests.fathom_command import free_ports
 
 DEPTHS = (16, 11, 6, 1)
 
@@ -30,7 +32,8 @@ def damaged_plan(demo_server: RunningServer, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def server(damaged_plan: Path) -> Iterator[RunningServer]:
-    with running_server(damaged_plan.parents[1]) as server:
+    (http_port,) = free_ports(1)
+    with running_server(damaged_plan.parents[1], http_port=http_port) as server:
         yield server
 
 
@@ -90,6 +93,34 @@ def test_a_killed_engine_is_started_again_and_answers_the_same(server: RunningSe
     assert scrape.sum("vllm:generation_tokens_total") >= 24 * len(DEPTHS)
     (again,) = server.engine_processes()
     assert again.pid != engine.pid
+
+
+def test_http_refuses_while_there_is_no_engine_and_then_answers_the_same(
+    server: RunningServer,
+) -> None:
+    body = {"prompt": "The list", "max_tokens": 24, "temperature": 0}
+    chat = {"messages": [{"role": "user", "content": "The list"}], "max_tokens": 4}
+    base = f"http://127.0.0.1:{server.http_port}"
+    with (
+        httpx.Client(base_url=base, timeout=PATIENCE) as http,
+        Watcher(server.address) as watcher,
+    ):
+        watcher.wait_for("SERVING")
+        before = http.post("/v1/completions", json=body)
+        assert before.status_code == 200
+        (engine,) = server.engine_processes()
+        engine.kill()
+        watcher.wait_for("SERVING", "NOT_SERVING")
+        refused = http.post("/v1/completions", json=body)
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) >= 1
+        assert http.get("/health").status_code == 503
+        watcher.wait_for("SERVING", "NOT_SERVING", "SERVING")
+        again = http.post("/v1/completions", json=body)
+        assert again.status_code == 200
+        assert again.json()["choices"] == before.json()["choices"]
+        # The renderer has not died with the engine.
+        assert http.post("/v1/chat/completions", json=chat).status_code == 200
 
 
 def test_no_engine_outlives_the_process_that_it_was_forked_from(server: RunningServer) -> None:

@@ -117,6 +117,31 @@ def test_every_depth_in_one_batch_unary_and_streaming(subject: Subject) -> None:
     assert {len(both) for both in texts.values()} == {1}, "a stream's text is that of the answer"
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_completions_are_those_of_calls_of_their_own(
+    stories_server: RunningServer, temperature: float
+) -> None:
+    request = greedy_request(PROMPTS[0], NUM_TOKENS, depth=4, prefill_depth=3)
+    request.sampling.temperature = temperature
+    request.sampling.seed = 11
+    with stories_server.client() as client:
+        alone = []
+        for seed in range(11, 15):
+            one = inference_pb2.GenerateRequest()
+            one.CopyFrom(request)
+            one.sampling.seed = seed
+            alone.append(client.generate(one))
+        request.n = 4
+        together = client.generate(request)
+        messages = list(client.generate_stream(request))
+    expected = [list(each.token_ids) for each in alone]
+    assert len({tuple(ids) for ids in expected}) == (1 if temperature == 0 else 4)
+    assert [list(each.token_ids) for each in (together, *together.others)] == expected
+    streams = [Streamed.of(each for each in messages if each.index == i) for i in range(4)]
+    assert [stream.token_ids for stream in streams] == expected
+    assert [stream.text for stream in streams] == [each.text for each in alone]
+
+
 def test_log_probabilities_of_generated_tokens(subject: Subject) -> None:
     num_layers = len(subject.removal_order)
     prefill, decode = num_layers - 2, num_layers - 1

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 
 import grpc
 import pytest
 
 from server.rpc.generated.fathom.v1 import inference_pb2
+from tests.fathom_command import fathom
 from tests.server.rpc.conftest import Deployment, collect, failure, message_of
 
 
@@ -135,3 +137,15 @@ async def test_each_counts_in_the_queue(deployment: Deployment) -> None:
     response = await call
     assert await deployment.metric("fathom_generation_tokens_total", depth="8") == 30
     assert len(response.others) == 4
+
+
+async def test_the_command_prints_one_after_the_other(deployment: Deployment) -> None:
+    async def run(*options: str) -> subprocess.CompletedProcess[str]:
+        command = "generate", "Once", "--max-tokens", "12", "--ignore-eos", *options
+        return await asyncio.to_thread(fathom, *command, FATHOM_ADDRESS=deployment.address)
+
+    alone, together, refused = await asyncio.gather(run(), run("-n", "3"), run("-n", "129"))
+    assert together.returncode == 0, together.stderr
+    assert together.stdout == alone.stdout * 3
+    assert len(together.stderr.splitlines()) == 3
+    assert refused.stderr == "fathom: INVALID_ARGUMENT: n: got 129, allowed: at most 128\n"
