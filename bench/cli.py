@@ -13,6 +13,7 @@ from bench import (
     depth_quality,
     fleet,
     mixed,
+    norms,
     peers,
     profile,
     repair,
@@ -39,6 +40,7 @@ app.command("mixed")(command(mixed.MixedOptions, mixed.run))
 app.command("calibration")(command(calibration.CalibrationOptions, calibration.run))
 app.command("depth-quality")(command(depth_quality.DepthQualityOptions, depth_quality.run))
 app.command("repair")(command(repair.RepairOptions, repair.run))
+app.command("norms")(command(norms.NormsOptions, norms.run))
 app.command("startup")(command(startup.StartupOptions, startup.run))
 app.command("bystander")(command(bystander.BystanderOptions, bystander.run))
 app.command("fleet")(with_connection(command(fleet.FleetBenchOptions, fleet.run)))
