@@ -11,6 +11,7 @@ from bench import (
     bystander,
     calibration,
     depth_quality,
+    export_methods,
     fleet,
     mixed,
     norms,
@@ -39,6 +40,7 @@ app.command("peers")(command(peers.PeersOptions, peers.run))
 app.command("mixed")(command(mixed.MixedOptions, mixed.run))
 app.command("calibration")(command(calibration.CalibrationOptions, calibration.run))
 app.command("depth-quality")(command(depth_quality.DepthQualityOptions, depth_quality.run))
+app.command("export-methods")(command(export_methods.ExportMethodsOptions, export_methods.run))
 app.command("repair")(command(repair.RepairOptions, repair.run))
 app.command("norms")(command(norms.NormsOptions, norms.run))
 app.command("startup")(command(startup.StartupOptions, startup.run))
