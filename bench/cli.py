@@ -13,6 +13,7 @@ from bench import (
     depth_quality,
     export_methods,
     fleet,
+    healing_kinds,
     mixed,
     norms,
     peers,
@@ -42,6 +43,7 @@ app.command("calibration")(command(calibration.CalibrationOptions, calibration.r
 app.command("depth-quality")(command(depth_quality.DepthQualityOptions, depth_quality.run))
 app.command("export-methods")(command(export_methods.ExportMethodsOptions, export_methods.run))
 app.command("repair")(command(repair.RepairOptions, repair.run))
+app.command("healing-kinds")(command(healing_kinds.HealingKindsOptions, healing_kinds.run))
 app.command("norms")(command(norms.NormsOptions, norms.run))
 app.command("startup")(command(startup.StartupOptions, startup.run))
 app.command("bystander")(command(bystander.BystanderOptions, bystander.run))
