@@ -11,9 +11,12 @@ from bench import (
     bystander,
     calibration,
     depth_quality,
+    export_methods,
     faces,
     fleet,
+    healing_kinds,
     mixed,
+    norms,
     peers,
     profile,
     repair,
@@ -40,7 +43,10 @@ app.command("http")(command(faces.FaceOptions, faces.run))
 app.command("mixed")(command(mixed.MixedOptions, mixed.run))
 app.command("calibration")(command(calibration.CalibrationOptions, calibration.run))
 app.command("depth-quality")(command(depth_quality.DepthQualityOptions, depth_quality.run))
+app.command("export-methods")(command(export_methods.ExportMethodsOptions, export_methods.run))
 app.command("repair")(command(repair.RepairOptions, repair.run))
+app.command("healing-kinds")(command(healing_kinds.HealingKindsOptions, healing_kinds.run))
+app.command("norms")(command(norms.NormsOptions, norms.run))
 app.command("startup")(command(startup.StartupOptions, startup.run))
 app.command("bystander")(command(bystander.BystanderOptions, bystander.run))
 app.command("fleet")(with_connection(command(fleet.FleetBenchOptions, fleet.run)))

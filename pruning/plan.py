@@ -6,6 +6,7 @@ import json
 import math
 import reprlib
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -169,6 +170,11 @@ class Plan:
         return replace(
             self, removal_order=ranking.removal_order, metric=metric, other_scores=others
         )
+
+    def removing_first(self, layers: Sequence[int]) -> Plan:
+        """Return the plan with ``layers`` at the beginning of its order, ascending."""
+        others = [layer for layer in self.removal_order if layer not in layers]
+        return replace(self, removal_order=(*sorted(layers), *others))
 
     def check_model(self, fingerprint: str, num_layers: int) -> None:
         """Raise :class:`PlanError` unless the plan was made for this model."""

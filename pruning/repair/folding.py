@@ -10,11 +10,14 @@ as ReplaceMe (arXiv 2505.02819, equation 4) fits its map for one cut. A is a pro
 down projection W, so (I + M)^T W takes the place of W and nothing is added to the model. The
 maps x + x M of :mod:`pruning.repair.fit` cannot be folded: they also act on Y, which reaches the
 next layer by no matrix.
+
+:mod:`pruning.repair.linear_patch` fits maps of another form for the same place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import enum
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,6 +37,13 @@ _FOLDABLE = frozenset({"gemma", "llama", "ministral", "mistral", "phi3", "qwen2"
 _NORM_BEHIND = frozenset({"gemma2", "gemma3", "gemma3_text"})
 # Of a layer; its output is what the MLP adds.
 DOWN_PROJECTION = "mlp.down_proj"
+
+
+class FoldMethod(enum.Enum):
+    """How a map that is folded into a checkpoint is fitted."""
+
+    REPLACE_ME = "folded"
+    LINEAR_PATCH = "linear-patch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +87,7 @@ class FoldedRepair:
     plain_perplexity: float
     perplexity: float
     num_held_out_tokens: int
+    method: FoldMethod = FoldMethod.REPLACE_ME
 
 
 def check_foldable(config: Mapping[str, Any]) -> None:
@@ -98,18 +109,23 @@ def check_foldable(config: Mapping[str, Any]) -> None:
     )
 
 
-def gaps(removed: Sequence[int]) -> list[tuple[int, ...]]:
-    """Return the runs of consecutive layers among ``removed``, without one that begins at 0.
-
-    No layer comes before that one, so nothing can stand in for it.
-    """
+def runs_of(layers: Collection[int]) -> list[tuple[int, ...]]:
+    """Return the runs of consecutive numbers among ``layers``, ascending."""
     runs: list[list[int]] = []
-    for layer in sorted(removed):
+    for layer in sorted(layers):
         if runs and runs[-1][-1] == layer - 1:
             runs[-1].append(layer)
         else:
             runs.append([layer])
-    return [tuple(run) for run in runs if run[0] > 0]
+    return [tuple(run) for run in runs]
+
+
+def gaps(removed: Collection[int]) -> list[tuple[int, ...]]:
+    """Return the runs of consecutive layers among ``removed``, without one that begins at 0.
+
+    No layer comes before that one, so nothing can stand in for it.
+    """
+    return [run for run in runs_of(removed) if run[0] > 0]
 
 
 def fit_folds(
@@ -121,40 +137,58 @@ def fit_folds(
     :class:`RepairError` for too little text, for states that are not finite and for layers
     without a down projection.
     """
-
-    decoder = find_decoder(model)
-    passes = ForwardPasses(decoder)
     runs = {run[0] - 1: run for run in gaps(removed)}
-    ends = {run[-1]: layer for layer, run in runs.items()}
-    parts = split_windows(windows)
 
     def sums(of: Sequence[torch.Tensor]) -> GramEstimator:
         estimator = GramEstimator(runs)
-        added: dict[int, torch.Tensor] = {}
-        left: dict[int, torch.Tensor] = {}
 
-        def observe(layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
-            if layer in runs:
-                left[layer] = passes.valid_tokens(after).double()
-            if layer in ends:
-                previous = ends[layer]
-                states = passes.valid_tokens(added.pop(previous)).double()
-                gained = passes.valid_tokens(after).double() - left.pop(previous)
-                estimator.update(previous, states, states + gained)
+        def observe(layer: int, added: torch.Tensor, gained: torch.Tensor) -> None:
+            estimator.update(layer, added, added + gained)
 
-        with ExitStack() as hooks:
-            hooks.enter_context(observed(decoder.layers, observe))
-            for layer in runs:
-                hooks.callback(_keeping(decoder.layers[layer], layer, added).remove)
-            passes.run((window[None] for window in of), None)
+        observe_gaps(model, of, removed, observe)
         return estimator
 
+    parts = split_windows(windows)
     fit, held_out = map(sums, parts)
     folds = []
     for layer, run in sorted(runs.items()):
         fitted = fit_map(layer, fit.take(layer), held_out.take(layer))
         folds.append(Fold(layer, run, fitted.weight, fitted.ridge, fitted.unexplained))
     return tuple(folds)
+
+
+def observe_gaps(
+    model: nn.Module,
+    windows: Sequence[torch.Tensor],
+    removed: Sequence[int],
+    observe: Callable[[int, torch.Tensor, torch.Tensor], None],
+) -> None:
+    """Call ``observe(layer, added, gained)`` for each of :func:`gaps` and each window.
+
+    ``layer`` is the one before the gap, ``added`` what its MLP adds to the stream and ``gained``
+    what the layers of the gap add, on the dense model: float64 [num_tokens, hidden] each. Raises
+    :class:`RepairError` for layers without a down projection.
+    """
+    decoder = find_decoder(model)
+    passes = ForwardPasses(decoder)
+    runs = {run[0] - 1: run for run in gaps(removed)}
+    ends = {run[-1]: layer for layer, run in runs.items()}
+    added: dict[int, torch.Tensor] = {}
+    left: dict[int, torch.Tensor] = {}
+
+    def on_layer(layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        if layer in runs:
+            left[layer] = passes.valid_tokens(after).double()
+        if layer in ends:
+            previous = ends[layer]
+            gained = passes.valid_tokens(after).double() - left.pop(previous)
+            observe(previous, passes.valid_tokens(added.pop(previous)).double(), gained)
+
+    with ExitStack() as hooks:
+        hooks.enter_context(observed(decoder.layers, on_layer))
+        for layer in runs:
+            hooks.callback(_keeping(decoder.layers[layer], layer, added).remove)
+        passes.run((window[None] for window in windows), None)
 
 
 @contextmanager

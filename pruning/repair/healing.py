@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pruning.decoder import StandIn, find_decoder, inference_options, without_layers
+from pruning.decoder import Decoder, StandIn, find_decoder, inference_options, without_layers
 from pruning.fingerprint import token_fingerprint
 from pruning.repair.errors import RepairError
 from pruning.repair.maps import Healing, LayerMap, RepairMaps
@@ -42,6 +42,9 @@ _SAVE_EVERY = 10
 MIN_TOKENS = 1024
 # Limits each temporary tensor of a chunk of tokens to some 64 MiB.
 _CHUNK_ELEMENTS = 1 << 24
+
+# Makes stand-ins of weights by layer: those of a training.
+StandInsOf = Callable[[Mapping[int, "torch.Tensor"]], dict[int, StandIn]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,37 +94,21 @@ def heal(
     skipped layers, for ``closed_form`` that lacks one of them, and for a training that gives
     what is not a finite number.
     """
-    if steps < 1:
-        raise RepairError(f"steps: got {steps}, allowed: 1 or more")
-    if not skipped:
-        raise RepairError("skipped: got no layers, allowed: one or more; there is nothing to heal")
-    fit, held_out = split_windows(windows)
-    num_tokens = sum(map(len, fit))
-    if num_tokens < MIN_TOKENS:
-        raise RepairError(
-            f"text: got {num_tokens} tokens to train on, allowed: {MIN_TOKENS} or more"
-        )
-    decoder = find_decoder(model, layers)
-    for layer in skipped:
-        if not 0 <= layer < len(decoder.layers):
-            raise ValueError(f"skipped: got layer {layer}, allowed: 0 to {len(decoder.layers) - 1}")
+    decoder, fit, _ = _checked(model, windows, skipped, steps, layers)
     first = _first_maps(model, sorted(skipped), closed_form)
-    kept = None
-    if checkpoint is not None:
-        identity = {
-            "model": model_fingerprint,
-            "tokens": token_fingerprint(window.tolist() for window in windows),
-            "skipped": sorted(skipped),
-            "began_with": _fingerprint(first),
-            "steps": steps,
-            "seed": seed,
-            "learning_rate": LEARNING_RATE,
-        }
-        kept = TrainingFile(checkpoint, identity)
-    training = _Training(model, decoder.layers, fit, held_out[:_MAX_HELD_OUT], first, steps, seed)
-    state = training.run(kept, on_step or (lambda _: None))
-    if kept is not None:
-        kept.remove()
+    state = distill(
+        model,
+        windows,
+        skipped,
+        first,
+        stand_ins,
+        model_fingerprint=model_fingerprint,
+        steps=steps,
+        seed=seed,
+        checkpoint=checkpoint,
+        layers=layers,
+        on_step=on_step,
+    )
     return RepairMaps(
         layers={
             layer: LayerMap(
@@ -134,7 +121,7 @@ def heal(
         num_layers=len(decoder.layers),
         model_fingerprint=model_fingerprint,
         text_fingerprint=text_fingerprint,
-        num_tokens=num_tokens,
+        num_tokens=sum(map(len, fit)),
         healing=Healing(
             skipped=tuple(sorted(skipped)),
             started_from=started_from,
@@ -147,8 +134,83 @@ def heal(
     )
 
 
+def distill(
+    model: nn.Module,
+    windows: Sequence[torch.Tensor],
+    skipped: Collection[int],
+    first: Mapping[int, torch.Tensor],
+    stand_ins_of: StandInsOf,
+    *,
+    model_fingerprint: str,
+    steps: int = DEFAULT_STEPS,
+    seed: int = 0,
+    learning_rate: float = LEARNING_RATE,
+    checkpoint: Path | None = None,
+    layers: Sequence[nn.Module] | None = None,
+    on_step: Callable[[HealingStep], None] | None = None,
+) -> TrainingState:
+    """Train weights that stand in for the layers ``skipped``, as :func:`heal` does.
+
+    They begin with ``first``, float32 tensors by layer; ``stand_ins_of`` makes of such weights what
+    the layers do instead. Returns the state at the end. Raises as :func:`heal` does.
+    """
+    decoder, fit, held_out = _checked(model, windows, skipped, steps, layers)
+    kept = None
+    if checkpoint is not None:
+        identity = {
+            "model": model_fingerprint,
+            "tokens": token_fingerprint(window.tolist() for window in windows),
+            "skipped": sorted(skipped),
+            "began_with": _fingerprint(first),
+            "steps": steps,
+            "seed": seed,
+            "learning_rate": learning_rate,
+        }
+        kept = TrainingFile(checkpoint, identity)
+    training = _Training(
+        model,
+        decoder.layers,
+        fit,
+        held_out[:_MAX_HELD_OUT],
+        skipped,
+        first,
+        stand_ins_of,
+        steps,
+        seed,
+        learning_rate,
+    )
+    state = training.run(kept, on_step or (lambda _: None))
+    if kept is not None:
+        kept.remove()
+    return state
+
+
+def _checked(
+    model: nn.Module,
+    windows: Sequence[torch.Tensor],
+    skipped: Collection[int],
+    steps: int,
+    layers: Sequence[nn.Module] | None,
+) -> tuple[Decoder, list[torch.Tensor], list[torch.Tensor]]:
+    """Return the decoder, the windows to train on and those held out; raises as :func:`heal`."""
+    if steps < 1:
+        raise RepairError(f"steps: got {steps}, allowed: 1 or more")
+    if not skipped:
+        raise RepairError("skipped: got no layers, allowed: one or more; there is nothing to heal")
+    fit, held_out = split_windows(windows)
+    if (num_tokens := sum(map(len, fit))) < MIN_TOKENS:
+        raise RepairError(
+            f"text: got {num_tokens} tokens to train on, allowed: {MIN_TOKENS} or more"
+        )
+    decoder = find_decoder(model, layers)
+    for layer in skipped:
+        if not 0 <= layer < len(decoder.layers):
+            raise ValueError(f"skipped: got layer {layer}, allowed: 0 to {len(decoder.layers) - 1}")
+    return decoder, fit, held_out
+
+
 class _Training:
-    """The training of one set of maps on one model."""
+    """The training of one set of weights on one model."""
 
     def __init__(
         self,
@@ -156,18 +218,24 @@ class _Training:
         layers: Sequence[nn.Module],
         windows: Sequence[torch.Tensor],
         held_out: Sequence[torch.Tensor],
+        skipped: Collection[int],
         first: Mapping[int, torch.Tensor],
+        stand_ins_of: StandInsOf,
         steps: int,
         seed: int,
+        learning_rate: float,
     ) -> None:
         self._model = model
         self._options = inference_options(model)
         self._layers = layers
         self._windows = windows
         self._held_out = held_out
+        self._skipped = skipped
         self._first = first
+        self._stand_ins_of = stand_ins_of
         self._steps = steps
         self._seed = seed
+        self._peak_rate = learning_rate
 
     def run(
         self, kept: TrainingFile | None, on_step: Callable[[HealingStep], None]
@@ -186,7 +254,7 @@ class _Training:
             for layer, weight in state.weight.items()
         }
         state.weight = {layer: parameter.detach() for layer, parameter in parameters.items()}
-        optimizer = _adam(parameters, state)
+        optimizer = _adam(parameters, state, self._peak_rate)
         with _frozen(self._model):
             while state.step < self._steps and state.num_stale < PATIENCE:
                 optimizer.param_groups[0]["lr"] = self._learning_rate(state.step)
@@ -212,7 +280,7 @@ class _Training:
         )
 
     def _learning_rate(self, step: int) -> float:
-        return LEARNING_RATE * (1 + math.cos(math.pi * step / self._steps)) / 2
+        return self._peak_rate * (1 + math.cos(math.pi * step / self._steps)) / 2
 
     def _step(
         self, optimizer: torch.optim.Optimizer, parameters: Mapping[int, nn.Parameter], step: int
@@ -220,8 +288,9 @@ class _Training:
         import torch
 
         window = self._window(step)
-        target = self._logits(window, {})
-        with torch.enable_grad(), without_layers(self._layers, self._first, stand_ins(parameters)):
+        target = self._logits(window)
+        stand_ins = self._stand_ins_of(parameters)
+        with torch.enable_grad(), without_layers(self._layers, self._skipped, stand_ins):
             logits = self._model(input_ids=window[None], **self._options).logits[0]
         # What the loss does to the logits is known, so it needs no graph of its own: that would
         # hold several tensors of the size of the logits.
@@ -249,7 +318,7 @@ class _Training:
         total, num_tokens = 0.0, 0
         for window in self._held_out:
             window = window.to(self._device)
-            target = self._logits(window, {})
+            target = self._logits(window)
             loss, _ = divergence(self._logits(window, state.weight), target)
             total += loss * len(window)
             num_tokens += len(window)
@@ -262,11 +331,15 @@ class _Training:
             state.num_stale += 1
         return loss
 
-    def _logits(self, window: torch.Tensor, maps: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """Return the logits of a window without the layers of ``maps``, or of the dense model."""
+    def _logits(
+        self, window: torch.Tensor, weights: Mapping[int, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Return the logits of a window with ``weights`` for the layers, or of the dense model."""
         import torch
 
-        with torch.no_grad(), without_layers(self._layers, maps, stand_ins(maps)):
+        skipped = () if weights is None else self._skipped
+        stand_ins = {} if weights is None else self._stand_ins_of(weights)
+        with torch.no_grad(), without_layers(self._layers, skipped, stand_ins):
             output = self._model(input_ids=window[None], **self._options)
         logits: torch.Tensor = output.logits[0]
         return logits
@@ -338,10 +411,12 @@ def _hidden_size(model: nn.Module) -> int:
     return int(config.get_text_config().hidden_size)
 
 
-def _adam(parameters: Mapping[int, nn.Parameter], state: TrainingState) -> torch.optim.Optimizer:
+def _adam(
+    parameters: Mapping[int, nn.Parameter], state: TrainingState, learning_rate: float
+) -> torch.optim.Optimizer:
     import torch
 
-    optimizer = torch.optim.Adam(parameters.values(), lr=LEARNING_RATE)
+    optimizer = torch.optim.Adam(parameters.values(), lr=learning_rate)
     if state.step:
         for layer, parameter in parameters.items():
             optimizer.state[parameter] = {

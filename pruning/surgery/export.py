@@ -11,6 +11,7 @@ from typing import Any
 
 from pruning.checkpoint import CheckpointError, check_checkpoint, read_config
 from pruning.checkpoint_file import read_object
+from pruning.collapse import CollapsedModel
 from pruning.depths import check_depth
 from pruning.durable import write_file
 from pruning.fingerprint import FileHash, file_sha256, model_fingerprint
@@ -22,6 +23,7 @@ from pruning.surgery.companions import companion_files
 from pruning.surgery.errors import SurgeryError
 from pruning.surgery.folding import folding_changes
 from pruning.surgery.layer_map import LayerMap
+from pruning.surgery.merging import merging_changes
 from pruning.surgery.model_config import cut_config, embeddings_are_tied, num_layers_of
 from pruning.surgery.module_rules import renumber_rules
 from pruning.surgery.output_directory import check_replaceable, check_space, output_directory
@@ -76,6 +78,7 @@ def export_checkpoint(
     on_progress: Callable[[int, int], None] | None = None,
     file_hash: FileHash = file_sha256,
     repair: FoldedRepair | None = None,
+    collapse: CollapsedModel | None = None,
 ) -> Export:
     """Write the model in ``source`` with ``depth`` of its layers to the new directory ``out``.
 
@@ -85,7 +88,8 @@ def export_checkpoint(
     only ``with_code``. ``base_model`` is what the model card calls the source, by default its
     directory. ``on_progress`` is told the bytes written and those to write. ``file_hash`` is that
     of :func:`pruning.fingerprint.model_fingerprint`. ``repair`` is folded into the weights, for
-    which torch is used; its removed layers must be those of the plan at that depth.
+    which torch is used; its removed layers must be those of the plan at that depth. Likewise,
+    ``collapse`` says which layers take up the removed ones; it and ``repair`` exclude each other.
 
     ``out`` appears when it is whole. ``overwrite`` replaces an earlier export then.
 
@@ -121,11 +125,22 @@ def export_checkpoint(
         check_foldable(config)
         everything = [tensor for shard in shards for tensor in shard.tensors]
         changes = folding_changes(everything, names.container, repair)
+    if collapse is not None:
+        if repair is not None:
+            raise ValueError("repair: got one with collapse, allowed: one of the two")
+        if collapse.collapse.removed != layers.removed:
+            raise SurgeryError(
+                f"collapse: is for the layers {list(collapse.collapse.removed)}, allowed: "
+                f"{list(layers.removed)}, those of depth {depth}"
+            )
+        changes = merging_changes(shards, names.container, collapse.collapse)
     weights = _new_shards(shards, names, layers, changes)
     documents = _documents(source, config, names, layers, with_code=with_code)
     if WEIGHTS not in weights:
         documents[INDEX] = _index(weights)
-    card = model_card.model_card(source, base_model or source.resolve().name, plan, layers, repair)
+    card = model_card.model_card(
+        source, base_model or source.resolve().name, plan, layers, repair, collapse
+    )
     documents[model_card.FILE_NAME] = card.encode()
     copies = list(companion_files(source, written=_WRITTEN, with_code=with_code))
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 from pruning.repair.errors import RepairError
 from pruning.repair.folding import DOWN_PROJECTION, Fold, FoldedRepair
 from pruning.surgery.shard import Change, Tensor
-
-if TYPE_CHECKING:
-    import torch
+from pruning.surgery.tensor_dtype import COMPUTABLE, changed_bytes, torch_dtype
 
 
 def folding_changes(
@@ -35,7 +32,12 @@ def folding_changes(
 
 
 def _change(tensor: Tensor, fold: Fold) -> Change:
-    dtype = _dtype(tensor)
+    dtype = torch_dtype(tensor)
+    if dtype is None:
+        raise RepairError(
+            f"repair: cannot be folded: {tensor.name} is of type {tensor.dtype}, allowed: "
+            f"{', '.join(COMPUTABLE)}"
+        )
     if not tensor.shape or tensor.shape[0] != len(fold.weight):
         raise RepairError(
             f"repair: cannot be folded: {tensor.name} has the shape {list(tensor.shape)}, "
@@ -46,19 +48,6 @@ def _change(tensor: Tensor, fold: Fold) -> Change:
         import torch
 
         weight = torch.frombuffer(data, dtype=dtype).view(tensor.shape)
-        changed = fold.projection(weight).contiguous()
-        return changed.flatten().view(torch.uint8).numpy().tobytes()
+        return changed_bytes(fold.projection(weight))
 
     return change
-
-
-def _dtype(tensor: Tensor) -> torch.dtype:
-    import torch
-
-    types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    if tensor.dtype not in types:
-        raise RepairError(
-            f"repair: cannot be folded: {tensor.name} is of type {tensor.dtype}, allowed: "
-            f"{', '.join(types)}"
-        )
-    return types[tensor.dtype]

@@ -6,14 +6,27 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from pruning.collapse import CollapsedModel
 from pruning.plan import Plan
-from pruning.repair.folding import FoldedRepair
+from pruning.repair.folding import FoldedRepair, FoldMethod
 from pruning.surgery.layer_map import LayerMap
 
 FILE_NAME = "README.md"
 _PAPER = "https://arxiv.org/abs/2403.03853"
 # Metadata that a derived model's card must keep from that of its base.
 _INHERITED = ("license", "license_name", "license_link", "language")
+
+_HOW = {
+    FoldMethod.REPLACE_ME: (
+        "For the removed layers, a linear map on what the MLP of the layer before them adds",
+        "([ReplaceMe](https://arxiv.org/abs/2505.02819))",
+    ),
+    FoldMethod.LINEAR_PATCH: (
+        "For the removed layers, a scale for each channel of what the MLP of the layer before them",
+        "adds, between a Hadamard rotation and its inverse (of the form of",
+        "[LinearPatch](https://arxiv.org/abs/2505.24680), which acts on the whole stream),",
+    ),
+}
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +37,12 @@ def model_card(
     plan: Plan,
     layers: LayerMap,
     repair: FoldedRepair | None = None,
+    collapse: CollapsedModel | None = None,
 ) -> str:
     """Return the card: where the model comes from, which layers it lacks, and why those.
 
-    With ``repair``, it says into which weights maps were folded, and what they gain.
+    With ``repair``, it says into which weights maps were folded, and what they gain; with
+    ``collapse``, which layers were merged.
 
     The licence and the languages are those of the card in ``source``, where there is one.
     """
@@ -45,6 +60,10 @@ def model_card(
     unchanged = "the other weights are unchanged"
     if repair is not None and repair.folds:
         unchanged = "the other weights, apart from those below, are unchanged"
+    order = "`fathom_plan.json` has the order of removal."
+    if collapse is not None and collapse.collapse.merged:
+        unchanged = "the other weights, apart from those of the layers below, are unchanged"
+        order = "These scores did not choose the removed layers here; see below."
     return f"""{metadata}
 
 # {base_model}, {layers.depth} of {layers.num_layers} layers
@@ -55,12 +74,12 @@ afterwards; {unchanged}, and layers are numbered anew.
 How much each layer matters was measured as Block Influence: 1 minus the mean cosine between the
 residual stream before and after the layer, here over {plan.num_tokens} tokens of calibration text
 (Men et al., [ShortGPT: Layers in Large Language Models are More Redundant Than You
-Expect]({_PAPER})). `fathom_plan.json` has the order of removal.
+Expect]({_PAPER})). {order}
 
 | Layer | Block Influence | Standard error | Layer here |
 |---:|---:|---:|---:|
 {_rows(plan, layers)}
-{_repair(layers, repair)}
+{_repair(layers, repair)}{_collapse(layers, collapse)}
 - Model: `{plan.model_fingerprint}`
 - Calibration text: `{plan.text_fingerprint}`
 - Measured with: {", ".join(f"{name} {version}" for name, version in plan.versions.items())}
@@ -72,10 +91,10 @@ def _repair(layers: LayerMap, repair: FoldedRepair | None) -> str:
         return ""
     lines = [
         "",
-        "For the removed layers, a linear map on what the MLP of the layer before them adds was",
-        f"fitted in closed form on {repair.num_tokens} tokens, and multiplied into its down",
-        "projection ([ReplaceMe](https://arxiv.org/abs/2505.02819)). *Unexplained* is the share",
-        "of what the removed layers add that the map leaves out.",
+        *_HOW[repair.method],
+        f"was fitted in closed form on {repair.num_tokens} tokens, and multiplied into its down",
+        "projection. *Unexplained* is the share of what the removed layers add that the map leaves",
+        "out.",
         "",
         "| Layer | Layer here | Stands in for | Unexplained |",
         "|---:|---:|---|---:|",
@@ -91,6 +110,35 @@ def _repair(layers: LayerMap, repair: FoldedRepair | None) -> str:
         f"{repair.dense_perplexity:.2f} with all layers.",
         "",
         f"- Text of the maps: `{repair.text_fingerprint}`",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _collapse(layers: LayerMap, collapse: CollapsedModel | None) -> str:
+    if collapse is None or not collapse.collapse.merged:
+        return ""
+    found = collapse.collapse
+    lines = [
+        "",
+        "The removed layers were merged into earlier ones by the differences of their weights",
+        "([LaCo](https://arxiv.org/abs/2402.11187)). A merge was kept where the mean cosine of the",
+        f"model's last states to those of the dense model, on {found.num_tokens} tokens,",
+        f"was above a threshold, in the end {found.threshold:.2f}; it is",
+        f"{found.similarity:.3f} now.",
+        "",
+        "| Layer | Layer here | Has taken up |",
+        "|---:|---:|---|",
+    ]
+    for layer, taken in sorted(found.merged.items()):
+        lines.append(f"| {layer} | {layers.new_index(layer)} | {', '.join(map(str, taken))} |")
+    lines += [
+        "",
+        f"Perplexity on {collapse.num_held_out_tokens} tokens of held-out text: "
+        f"{collapse.perplexity:.2f}; {collapse.plain_perplexity:.2f} without the merges,",
+        f"{collapse.dense_perplexity:.2f} with all layers.",
+        "",
+        f"- Text of the merges: `{collapse.text_fingerprint}`",
         "",
     ]
     return "\n".join(lines)

@@ -65,6 +65,18 @@ class Shard:
         """Return the shard without the tensors of these ``names``."""
         return replace(self, tensors=tuple(t for t in self.tensors if t.name not in names))
 
+    def read_tensor(self, tensor: Tensor) -> bytearray:
+        """Return the bytes of one of the tensors.
+
+        Raises :class:`CheckpointError` if the file has become shorter meanwhile.
+        """
+        with self.path.open("rb") as file:
+            file.seek(tensor.start)
+            data = bytearray(file.read(tensor.end - tensor.start))
+        if len(data) != tensor.end - tensor.start:
+            raise CheckpointError(f"{self.path}: truncated while it was read")
+        return data
+
 
 class NewShard:
     """A file to be written: tensors of one shard, some of them under new names or changed."""

@@ -8,10 +8,13 @@ from pathlib import Path
 from pruning.checkpoint import read_config
 from pruning.fingerprint import text_fingerprint
 from pruning.repair import split_windows
-from pruning.repair.folding import FoldedRepair, check_foldable, fit_folds, folded
+from pruning.repair.folding import FoldedRepair, FoldMethod, check_foldable, fit_folds, folded
+from pruning.repair.linear_patch import fit_linear_patches
 from server.calibration.offline_plan import load_offline, measuring_windows
 from server.config import Settings
 from server.telemetry.progress import ProgressReport
+
+_FITS = {FoldMethod.REPLACE_ME: fit_folds, FoldMethod.LINEAR_PATCH: fit_linear_patches}
 
 
 def fitted_folds(
@@ -21,6 +24,7 @@ def fitted_folds(
     texts: Sequence[str],
     held_out_texts: Sequence[str],
     report: ProgressReport,
+    method: FoldMethod = FoldMethod.REPLACE_ME,
 ) -> FoldedRepair:
     """Load the model, fit maps for the gaps between ``removed``, and measure what they gain.
 
@@ -45,7 +49,7 @@ def fitted_folds(
     windows = windows_of(texts, settings.calibration_tokens)
     held_out = windows_of(held_out_texts, settings.quality_tokens)
     with report.working("Fitting repair"):
-        folds = fit_folds(model, windows, removed)
+        folds = _FITS[method](model, windows, removed)
     with report.working("Measuring perplexity with repair and without"):
         dense, plain = measure_quality(model, held_out, [(), removed])
         with folded(model, folds):
@@ -59,4 +63,5 @@ def fitted_folds(
         plain_perplexity=plain.perplexity,
         perplexity=repaired.perplexity,
         num_held_out_tokens=repaired.num_tokens,
+        method=method,
     )

@@ -16,7 +16,10 @@ from server.config import Settings, load_settings
 from server.telemetry.progress import ProgressReport
 
 if TYPE_CHECKING:
+    from pruning.collapse import CollapsedModel
     from pruning.repair.folding import FoldedRepair
+
+_SKIP, _LINEAR_PATCH, _LACO = _METHODS = ("skip", "linear-patch", "laco")
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +84,20 @@ def export(
             metavar="none|folded",
         ),
     ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="skip: nothing stands in for the removed layers but what --repair folds in. "
+            "linear-patch: a Hadamard rotation, scales and the rotation back, folded into the "
+            "MLP before each gap. laco: LaCo chooses the layers, and merges them into others.",
+            metavar="skip|linear-patch|laco",
+        ),
+    ] = _SKIP,
     quality_text: Annotated[
         str | None,
-        typer.Option(help="Text to measure the perplexity with --repair on, as for serve."),
+        typer.Option(
+            help="Text to measure the perplexity with --repair or --method on, as for serve."
+        ),
     ] = None,
     state_dir: Annotated[
         str | None,
@@ -116,6 +130,15 @@ def export(
         raise typer.BadParameter("one of --depth and --prune-ratio is needed")
     if repair not in (None, "none", "folded"):
         raise typer.BadParameter(f"--repair: got {repair!r}, allowed: none, folded{_why(repair)}")
+    if method not in _METHODS:
+        raise typer.BadParameter(f"--method: got {method!r}, allowed: {', '.join(_METHODS)}")
+    if repair == "folded" and method != _SKIP:
+        raise typer.BadParameter(
+            f"--method {method} and --repair folded exclude each other: both change the weights "
+            "for the same removed layers"
+        )
+    if metric is not None and method == _LACO:
+        raise typer.BadParameter("--metric and --method laco exclude each other: LaCo chooses")
     settings = load_settings(
         {
             "config": config,
@@ -134,8 +157,8 @@ def export(
             "trust_remote_code": trust_remote_code,
         }
     )
-    fold = repair == "folded"
-    run_offline(settings, lambda: _export(settings, out, depth, prune_ratio, overwrite, fold))
+    method = "folded" if repair == "folded" else method
+    run_offline(settings, lambda: _export(settings, out, depth, prune_ratio, overwrite, method))
 
 
 def _why(repair: str | None) -> str:
@@ -154,16 +177,20 @@ def _export(
     depth: int | None,
     prune_ratio: float | None,
     overwrite: bool,
-    fold: bool,
+    method: str,
 ) -> None:
     from pruning.checkpoint import CheckpointError
+    from pruning.collapse import CollapseError
     from pruning.depths import check_depth, depth_of_prune_ratio
     from pruning.fingerprint import model_fingerprint, tokenizer_fingerprint
     from pruning.plan import Plan, PlanError
+    from pruning.quality import QualityError
     from pruning.quantization import QuantizationError, QuantizationFailed, plan_of_base
     from pruning.repair import RepairError
+    from pruning.repair.folding import FoldMethod
     from pruning.surgery import SurgeryError, check_output, count_layers
     from pruning.text import TextError
+    from server.calibration.offline_collapse import collapsed_model
     from server.calibration.offline_fold import fitted_folds
     from server.calibration.offline_plan import kept_plan, measured_plan
     from server.file_hashes import FileHashes
@@ -176,6 +203,12 @@ def _export(
     )
     from server.model.source import find_model
 
+    if settings.quantize is not None and method != _SKIP:
+        name = "repair" if method == "folded" else "method"
+        raise StartError(
+            f"{name}: got {method} with quantize {settings.quantize}, allowed: {method} alone; "
+            "'fathom quantize' takes the checkpoint that is written"
+        )
     with refused_as("model", CheckpointError):
         source = find_model(settings.model, settings.revision)
         fingerprint = model_fingerprint(source.directory, FileHashes(settings.state_dir))
@@ -188,8 +221,8 @@ def _export(
         assert depth is not None
         check_depth(num_layers, depth)
         check_output(out, overwrite=overwrite)
-        if fold:
-            _check_foldable(settings, source.directory)
+        if method != _SKIP:
+            _check_method(source.directory, method)
     except ValueError as error:
         raise StartError(str(error)) from error
     with ProgressReport(Console(stderr=True)) as report:
@@ -203,10 +236,14 @@ def _export(
                 texts = calibration_texts(settings)
             with refused_as("model", CheckpointError):
                 tokenizer = tokenizer_fingerprint(source.directory)
-            wanted = settings.metric if "metric" in settings.model_fields_set else None
+            # LaCo chooses the layers itself, so any ranking will do.
+            metric = "block_influence" if method == _LACO else settings.metric
+            is_given = "metric" in settings.model_fields_set and method != _LACO
+            wanted = metric if is_given else None
             kept = kept_plan(settings, fingerprint, tokenizer, texts, wanted)
             if kept is None:
-                _check_needs_no_engine(settings)
+                if method != _LACO:
+                    _check_needs_no_engine(settings)
                 with refused_as("the layers cannot be ranked; --plan takes a ranking", Exception):
                     kept = measured_plan(
                         settings,
@@ -215,15 +252,22 @@ def _export(
                         num_layers,
                         texts,
                         report,
-                        settings.metric,
+                        metric,
                     )
             chosen = kept
         with refused_as(f"plan: {settings.plan}", PlanError):
             chosen.check_model(fingerprint, num_layers)
-        repair = None
-        if fold:
+        repair, collapse = None, None
+        if method != _SKIP:
             with refused_as("calibration", TextError):
                 fitted_on, measured_on = calibration_texts(settings), held_out_texts(settings)
+        if method == _LACO:
+            with refused_as("layers cannot be merged", CollapseError, QualityError, ValueError):
+                collapse = collapsed_model(
+                    settings, source.directory, depth, fitted_on, measured_on, report
+                )
+            chosen = chosen.removing_first(collapse.collapse.removed)
+        elif method != _SKIP:
             with refused_as("repair cannot be fitted", RepairError, ValueError, OSError):
                 repair = fitted_folds(
                     settings,
@@ -232,18 +276,25 @@ def _export(
                     fitted_on,
                     measured_on,
                     report,
+                    FoldMethod(method),
                 )
         try:
             with refused_as("model", CheckpointError), refused_as("repair", RepairError):
                 written = exporter.write(
-                    out, chosen, depth, report.advance, overwrite=overwrite, repair=repair
+                    out,
+                    chosen,
+                    depth,
+                    report.advance,
+                    overwrite=overwrite,
+                    repair=repair,
+                    collapse=collapse,
                 )
         except QuantizationFailed:
             raise
         except (QuantizationError, SurgeryError) as error:
             raise StartError(str(error)) from error
     removed = ", ".join(map(str, written.removed)) or "none"
-    if settings.repair not in ("auto", "none") and not fold:
+    if settings.repair not in ("auto", "none") and method == _SKIP:
         logger.warning(
             "repair: %s is not exported%s; --repair folded folds others into the weights",
             settings.repair,
@@ -252,23 +303,28 @@ def _export(
     print(f"Depth {written.depth} of {written.num_layers}; layers removed: {removed}")
     if repair is not None:
         _print_repair(repair, written.removed)
+    if collapse is not None:
+        _print_collapse(collapse)
     print(
         f"Weights: {decimal(written.num_bytes)}, before: {decimal(written.num_source_bytes)}; "
         f"in {written.directory}"
     )
 
 
-def _check_foldable(settings: Settings, directory: Path) -> None:
-    """Raise :class:`ValueError` where repair cannot be folded into the exported weights."""
+def _check_method(directory: Path, method: str) -> None:
+    """Raise :class:`ValueError` where the method cannot change the exported weights."""
     from pruning.checkpoint import read_config
+    from pruning.collapse import check_mergeable
     from pruning.repair.folding import check_foldable
+    from pruning.repair.hadamard import check_rotation
 
-    if settings.quantize is not None:
-        raise ValueError(
-            f"repair: got folded with quantize {settings.quantize}, allowed: folded alone; "
-            "'fathom quantize' takes the checkpoint that is written"
-        )
-    check_foldable(read_config(directory))
+    config = read_config(directory)
+    if method == _LACO:
+        check_mergeable(config)
+        return
+    check_foldable(config)
+    if method == _LINEAR_PATCH and isinstance(size := config.get("hidden_size"), int):
+        check_rotation(size)
 
 
 def _check_needs_no_engine(settings: Settings) -> None:
@@ -283,6 +339,23 @@ def _check_needs_no_engine(settings: Settings) -> None:
             f"the engine, and {settings.state_dir} has no plan by it of this model and text. "
             f"'fathom serve --metric {settings.metric}' makes one; --plan takes a plan file"
         )
+
+
+def _print_collapse(model: CollapsedModel) -> None:
+    found = model.collapse
+    merged = "; ".join(
+        f"{', '.join(map(str, taken))} into {layer}"
+        for layer, taken in sorted(found.merged.items())
+    )
+    print(f"Layers merged: {merged or 'none'}")
+    print(
+        f"Similarity to the dense model's last states: {found.similarity:.3f}, threshold of the "
+        f"last merge: {found.threshold:.2f}"
+    )
+    print(
+        f"Perplexity: {model.perplexity:.2f}, without the merges {model.plain_perplexity:.2f}, "
+        f"with all layers {model.dense_perplexity:.2f}; on {model.num_held_out_tokens} tokens"
+    )
 
 
 def _print_repair(repair: FoldedRepair, removed: Collection[int]) -> None:

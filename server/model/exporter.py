@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
+from pruning.collapse import CollapsedModel
 from pruning.fingerprint import text_fingerprint
 from pruning.plan import Plan
 from pruning.quantization import Order, plan_of_base, prune_then_quantize
@@ -52,21 +53,23 @@ class Exporter:
         *,
         overwrite: bool = False,
         repair: FoldedRepair | None = None,
+        collapse: CollapsedModel | None = None,
     ) -> Export:
         """Write the model at ``depth`` to ``out``; ``plan`` is of the model before quantization.
 
         A model that is quantized at full depth is kept in the state directory, where a server
-        finds it, too. ``repair`` is folded into a model that is not quantized. Call this in a
-        thread that runs no event loop. Raises the errors of
+        finds it, too. ``repair`` is folded into a model that is not quantized, and ``collapse``
+        merges layers of one. Call this in a thread that runs no event loop. Raises the errors of
         :func:`pruning.surgery.export_checkpoint`,
         :func:`pruning.quantization.quantize_checkpoint` and
         :func:`pruning.quantization.prune_then_quantize`.
         """
         if self._quantization is None:
             return self._export(
-                self._source.directory, out, plan, depth, on_work, overwrite, repair
+                self._source.directory, out, plan, depth, on_work, overwrite, repair, collapse
             )
         assert repair is None, "it is fitted for weights that are not quantized"
+        assert collapse is None, "layers are merged before they are quantized"
         if Order(self._settings.order) is Order.PRUNE_THEN_QUANTIZE:
             return self._prune_then_quantize(out, plan, depth, on_work, overwrite)
         texts = calibration_texts(self._settings)
@@ -86,6 +89,7 @@ class Exporter:
         on_work: OnWork,
         overwrite: bool,
         repair: FoldedRepair | None = None,
+        collapse: CollapsedModel | None = None,
     ) -> Export:
         return export_checkpoint(
             source,
@@ -98,6 +102,7 @@ class Exporter:
             on_progress=lambda done, total: on_work("Writing", done, total),
             file_hash=FileHashes(self._settings.state_dir),
             repair=repair,
+            collapse=collapse,
         )
 
     def _prune_then_quantize(
