@@ -117,7 +117,10 @@ def test_the_plan_of_a_metric(
     """A kept one, one that needs no engine, or none."""
     wanted = [*arguments, "--depth", "3", "--metric"]
     found = refusal(*wanted, "greedy_kl", tmp_path / "none")
-    assert "metric: got 'greedy_kl', allowed: block_influence, reverse_order, sequential; " in found
+    allowed = (
+        "block_influence, relative_magnitude, norm, angular_distance, reverse_order, sequential"
+    )
+    assert f"metric: got 'greedy_kl', allowed: {allowed}; " in found
     assert "has no plan by it of this model and text. 'fathom serve --metric greedy_kl'" in found
     state = tmp_path / "state"
     text = str(data_path("text/tinystories_1000.json"))
