@@ -89,6 +89,8 @@ class Startup:
         await self._load_model()
         with refused_as("model"), refused_as("the engine has died while measuring", EngineDead):
             calibrator, store = self._calibrator(), self._policy_store()
+            specs = self._inputs.levels
+            calibrator.check_limits(specs, (f"levels.{spec.name}" for spec in specs))
             repairer = self._repairer(calibrator, store)
             installed, problem = await self._installed_repair(repairer)
             repair = None if installed is None else installed.repair

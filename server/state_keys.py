@@ -38,7 +38,7 @@ from typing import Any
 Key = dict[str, object]
 
 _HASH, _PLAN, _SEARCH, _QUALITY, _PROBES, _REPAIR, _SPEED, _QUANTIZED, _CHECKPOINT = (
-    {"method": method} for method in (1, 2, 1, 2, 1, 1, 1, 3, 1)
+    {"method": method} for method in (1, 2, 1, 2, 2, 1, 1, 3, 1)
 )
 _HEALED = {"method": 1}
 

@@ -26,6 +26,19 @@ class Choosing:
     num_items: int
     chance: float
 
+    def loss(self, dense: Choosing) -> tuple[float, float]:
+        """Return how much less often it is right than ``dense``, and the standard error of that.
+
+        Both choose for the same passages, so only those for which they choose differently add to
+        the error: with a share d of them and a loss x, the variance over n passages is at most
+        (d - x ** 2) / n. Where the agreement is not known, the two are taken for independent.
+        """
+        lost = dense.accuracy - self.accuracy
+        if self.agreement is None:
+            return lost, math.hypot(self.accuracy_stderr, dense.accuracy_stderr)
+        differing = 1 - self.agreement
+        return lost, math.sqrt(max(differing - lost**2, 0.0) / self.num_items)
+
 
 def choices(logprobs: Sequence[Sequence[float]]) -> list[int]:
     """Return the most likely continuation of each passage, the first among equals.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,6 +43,26 @@ class Writing:
     first_token_changed: float | None
     num_prompts: int
     num_tokens: int
+    # Of the difference between the two shares of repetition, over the prompts.
+    repeated_stderr: float | None = None
+
+    @property
+    def loss(self) -> tuple[float, float] | None:
+        """What is lost in writing, in nats, and its standard error; None without a dense model.
+
+        The logarithm of ``ratio`` and the repetition beyond the dense model's own are added, each
+        only as far as it is a loss: text that repeats itself is easy to predict, so a low ratio
+        must not make up for loops. The standard error takes the two for independent.
+        """
+        if self.ratio is None or self.dense_repeated_share is None:
+            return None
+        log_ratio = math.log(self.ratio) if self.ratio > 0 else -math.inf
+        repeated = self.repeated_share - self.dense_repeated_share
+        relative = 0.0
+        if self.ratio_stderr is not None and 0 < self.ratio < math.inf:
+            relative = self.ratio_stderr / self.ratio
+        loss = max(log_ratio, 0.0) + max(repeated, 0.0)
+        return loss, math.hypot(relative, self.repeated_stderr or 0.0)
 
 
 def writing(level: Continuations, dense: Continuations | None) -> Writing:
@@ -86,6 +107,7 @@ def writing(level: Continuations, dense: Continuations | None) -> Writing:
         first_token_changed=first_token_changed,
         num_prompts=num_prompts,
         num_tokens=sum(map(len, level.token_ids)),
+        repeated_stderr=None if dense is None else _repeated_stderr(level, dense),
     )
 
 
@@ -118,6 +140,14 @@ def _influences(continuations: Continuations, mean: float) -> list[float]:
 def _mean_repeated_share(continuations: Continuations) -> float:
     shares = [repeated_share(token_ids) for token_ids in continuations.token_ids]
     return math.fsum(shares) / len(shares)
+
+
+def _repeated_stderr(level: Continuations, dense: Continuations) -> float:
+    differences = [
+        repeated_share(mine) - repeated_share(other)
+        for mine, other in zip(level.token_ids, dense.token_ids, strict=True)
+    ]
+    return statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 def _exp(value: float) -> float:

@@ -26,7 +26,7 @@ from server.calibration.probes import Prober
 from server.calibration.search_store import SearchStore
 from server.calibration.served_metrics import AUTO, find_metric, searches
 from server.config.depth import DEFAULT_SEARCH_TOKENS
-from server.depth.levels import DepthPair
+from server.depth.levels import DepthPair, LevelSpec
 from server.depth.policy import DepthPolicy, Speed
 from server.engine.base import (
     Engine,
@@ -193,6 +193,20 @@ class Calibrator:
                 return await choice.choose(plan, searched)
         assert own is not None
         return plan.ranked_by(chosen.name, own)
+
+    def check_limits(self, specs: Iterable[LevelSpec], fields: Iterable[str]) -> None:
+        """Raise :class:`InvalidArgument` for a limit of what is not measured here.
+
+        ``fields`` are what errors call each of ``specs``.
+        """
+        for spec, field in zip(specs, fields, strict=True):
+            for kind, limit in spec.limits.items():
+                problem = self._prober.problems.get(kind.word.strip())
+                if problem is not None:
+                    allowed = (
+                        f"a depth, or another limit: {kind.word}is not measured, because {problem}"
+                    )
+                    raise InvalidArgument(f"{field}.{kind.value}", limit, allowed)
 
     async def fit_repair(self, engine: RepairsLayers, path: Path, on_progress: OnProgress) -> None:
         """Fit repair maps on the server's calibration text, and write them to ``path``.

@@ -40,7 +40,8 @@ class MeasuringSteps:
     """Says what a policy lacks, and measures it.
 
     First comes the quality of dense and of the levels, among them those that are searched for by
-    their quality; then how they write and choose, and their speed; then what can wait: the search
+    their quality; then how they write and choose, as do depths that levels are searched for at by
+    that; then their speed; then what can wait: the search
     for optional levels of the prompt, and quality at every other depth, if that is wanted.
     """
 
@@ -76,7 +77,7 @@ class MeasuringSteps:
             return policy.with_measurements({}, await self._measured.speeds(policy, step.depths))
         if step.phase == "probes":
             probes = await self._measured.probes(policy, step.depths)
-            return policy.with_measurements({}, {}, probes)
+            return with_found_levels(policy.with_measurements({}, {}, probes))
         qualities = await self._measured.qualities(policy, step.depths)
         return with_found_levels(policy.with_measurements(qualities, {}))
 
@@ -123,7 +124,8 @@ class MeasuringSteps:
             if policy.num_layers <= _MAX_LAYERS_AT_ONCE:
                 needed = _missing([*needed, *every], policy.qualities)
             yield Step("quality", needed)
-        if unprobed := tuple(pair for pair in levels if not policy.is_probed(pair)):
+        to_probe = dict.fromkeys([*levels, *search.missing_probes])
+        if unprobed := tuple(pair for pair in to_probe if not policy.is_probed(pair)):
             yield Step("probes", unprobed)
         if untimed := _missing(levels, policy.speeds):
             yield Step("speed", untimed)

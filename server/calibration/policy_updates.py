@@ -96,6 +96,7 @@ class PolicyUpdates:
         if not self._in_force.policy.any_depth:
             for i, spec in enumerate(specs):
                 spec.refuse_search(f"levels[{i}]")
+        self._calibrator.check_limits(specs, (f"levels[{i}]" for i in range(len(specs))))
         asked = tuple(specs)
         # A default that does not exist is refused before anything is measured.
         self._in_force.policy.with_levels(levels, default_level, asked)

@@ -73,6 +73,8 @@ class Prober:
         self._start = tuple(start)
         # The dense model is the same under every plan.
         self._dense: _Answers | None = None
+        # Why a probe is left out, by its name.
+        self.problems: dict[str, str] = {}
         self._prompts = self._if_possible("writing", lambda: self._writing_prompts(windows))
         self._passages = self._if_possible("choosing", lambda: self._choosing_passages(windows))
 
@@ -114,6 +116,7 @@ class Prober:
             return make()
         except ProbeTextError as error:
             logger.warning("%s is not measured: %s", probe, error)
+            self.problems[probe] = str(error)
             return []
 
     def _writing_prompts(self, windows: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
@@ -13,6 +15,13 @@ from server.cli.short_number import short_number as _short
 from server.cli.stand_in import stand_in_name
 from server.rpc.client import CallError, Client
 from server.rpc.generated.fathom.v1 import common_pb2, inference_pb2
+
+# What a level may lose -> what follows it in the table.
+_LIMITS: dict[Literal["max_quality_loss", "max_writing_loss", "max_choosing_loss"], str] = {
+    "max_quality_loss": "",
+    "max_writing_loss": "w",
+    "max_choosing_loss": "c",
+}
 
 
 @with_connection
@@ -66,8 +75,9 @@ def _table(served: inference_pb2.Model) -> Table:
     names: dict[tuple[int, int], list[str]] = {}
     for level in served.levels:
         name = f"{level.name} *" if level.is_default else level.name
-        if level.HasField("max_quality_loss"):
-            name += f" ≤{_short(100 * level.max_quality_loss, 0)}%"
+        for limit, letter in _LIMITS.items():
+            if level.HasField(limit):
+                name += f" ≤{_short(100 * getattr(level, limit), 0)}%{letter}"
         names.setdefault(_depths(level), []).append(name)
     table = Table(caption_justify="left")
     table.add_column("Depth", justify="right", no_wrap=True)
@@ -89,6 +99,10 @@ def _table(served: inference_pb2.Model) -> Table:
     )
     if any(level.HasField("max_quality_loss") for level in served.levels):
         table.caption += "; ≤10%: the shallowest depth with at most 10% more perplexity than dense"
+    if any(level.HasField("max_writing_loss") for level in served.levels):
+        table.caption += "; ≤10%w: that loses at most 10% in writing, repetition included"
+    if any(level.HasField("max_choosing_loss") for level in served.levels):
+        table.caption += "; ≤10%c: that finds at most 10% fewer true continuations"
     if any(prefill != decode for prefill, decode in rows):
         table.caption += "; 8/16: 8 layers for the prompt, 16 for what is generated"
     return table

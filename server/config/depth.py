@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 import typing
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
@@ -22,7 +23,7 @@ from pydantic_settings import NoDecode
 from pruning.repair.healing import DEFAULT_STEPS
 from server.config.errors import conflict, not_allowed
 from server.config.values import names_from, pairs_from
-from server.depth.levels import LevelSpec
+from server.depth.levels import LevelSpec, Limit
 
 # Those of pruning.metrics, and the better one of two of them.
 ServedMetric = Literal[
@@ -40,9 +41,11 @@ DEFAULT_SEARCH_TOKENS = 1 << 19
 
 _LEVEL_ALLOWED = (
     "a number of layers (1 or more), a prune ratio (0.0 to less than 1, with a decimal point), "
-    "{depth: ..., prefill_depth: ...} of these, or {max_quality_loss: ..., prompt_only: ...}, a "
-    "number of 0 or more and true or false"
+    "{depth: ..., prefill_depth: ...} of these, {max_writing_loss: ...}, {max_choosing_loss: ...} "
+    "of at most 1, or {max_quality_loss: ..., prompt_only: ...}, a number of 0 or more and true or "
+    "false"
 )
+_LIMITS = frozenset(kind.value for kind in Limit)
 _LEVELS_SYNTAX = (
     "NAME=DEPTH or NAME=PREFILL/DECODE, separated by commas, or a JSON object; a depth is "
     "a number of layers or, with a decimal point, a prune ratio"
@@ -72,10 +75,8 @@ def _level_from(value: object) -> LevelSpec:
     match value:
         case LevelSpec():
             return value
-        case {"max_quality_loss": loss, "prompt_only": prompt_only, **others} if not others:
-            return _searched_level_from(loss, prompt_only)
-        case {"max_quality_loss": loss, **others} if not others:
-            return _searched_level_from(loss, False)
+        case dict() if value.keys() & _LIMITS:
+            return _searched_level_from(value)
         case {"depth": depth, "prefill_depth": prefill_depth, **others} if not others:
             pass
         case {"depth": depth, **others} if not others:
@@ -91,14 +92,26 @@ def _level_from(value: object) -> LevelSpec:
     )
 
 
-def _searched_level_from(max_quality_loss: object, prompt_only: object) -> LevelSpec:
-    is_number = isinstance(max_quality_loss, int | float) and not isinstance(max_quality_loss, bool)
-    if not is_number or not isinstance(prompt_only, bool):
+def _searched_level_from(fields: Mapping[str, object]) -> LevelSpec:
+    prompt_only = fields.get("prompt_only", False)
+    if fields.keys() - _LIMITS - {"prompt_only"} or not isinstance(prompt_only, bool):
         raise not_allowed(_LEVEL_ALLOWED)
-    loss = float(typing.cast("float", max_quality_loss))
-    if not 0 <= loss < math.inf:
-        raise not_allowed(_LEVEL_ALLOWED)
-    return LevelSpec(name="", max_quality_loss=loss, prompt_only=prompt_only)
+    limits: dict[str, float] = {}
+    for name in _LIMITS & fields.keys():
+        limit = fields[name]
+        if not isinstance(limit, int | float) or isinstance(limit, bool):
+            raise not_allowed(_LEVEL_ALLOWED)
+        most = 1.0 if name == Limit.CHOOSING.value else sys.float_info.max
+        if not 0 <= limit <= most:
+            raise not_allowed(_LEVEL_ALLOWED)
+        limits[name] = float(limit)
+    return LevelSpec(
+        name="",
+        prompt_only=prompt_only,
+        max_quality_loss=limits.get(Limit.QUALITY.value),
+        max_writing_loss=limits.get(Limit.WRITING.value),
+        max_choosing_loss=limits.get(Limit.CHOOSING.value),
+    )
 
 
 def _levels_from(value: object) -> object:
@@ -176,8 +189,9 @@ class DepthSettings(BaseModel):
         description="Operating points by name: a number of layers (12), a prune ratio (0.25), "
         "`{depth: 16, prefill_depth: 12}`, or by what they may lose: `{max_quality_loss: 0.25}` is "
         "the shallowest depth with at most 25 % more perplexity than the dense model, with "
-        "`prompt_only: true` for the prompt alone. As a flag or a variable a JSON object, or "
-        "`NAME=DEPTH` or `NAME=PREFILL/DECODE`, separated by commas. None: the default levels.",
+        "`prompt_only: true` for the prompt alone; `max_writing_loss` and `max_choosing_loss` "
+        "limit what it may lose in writing and in choosing. As a flag or a variable a JSON object, "
+        "or `NAME=DEPTH` or `NAME=PREFILL/DECODE`, separated by commas. None: the default levels.",
         json_schema_extra={"default_text": "default levels"},
     )
     default_level: str | None = Field(

@@ -1,9 +1,12 @@
 """The depths of levels that are given by what they may lose: which to measure, and which it is.
 
-A depth is good enough for a level if its perplexity divided by that of the dense model, and one
-standard error more, is at most 1 + ``max_quality_loss``: a level is not chosen for its luck with
-the text. The error is that of the ratio; both depths see the same windows of text, so it is far
-smaller than that of either perplexity. Where it has not been measured, the ratio alone counts.
+A depth is good enough for a level if what it loses, and one standard error more, is within each
+limit of the level: a level is not chosen for its luck with the text. For ``max_quality_loss``
+that is perplexity divided by that of the dense model. Both depths see the same windows of text, so
+the error of the ratio is far smaller than that of either perplexity. Where it has not been
+measured, the ratio alone counts. For ``max_writing_loss`` and ``max_choosing_loss`` it is what the
+probes have found, which are small, so their errors are large. Where there is too little text for a
+probe, only the dense model is good enough.
 """
 
 from __future__ import annotations
@@ -12,24 +15,31 @@ import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
+from pruning.probes import Probes
 from pruning.quality import Quality
-from server.depth.levels import DepthPair, Level, LevelSpec
+from server.depth.levels import DepthPair, Level, LevelSpec, Limit
 from server.depth.policy import DepthPolicy
 
 # So many next shallower depths than the one that was found are looked at, too.
 REACH = 2
 
 _STANDARD_ERRORS = 1.0
+_LOST_IN = {
+    Limit.QUALITY: "perplexity",
+    Limit.WRITING: "writing",
+    Limit.CHOOSING: "choosing",
+}
 # Of all layers; what stands in, in comparisons, for depths that have not been found yet.
 _SHARES = 0.9, 0.8, 0.65
 
 
 class _Unmeasured(Exception):
-    """A depth must be measured before the search can go on."""
+    """A depth must be measured before the search can go on, or probed."""
 
-    def __init__(self, depths: DepthPair) -> None:
+    def __init__(self, depths: DepthPair, *, is_probe: bool) -> None:
         super().__init__(depths)
         self.depths = depths
+        self.is_probe = is_probe
 
 
 def shallowest_depth(num_layers: int, is_good: Callable[[int], bool]) -> int:
@@ -67,6 +77,23 @@ def is_within(quality: Quality, dense: Quality, max_quality_loss: float) -> bool
     return log_ratio + _STANDARD_ERRORS * stderr <= math.log1p(max_quality_loss)
 
 
+def writes_within(probes: Probes, max_writing_loss: float) -> bool:
+    """Return whether a depth writes well enough for a level."""
+    loss = None if probes.writing is None else probes.writing.loss
+    if loss is None:
+        return False
+    lost, stderr = loss
+    return lost + _STANDARD_ERRORS * stderr <= math.log1p(max_writing_loss)
+
+
+def chooses_within(probes: Probes, dense: Probes, max_choosing_loss: float) -> bool:
+    """Return whether a depth chooses well enough for a level."""
+    if probes.choosing is None or dense.choosing is None:
+        return False
+    lost, stderr = probes.choosing.loss(dense.choosing)
+    return lost + _STANDARD_ERRORS * stderr <= max_choosing_loss
+
+
 @dataclass(slots=True)
 class LevelSearch:
     """What the measurements of a policy say about the levels that it was asked for."""
@@ -78,6 +105,8 @@ class LevelSearch:
     # What must be measured next for the pending ones. Optional levels of the prompt can wait.
     missing: list[DepthPair] = field(default_factory=list)
     missing_that_can_wait: list[DepthPair] = field(default_factory=list)
+    # The same of what must be probed.
+    missing_probes: list[DepthPair] = field(default_factory=list)
     # The levels for which only the dense model is good enough.
     unmet: list[Level] = field(default_factory=list)
 
@@ -97,7 +126,12 @@ def search_levels(policy: DepthPolicy) -> LevelSearch:
             depth = shallowest_depth(num_layers, _judge(policy, spec))
         except _Unmeasured as unmeasured:
             can_wait = spec.optional and spec.prompt_only
-            (search.missing_that_can_wait if can_wait else search.missing).append(unmeasured.depths)
+            if unmeasured.is_probe:
+                search.missing_probes.append(unmeasured.depths)
+            elif can_wait:
+                search.missing_that_can_wait.append(unmeasured.depths)
+            else:
+                search.missing.append(unmeasured.depths)
             search.pending.append(spec.name)
             depth = num_layers
         else:
@@ -131,10 +165,10 @@ def compared_depths(specs: Collection[LevelSpec], num_layers: int) -> list[Depth
 
 def problem_of(level: Level) -> str:
     """Return what is to be said about a level for which only the dense model is good enough."""
-    assert level.max_quality_loss is not None
+    losses = " and ".join(f"{limit:g} in {_LOST_IN[kind]}" for kind, limit in level.limits.items())
     return (
-        f"level {level.name}: no depth was found that loses at most "
-        f"{level.max_quality_loss:g} in perplexity, so it runs all {level.decode_layers} layers"
+        f"level {level.name}: no depth was found that loses at most {losses}, so it runs all "
+        f"{level.decode_layers} layers"
     )
 
 
@@ -152,14 +186,26 @@ def _is_another(level: Level, policy: DepthPolicy, search: LevelSearch) -> bool:
 
 def _judge(policy: DepthPolicy, spec: LevelSpec) -> Callable[[int], bool]:
     """Return what says whether a depth is good enough; it raises where it does not know."""
-    assert spec.max_quality_loss is not None
-    max_quality_loss = spec.max_quality_loss
+    limits = spec.limits
+
+    def keeps(kind: Limit, limit: float, depths: DepthPair) -> bool:
+        if kind is Limit.QUALITY:
+            dense, quality = (policy.qualities.get(pair) for pair in (policy.dense, depths))
+            if dense is None or quality is None:
+                raise _Unmeasured(depths, is_probe=False)
+            return is_within(quality, dense, limit)
+        dense_probes, probes = (policy.probes.get(pair) for pair in (policy.dense, depths))
+        if probes is None or not policy.is_probed(depths):
+            raise _Unmeasured(depths, is_probe=True)
+        if kind is Limit.WRITING:
+            return writes_within(probes, limit)
+        if dense_probes is None:
+            raise _Unmeasured(policy.dense, is_probe=True)
+        return chooses_within(probes, dense_probes, limit)
 
     def is_good(depth: int) -> bool:
         depths = spec.at(depth, policy.num_layers).depths
-        dense, quality = (policy.qualities.get(pair) for pair in (policy.dense, depths))
-        if dense is None or quality is None:
-            raise _Unmeasured(depths)
-        return is_within(quality, dense, max_quality_loss)
+        # Perplexity comes first: where it is too high, nothing has to be probed.
+        return all(keeps(kind, limit, depths) for kind, limit in limits.items())
 
     return is_good

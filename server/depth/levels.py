@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 import re
 from collections.abc import Iterable
@@ -36,23 +37,47 @@ class DepthPair:
         return f"{self.prefill_layers}/{self.decode_layers}"
 
 
+class Limit(enum.Enum):
+    """What a level may be limited in losing; the values are the names of the settings."""
+
+    QUALITY = "max_quality_loss"
+    WRITING = "max_writing_loss"
+    CHOOSING = "max_choosing_loss"
+
+    @property
+    def word(self) -> str:
+        """What a loss is called in words; that of perplexity is just a loss."""
+        return {Limit.QUALITY: "", Limit.WRITING: "writing ", Limit.CHOOSING: "choosing "}[self]
+
+
+def _limits(limited: Level | LevelSpec) -> dict[Limit, float]:
+    found = ((kind, getattr(limited, kind.value)) for kind in Limit)
+    return {kind: limit for kind, limit in found if limit is not None}
+
+
 @dataclass(frozen=True, slots=True)
 class Level:
     """An operating point: a name for a pair of depths, in layers.
 
-    The depths of a level with a ``max_quality_loss`` were chosen for it: its perplexity divided by
-    that of the dense model, minus 1, is at most that.
+    The depths of a level with a limit were chosen for it; see :class:`LevelSpec`.
     """
 
     name: str
     prefill_layers: int
     decode_layers: int
     max_quality_loss: float | None = None
+    max_writing_loss: float | None = None
+    max_choosing_loss: float | None = None
 
     def __str__(self) -> str:
         """Return the level as it is written in a flag, and what it may lose."""
-        loss = "" if self.max_quality_loss is None else f" (loss {self.max_quality_loss:g})"
-        return f"{self.name}={self.depths}{loss}"
+        losses = ", ".join(f"{kind.word}loss {limit:g}" for kind, limit in self.limits.items())
+        return f"{self.name}={self.depths}{losses and f' ({losses})'}"
+
+    @property
+    def limits(self) -> dict[Limit, float]:
+        """What the level may lose, of each kind that it has a limit of."""
+        return _limits(self)
 
     @property
     def depths(self) -> DepthPair:
@@ -63,10 +88,14 @@ class Level:
 class LevelSpec:
     """A level as the settings write it: by its depth, or by what it may lose.
 
-    A depth is a number of layers if it is an int, and a prune ratio if it is a float. With
-    ``max_quality_loss`` the depth is to be searched for: perplexity divided by that of the dense
-    model, minus 1. ``prompt_only``: generated tokens run all layers. An ``optional`` level does
-    not exist where only the dense model is good enough, or where another has its depth.
+    A depth is a number of layers if it is an int, and a prune ratio if it is a float. With a limit
+    the depth is to be searched for, and with several limits it keeps to all of them:
+    ``max_quality_loss`` is perplexity divided by that of the dense model, minus 1;
+    ``max_writing_loss`` is the same of what the level writes, where repetition counts as well
+    (:attr:`pruning.probes.Writing.loss`); ``max_choosing_loss`` is the accuracy of the dense
+    model's choices minus that of the level's. ``prompt_only``: generated tokens run all layers. An
+    ``optional`` level does not exist where only the dense model is good enough, or where another
+    has its depth.
     """
 
     name: str
@@ -76,11 +105,18 @@ class LevelSpec:
     max_quality_loss: float | None = None
     prompt_only: bool = False
     optional: bool = False
+    max_writing_loss: float | None = None
+    max_choosing_loss: float | None = None
 
     @property
     def is_searched(self) -> bool:
-        """Whether the depth follows from a loss of quality."""
-        return self.max_quality_loss is not None
+        """Whether the depth follows from what the level may lose."""
+        return bool(self.limits)
+
+    @property
+    def limits(self) -> dict[Limit, float]:
+        """What the level may lose, of each kind that it has a limit of."""
+        return _limits(self)
 
     def resolve(self, num_layers: int, field: str | None = None) -> Level:
         """Return the level for a model with ``num_layers`` layers.
@@ -93,17 +129,20 @@ class LevelSpec:
         """
         field = field or f"levels.{self.name}"
         _check_name(self.name, f"{field}.name")
-        if self.max_quality_loss is not None:
-            self._check_search(self.max_quality_loss, field)
+        if self.is_searched:
+            self._check_search(field)
             return self.at(num_layers, num_layers)
         if self.prompt_only:
             allowed = (
-                "true beside max_quality_loss alone; prefill_depth prunes the prompt to a depth"
+                "true beside a limit of what the level may lose alone; prefill_depth prunes the "
+                "prompt to a depth"
             )
             raise InvalidArgument(f"{field}.prompt_only", True, allowed)
         if self.depth is None:
             raise InvalidArgument(
-                f"{field}.depth", None, "a depth, or max_quality_loss in its place"
+                f"{field}.depth",
+                None,
+                "a depth, or max_quality_loss, max_writing_loss or max_choosing_loss in its place",
             )
         decode_layers = layers_of(self.depth, num_layers, f"{field}.depth")
         prefill_layers = decode_layers
@@ -114,24 +153,35 @@ class LevelSpec:
     def at(self, depth: int, num_layers: int) -> Level:
         """Return the level that has been searched for, at the depth that was found for it."""
         decode_layers = num_layers if self.prompt_only else depth
-        return Level(self.name, depth, decode_layers, self.max_quality_loss)
+        return Level(
+            self.name,
+            depth,
+            decode_layers,
+            self.max_quality_loss,
+            self.max_writing_loss,
+            self.max_choosing_loss,
+        )
 
     def refuse_search(self, field: str | None = None) -> None:
         """Raise :class:`InvalidArgument` for a level that has no depth of its own."""
-        if self.is_searched:
+        for kind, limit in self.limits.items():
             allowed = (
                 "a depth in its place: dedicated engines run the depths of their levels alone, so "
                 "none can be tried; an elastic engine finds depths, which its GetModel shows"
             )
             field = field or f"levels.{self.name}"
-            raise InvalidArgument(f"{field}.max_quality_loss", self.max_quality_loss, allowed)
+            raise InvalidArgument(f"{field}.{kind.value}", limit, allowed)
 
-    def _check_search(self, max_quality_loss: float, field: str) -> None:
-        if not 0 <= max_quality_loss < math.inf:
-            raise InvalidArgument(f"{field}.max_quality_loss", max_quality_loss, "0 or more")
+    def _check_search(self, field: str) -> None:
+        for kind, limit in self.limits.items():
+            if kind is Limit.CHOOSING and not 0 <= limit <= 1:
+                raise InvalidArgument(f"{field}.{kind.value}", limit, "0 to 1")
+            if not 0 <= limit < math.inf:
+                raise InvalidArgument(f"{field}.{kind.value}", limit, "0 or more")
+        first = next(iter(self.limits)).value
         for name in ("depth", "prefill_depth"):
             if getattr(self, name) is not None:
-                allowed = "nothing beside max_quality_loss, which decides about the depth"
+                allowed = f"nothing beside {first}, which decides about the depth"
                 raise InvalidArgument(f"{field}.{name}", getattr(self, name), allowed)
 
 

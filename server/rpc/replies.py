@@ -147,8 +147,8 @@ def level_message(level: Level, policy: DepthPolicy) -> common_pb2.Level:
     message = _measured_message(
         level.name, level.depths, policy, is_default=level.name == policy.default_level
     )
-    if level.max_quality_loss is not None:
-        message.max_quality_loss = level.max_quality_loss
+    for kind, limit in level.limits.items():
+        setattr(message, kind.value, limit)
     return message
 
 
@@ -278,6 +278,7 @@ def _writing_message(writing: Writing) -> common_pb2.Writing:
         first_token_changed=writing.first_token_changed,
         num_prompts=writing.num_prompts,
         num_tokens=writing.num_tokens,
+        repeated_stderr=writing.repeated_stderr,
     )
 
 

@@ -116,12 +116,26 @@ def level_specs(request: control_pb2.SetLevelsRequest) -> list[LevelSpec]:
 
 def _level_spec(spec: control_pb2.LevelSpec, field: str) -> LevelSpec:
     depth = _fixed_depth(spec.depth, f"{field}.depth")
-    loss = _number(spec, "max_quality_loss", field, 0.0)
-    if depth is None and loss is None:
-        allowed = "layers or prune_ratio, unless there is a max_quality_loss"
+    quality, writing = (
+        _number(spec, name, field, 0.0) for name in ("max_quality_loss", "max_writing_loss")
+    )
+    choosing = _number(spec, "max_choosing_loss", field, 0.0, 1.0)
+    if depth is None and quality is writing is choosing is None:
+        allowed = (
+            "layers or prune_ratio, unless there is a max_quality_loss, a max_writing_loss or a "
+            "max_choosing_loss"
+        )
         raise InvalidArgument(f"{field}.depth", None, allowed)
     prefill_depth = _fixed_depth(spec.prefill_depth, f"{field}.prefill_depth")
-    return LevelSpec(spec.name, depth, prefill_depth, loss, spec.prompt_only)
+    return LevelSpec(
+        spec.name,
+        depth,
+        prefill_depth,
+        quality,
+        spec.prompt_only,
+        max_writing_loss=writing,
+        max_choosing_loss=choosing,
+    )
 
 
 def auto_rules(policy: control_pb2.Policy, present: AutoRules) -> tuple[str | None, AutoRules]:

@@ -351,6 +351,18 @@ class _PolicyCollector(Collector):
             {level.name: level.max_quality_loss for level in policy.levels},
         )
         yield _gauge(
+            "fathom_level_max_writing_loss",
+            "The same of what it writes, where repetition counts as well.",
+            "level",
+            {level.name: level.max_writing_loss for level in policy.levels},
+        )
+        yield _gauge(
+            "fathom_level_max_choosing_loss",
+            "The same of how it chooses: dense's accuracy minus the level's.",
+            "level",
+            {level.name: level.max_choosing_loss for level in policy.levels},
+        )
+        yield _gauge(
             "fathom_level_up",
             "Whether the engine that runs the level is up.",
             "level",

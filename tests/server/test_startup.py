@@ -18,7 +18,7 @@ from pruning.repair import load_maps, maps_fingerprint, save_maps
 from server.calibration import late_measurements
 from server.calls.generation import FinishInfo, Generation, TokenPrompt
 from server.config import load_settings
-from server.depth.levels import DEFAULT_LEVELS, DepthPair, LevelSpec, spec_of
+from server.depth.levels import DEFAULT_LEVELS, DepthPair, LevelSpec, Limit, spec_of
 from server.depth.policy import DepthPolicy
 from server.depth.repair import RepairStatus, StandIn
 from server.engine.base import LayerSelection, ProgressCallback, SamplingOptions
@@ -377,6 +377,39 @@ async def test_levels_by_quality_are_found_at_a_start(tmp_path: Path) -> None:
     assert again.service.policy == start.service.policy
     assert (again.engine.num_steps, again.service.status().unmeasured) == (0, ())
     await again.service.close()
+
+
+async def test_a_level_by_writing_is_found_at_a_start(tmp_path: Path) -> None:
+    specs = (LevelSpec("full", 8), LevelSpec("chat", max_writing_loss=1e6))
+    start = Start(
+        tmp_path,
+        engine=SteepEngine(),
+        levels=specs,
+        default_level="full",
+        startup_seconds="inf",
+    )
+    await start.startup.run()
+    policy = start.service.policy
+    chat = policy.level("chat")
+    assert chat.depths == DepthPair(1, 1), "it may lose as good as anything"
+    assert chat.limits == {Limit.WRITING: 1e6}
+    writing = policy.probes[chat.depths].writing
+    assert writing is not None
+    assert writing.loss is not None
+    assert (start.service.status().unmeasured, start.service.status().level_problems) == ((), ())
+    await start.service.close()
+
+
+async def test_a_limit_of_what_is_not_measured_is_refused(tmp_path: Path) -> None:
+    specs = (LevelSpec("full", 8), LevelSpec("choose", max_choosing_loss=0.1))
+    start = Start(tmp_path, engine=SteepEngine(), levels=specs)
+    with pytest.raises(
+        StartError,
+        match=r"^levels\.choose\.max_choosing_loss: got 0\.1, allowed: a depth, or another limit: "
+        "choosing is not measured, because the held-out text has 280 tokens .* 512 tokens or more",
+    ):
+        await start.startup.run()
+    await start.service.close()
 
 
 async def test_a_start_waits_for_the_levels_alone(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pruning.probes import NUM_CHOICES, Passage, choices, choosing
+from pruning.probes import NUM_CHOICES, Choosing, Passage, choices, choosing
 from pruning.probes.choosing import share_stderr
 
 INDEX = st.integers(0, NUM_CHOICES - 1)
@@ -62,3 +62,12 @@ def test_choices_that_cannot_be() -> None:
         choosing([], [], None)
     with pytest.raises(ValueError, match="dense_chosen: got 2 choices, allowed: 1"):
         choosing([passage(1)], [1], [1, 2])
+
+
+def test_a_loss_is_noisy_only_where_the_choices_differ() -> None:
+    dense = Choosing(0.75, 0.05, 1.0, 0.02, 64, 0.25)
+    assert dense.loss(dense) == (0.0, 0.0)
+    level = Choosing(0.5, 0.06, 0.625, 0.06, 64, 0.25)
+    assert level.loss(dense) == pytest.approx((0.25, math.sqrt((0.375 - 0.0625) / 64)))
+    alone = Choosing(0.5, 0.06, None, None, 64, 0.25)
+    assert alone.loss(dense) == pytest.approx((0.25, math.hypot(0.05, 0.06)))

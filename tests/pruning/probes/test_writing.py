@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pruning.probes import Continuations, repeated_share, writing
+from pruning.probes import Continuations, Writing, repeated_share, writing
 
 LOSSES = st.floats(0, 200)
 ONE = st.tuples(st.lists(st.integers(0, 3), min_size=1, max_size=12), LOSSES)
@@ -101,3 +101,26 @@ def test_continuations_that_cannot_be(
 ) -> None:
     with pytest.raises(ValueError, match=problem):
         writing(level, dense)
+
+
+def test_what_is_lost_counts_repetition_and_gives_no_credit_for_it() -> None:
+    def lost(ratio: float, repeated: float) -> tuple[float, float] | None:
+        return Writing(None, None, ratio, 0.1, repeated, 0.2, None, 16, 768, 0.04).loss
+
+    assert lost(1.0, 0.2) == pytest.approx((0.0, math.hypot(0.1, 0.04)))
+    assert lost(math.e, 0.5) == pytest.approx((1.3, math.hypot(0.1 / math.e, 0.04)))
+    assert lost(0.5, 0.5) == pytest.approx((0.3, math.hypot(0.2, 0.04)))
+    assert lost(math.e, 0.1) == pytest.approx((1.0, math.hypot(0.1 / math.e, 0.04)))
+    assert lost(0.0, 0.2) == (0.0, 0.04)
+    assert lost(math.inf, 0.2) == (math.inf, 0.04)
+    assert writing(Continuations(((1,), (2,)), None), None).loss is None
+
+
+def test_the_noise_of_repetition_is_that_of_the_pairs() -> None:
+    looping = Continuations(((1,) * 5, (1, 2, 3, 4, 5)), (1.0, 1.0))
+    dense = Continuations(((1, 2, 3, 4, 5), (5, 4, 3, 2, 1)), (1.0, 1.0))
+    found = writing(looping, dense)
+    assert found.repeated_share == 0.25
+    # The differences are 1/2 and 0: their deviation is 1/2 / sqrt(2), over sqrt(2) prompts.
+    assert found.repeated_stderr == pytest.approx(0.25)
+    assert writing(looping, looping).repeated_stderr == 0.0

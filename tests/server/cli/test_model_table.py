@@ -37,6 +37,8 @@ def levels(draw: st.DrawFn, names: st.SearchStrategy[str]) -> common_pb2.Level:
         ),
         speed=common_pb2.Speed(tokens_per_second=draw(NUMBERS), speedup=draw(NUMBERS)),
         max_quality_loss=draw(st.none() | NUMBERS),
+        max_writing_loss=draw(st.none() | NUMBERS),
+        max_choosing_loss=draw(st.none() | st.floats(0, 1)),
     )
 
 
@@ -115,6 +117,17 @@ def test_a_model_as_it_mostly_is() -> None:
         ["30", "dense *", "10.90 ± 1.25", "100.0%", "0.000", "474", "1.00x"],
         ["7", "turbo ≤100%", "26900 ± 12345", "-", "-", "-", "-"],
     ]
+
+
+def test_limits_of_writing_and_choosing_are_told_apart() -> None:
+    level = common_pb2.Level(
+        name="chat", prefill_layers=7, decode_layers=7, max_writing_loss=0.25, max_choosing_loss=0.1
+    )
+    lines = printed(inference_pb2.Model(levels=[level]))
+    assert cells(lines)[0][1] == "chat ≤25%w ≤10%c"
+    caption = " ".join(line.strip() for line in lines)
+    assert "≤10%w: that loses at most 10% in writing, repetition included" in caption
+    assert "≤10%c: that finds at most 10% fewer true continuations" in caption
 
 
 def test_the_line_about_repair() -> None:

@@ -113,13 +113,17 @@ BY_QUALITY = {
     "full": LevelSpec("full", 16),
     "fast": LevelSpec("fast", max_quality_loss=0.25),
     "prompt": LevelSpec("prompt", max_quality_loss=1.0, prompt_only=True),
+    "chat": LevelSpec("chat", max_quality_loss=0.5, max_writing_loss=0.25),
+    "choose": LevelSpec("choose", max_choosing_loss=0.125, prompt_only=True),
 }
 
 
 def test_levels_by_quality(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (
         '{"full": 16, "fast": {"max_quality_loss": 0.25}, '
-        '"prompt": {"max_quality_loss": 1, "prompt_only": true}}'
+        '"prompt": {"max_quality_loss": 1, "prompt_only": true}, '
+        '"chat": {"max_quality_loss": 0.5, "max_writing_loss": 0.25}, '
+        '"choose": {"max_choosing_loss": 0.125, "prompt_only": true}}'
     )
     assert load_settings({"levels": text}).levels == BY_QUALITY
     config = yaml_file(tmp_path, f"levels: {text}\n")
@@ -140,6 +144,11 @@ def test_levels_by_quality(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         '{"max_quality_loss": 0.1, "prompt_only": 1}',
         '{"max_quality_loss": 0.1, "depth": 8}',
         '{"prompt_only": true}',
+        '{"max_writing_loss": -1}',
+        '{"max_writing_loss": Infinity}',
+        '{"max_choosing_loss": 1.5}',
+        '{"max_choosing_loss": 0.1, "max_quality_loss": null}',
+        '{"max_writing_loss": 0.1, "prefill_depth": 8}',
     ],
 )
 def test_levels_by_quality_that_cannot_be(level: str) -> None:

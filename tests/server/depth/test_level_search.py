@@ -9,16 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pruning.probes import Choosing, Probes, Writing
 from pruning.quality import Quality
 from server.depth.level_search import (
     REACH,
+    chooses_within,
     is_within,
     problem_of,
     search_levels,
     shallowest_depth,
     with_found_levels,
+    writes_within,
 )
-from server.depth.levels import DEFAULT_LEVELS, DepthPair, Level, LevelSpec
+from server.depth.levels import DEFAULT_LEVELS, DepthPair, Level, LevelSpec, Limit
 from server.depth.policy import DepthPolicy
 from tests.server.rpc.conftest import make_plan
 
@@ -219,3 +222,103 @@ def test_automatic_depth_survives_a_level_that_ceases_to_exist(missing: str) -> 
     changed = with_found_levels(loaded.with_measurements(qualities, {}))
     assert [level.name for level in changed.levels] == ["dense", "prompt"]
     assert (changed.auto_level, changed.present_level) == ("dense", "dense")
+
+
+def probes(
+    ratio: float, repeated: float = 0.1, accuracy: float = 0.8, agreement: float = 1.0
+) -> Probes:
+    return Probes(
+        Writing(3 * ratio, 3.0, ratio, 0.02 * ratio, repeated, 0.1, 0.2, 16, 768, 0.03),
+        Choosing(accuracy, 0.05, agreement, 0.05, 64, 0.25),
+    )
+
+
+DENSE_PROBES = probes(1.0)
+
+
+def probed(policy: DepthPolicy, by_depth: Mapping[int, Probes]) -> tuple[DepthPolicy, list[int]]:
+    """Measure what the search asks for, its probes too; return the depths that were probed."""
+    asked: list[int] = []
+    while True:
+        search = search_levels(policy)
+        if not search.missing and not search.missing_probes:
+            return policy, asked
+        asked += [pair.decode_layers for pair in search.missing_probes]
+        found = {
+            pair: DENSE_PROBES if pair == policy.dense else by_depth[pair.prefill_layers]
+            for pair in search.missing_probes
+        }
+        qualities = {
+            pair: quality(10 * (1 + (LOSSES | {8: 0.0})[pair.prefill_layers]))
+            for pair in {policy.dense, *search.missing}
+        }
+        policy = with_found_levels(policy.with_measurements(qualities, {}, found))
+
+
+def test_a_level_by_what_it_loses_in_writing() -> None:
+    by_depth = {depth: probes(1 + 0.1 * (8 - depth)) for depth in range(1, 8)}
+    found, asked = probed(
+        policy(LevelSpec("full", 8), LevelSpec("w", max_writing_loss=0.3)), by_depth
+    )
+    # At 5 layers the loss is 0.3 and its noise comes on top.
+    assert found.level("w") == Level("w", 6, 6, max_writing_loss=0.3)
+    assert len(asked) < 7
+    assert found.level("w").limits == {Limit.WRITING: 0.3}
+    assert str(found.level("w")) == "w=6 (writing loss 0.3)"
+
+
+def test_loops_are_no_good_writing_whatever_their_perplexity() -> None:
+    looping = probes(0.5, repeated=0.7)
+    assert not writes_within(looping, 0.5)
+    assert writes_within(looping, 1.0), "e to the power of 0.6 and its noise is 1.9"
+    by_depth = {depth: probes(1.05) if depth > 5 else looping for depth in range(1, 8)}
+    found, _ = probed(policy(LevelSpec("full", 8), LevelSpec("w", max_writing_loss=0.5)), by_depth)
+    assert found.level("w").depths == DepthPair(6, 6)
+
+
+def test_one_standard_error_more_must_be_within_the_loss_in_writing() -> None:
+    noise = math.hypot(0.02, 0.03)
+    assert writes_within(probes(1.25 / math.exp(noise) * 0.999), 0.25)
+    assert not writes_within(probes(1.25 / math.exp(noise) * 1.001), 0.25)
+    assert not writes_within(probes(math.inf), 1e9)
+    assert not writes_within(Probes(None, None), 1e9), "what was not measured"
+    unmeasured = Writing(None, None, None, None, 0.1, None, None, 16, 768)
+    assert not writes_within(Probes(unmeasured, None), 1e9)
+
+
+def test_a_level_by_what_it_loses_in_choosing() -> None:
+    by_depth = {
+        depth: probes(9.0, accuracy=0.8 - 0.02 * (8 - depth), agreement=1 - 0.02 * (8 - depth))
+        for depth in range(1, 8)
+    }
+    found, asked = probed(
+        policy(LevelSpec("full", 8), LevelSpec("c", max_choosing_loss=0.1)), by_depth
+    )
+    best = min(
+        depth
+        for depth, each in by_depth.items()
+        if 0.02 * (8 - depth) + math.sqrt((0.02 * (8 - depth) - (0.02 * (8 - depth)) ** 2) / 64)
+        <= 0.1
+    )
+    assert found.level("c") == Level("c", best, best, max_choosing_loss=0.1)
+    assert 8 in asked, "the dense model chooses, too"
+    assert not chooses_within(Probes(None, None), DENSE_PROBES, 1.0)
+
+
+def test_several_limits_hold_together() -> None:
+    by_depth = {depth: probes(1.0 if depth > 6 else 5.0) for depth in range(1, 8)}
+    spec = LevelSpec("both", max_quality_loss=0.25, max_writing_loss=0.25)
+    found, asked = probed(policy(LevelSpec("full", 8), spec), by_depth)
+    assert found.level("both") == Level("both", 7, 7, 0.25, 0.25)
+    assert not {3, 2, 1} & set(asked), "perplexity is too high there"
+
+
+def test_what_is_said_of_a_limit_that_no_depth_keeps() -> None:
+    by_depth = {depth: probes(5.0, accuracy=0.1, agreement=0.2) for depth in range(1, 8)}
+    spec = LevelSpec("w", max_writing_loss=0.25, max_choosing_loss=0.125)
+    found, _ = probed(policy(LevelSpec("full", 8), spec), by_depth)
+    [unmet] = search_levels(found).unmet
+    assert problem_of(unmet) == (
+        "level w: no depth was found that loses at most 0.25 in writing and 0.125 in choosing, "
+        "so it runs all 8 layers"
+    )

@@ -384,7 +384,7 @@ async def test_control(deployment: Deployment) -> None:
     error = await failure(control.SetLevels(control_pb2.SetLevelsRequest(levels=[level])))
     assert message_of(error) == (
         "levels[0].depth: got None, allowed: layers or prune_ratio, unless there is a "
-        "max_quality_loss"
+        "max_quality_loss, a max_writing_loss or a max_choosing_loss"
     )
     error = await failure(control.SetLevels(control_pb2.SetLevelsRequest()))
     assert message_of(error) == "levels: got [], allowed: at least one level"
@@ -427,8 +427,26 @@ async def test_control(deployment: Deployment) -> None:
         ),
         (
             {"depth": common_pb2.Depth(layers=4), "prompt_only": True},
-            "prompt_only: got True, allowed: true beside max_quality_loss alone; prefill_depth "
-            "prunes the prompt to a depth",
+            "prompt_only: got True, allowed: true beside a limit of what the level may lose alone; "
+            "prefill_depth prunes the prompt to a depth",
+        ),
+        ({"max_writing_loss": -0.5}, "max_writing_loss: got -0.5, allowed: 0 or more"),
+        ({"max_choosing_loss": 1.5}, "max_choosing_loss: got 1.5, allowed: 0 to 1"),
+        (
+            {"max_writing_loss": 0.1, "depth": common_pb2.Depth(layers=4)},
+            "depth: got 4, allowed: nothing beside max_writing_loss, which decides about the depth",
+        ),
+        (
+            {"max_writing_loss": 0.1},
+            "max_writing_loss: got 0.1, allowed: a depth, or another limit: writing is not "
+            "measured, because the held-out text has 200 tokens in 2 windows, which give 6 pieces "
+            "of 32 tokens, allowed: 8 or more, which takes 256 tokens or more",
+        ),
+        (
+            {"max_choosing_loss": 0.1, "max_quality_loss": 0.1},
+            "max_choosing_loss: got 0.1, allowed: a depth, or another limit: choosing is not "
+            "measured, because the held-out text has 200 tokens in 2 windows, which give 6 pieces "
+            "of 32 tokens, allowed: 16 or more, which takes 512 tokens or more",
         ),
     ],
 )

@@ -59,7 +59,7 @@ class Served(_message.Message):
     def __init__(self, prefill_layers: _Optional[int] = ..., decode_layers: _Optional[int] = ..., reason: _Optional[_Union[Served.Reason, str]] = ..., stand_in: _Optional[_Union[StandIn, str]] = ...) -> None: ...
 
 class Level(_message.Message):
-    __slots__ = ("name", "prefill_layers", "decode_layers", "quality", "speed", "is_default", "stand_in", "writing", "choosing", "max_quality_loss")
+    __slots__ = ("name", "prefill_layers", "decode_layers", "quality", "speed", "is_default", "stand_in", "writing", "choosing", "max_quality_loss", "max_writing_loss", "max_choosing_loss")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PREFILL_LAYERS_FIELD_NUMBER: _ClassVar[int]
     DECODE_LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +70,8 @@ class Level(_message.Message):
     WRITING_FIELD_NUMBER: _ClassVar[int]
     CHOOSING_FIELD_NUMBER: _ClassVar[int]
     MAX_QUALITY_LOSS_FIELD_NUMBER: _ClassVar[int]
+    MAX_WRITING_LOSS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CHOOSING_LOSS_FIELD_NUMBER: _ClassVar[int]
     name: str
     prefill_layers: int
     decode_layers: int
@@ -80,7 +82,9 @@ class Level(_message.Message):
     writing: Writing
     choosing: Choosing
     max_quality_loss: float
-    def __init__(self, name: _Optional[str] = ..., prefill_layers: _Optional[int] = ..., decode_layers: _Optional[int] = ..., quality: _Optional[_Union[Quality, _Mapping]] = ..., speed: _Optional[_Union[Speed, _Mapping]] = ..., is_default: _Optional[bool] = ..., stand_in: _Optional[_Union[StandIn, str]] = ..., writing: _Optional[_Union[Writing, _Mapping]] = ..., choosing: _Optional[_Union[Choosing, _Mapping]] = ..., max_quality_loss: _Optional[float] = ...) -> None: ...
+    max_writing_loss: float
+    max_choosing_loss: float
+    def __init__(self, name: _Optional[str] = ..., prefill_layers: _Optional[int] = ..., decode_layers: _Optional[int] = ..., quality: _Optional[_Union[Quality, _Mapping]] = ..., speed: _Optional[_Union[Speed, _Mapping]] = ..., is_default: _Optional[bool] = ..., stand_in: _Optional[_Union[StandIn, str]] = ..., writing: _Optional[_Union[Writing, _Mapping]] = ..., choosing: _Optional[_Union[Choosing, _Mapping]] = ..., max_quality_loss: _Optional[float] = ..., max_writing_loss: _Optional[float] = ..., max_choosing_loss: _Optional[float] = ...) -> None: ...
 
 class Quality(_message.Message):
     __slots__ = ("perplexity", "perplexity_stderr", "agreement", "kl_nats", "num_tokens")
@@ -97,7 +101,7 @@ class Quality(_message.Message):
     def __init__(self, perplexity: _Optional[float] = ..., perplexity_stderr: _Optional[float] = ..., agreement: _Optional[float] = ..., kl_nats: _Optional[float] = ..., num_tokens: _Optional[int] = ...) -> None: ...
 
 class Writing(_message.Message):
-    __slots__ = ("perplexity", "dense_perplexity", "ratio", "ratio_stderr", "repeated_share", "dense_repeated_share", "first_token_changed", "num_prompts", "num_tokens")
+    __slots__ = ("perplexity", "dense_perplexity", "ratio", "ratio_stderr", "repeated_share", "dense_repeated_share", "first_token_changed", "num_prompts", "num_tokens", "repeated_stderr")
     PERPLEXITY_FIELD_NUMBER: _ClassVar[int]
     DENSE_PERPLEXITY_FIELD_NUMBER: _ClassVar[int]
     RATIO_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +111,7 @@ class Writing(_message.Message):
     FIRST_TOKEN_CHANGED_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPTS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REPEATED_STDERR_FIELD_NUMBER: _ClassVar[int]
     perplexity: float
     dense_perplexity: float
     ratio: float
@@ -116,7 +121,8 @@ class Writing(_message.Message):
     first_token_changed: float
     num_prompts: int
     num_tokens: int
-    def __init__(self, perplexity: _Optional[float] = ..., dense_perplexity: _Optional[float] = ..., ratio: _Optional[float] = ..., ratio_stderr: _Optional[float] = ..., repeated_share: _Optional[float] = ..., dense_repeated_share: _Optional[float] = ..., first_token_changed: _Optional[float] = ..., num_prompts: _Optional[int] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+    repeated_stderr: float
+    def __init__(self, perplexity: _Optional[float] = ..., dense_perplexity: _Optional[float] = ..., ratio: _Optional[float] = ..., ratio_stderr: _Optional[float] = ..., repeated_share: _Optional[float] = ..., dense_repeated_share: _Optional[float] = ..., first_token_changed: _Optional[float] = ..., num_prompts: _Optional[int] = ..., num_tokens: _Optional[int] = ..., repeated_stderr: _Optional[float] = ...) -> None: ...
 
 class Choosing(_message.Message):
     __slots__ = ("accuracy", "accuracy_stderr", "agreement", "agreement_stderr", "num_items", "chance")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from server.rpc.generated.fathom.v1 import common_pb2 as fathom_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66\x61thom/v1/control.proto\x12\tfathom.v1\x1a\x16\x66\x61thom/v1/common.proto\"\x10\n\x0eGetPlanRequest\"0\n\x0fGetPlanResponse\x12\x1d\n\x04plan\x18\x01 \x01(\x0b\x32\x0f.fathom.v1.Plan\"i\n\x10\x43\x61librateRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12\x17\n\nmax_tokens\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x06metric\x18\x03 \x01(\tH\x01\x88\x01\x01\x42\r\n\x0b_max_tokensB\t\n\x07_metric\"f\n\x11\x43\x61librateResponse\x12\'\n\x08progress\x18\x01 \x01(\x0b\x32\x13.fathom.v1.ProgressH\x00\x12\x1f\n\x04plan\x18\x02 \x01(\x0b\x32\x0f.fathom.v1.PlanH\x00\x42\x07\n\x05\x65vent\"6\n\x08Progress\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x0c\n\x04\x64one\x18\x02 \x01(\x04\x12\r\n\x05total\x18\x03 \x01(\x04\"\xc3\x01\n\tLevelSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1f\n\x05\x64\x65pth\x18\x02 \x01(\x0b\x32\x10.fathom.v1.Depth\x12,\n\rprefill_depth\x18\x03 \x01(\x0b\x32\x10.fathom.v1.DepthH\x00\x88\x01\x01\x12\x1d\n\x10max_quality_loss\x18\n \x01(\x01H\x01\x88\x01\x01\x12\x13\n\x0bprompt_only\x18\x0b \x01(\x08\x42\x10\n\x0e_prefill_depthB\x13\n\x11_max_quality_loss\"f\n\x10SetLevelsRequest\x12$\n\x06levels\x18\x01 \x03(\x0b\x32\x14.fathom.v1.LevelSpec\x12\x1a\n\rdefault_level\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x10\n\x0e_default_level\"5\n\x11SetLevelsResponse\x12 \n\x06levels\x18\x01 \x03(\x0b\x32\x10.fathom.v1.Level\"5\n\x10SetPolicyRequest\x12!\n\x06policy\x18\x01 \x01(\x0b\x32\x11.fathom.v1.Policy\"6\n\x11SetPolicyResponse\x12!\n\x06policy\x18\x01 \x01(\x0b\x32\x11.fathom.v1.Policy\"\xb0\x04\n\x06Policy\x12\x12\n\x05level\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x0e\n\x06ladder\x18\x02 \x03(\t\x12(\n\x1btime_to_first_token_seconds\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12(\n\x1binter_token_latency_seconds\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x19\n\x0chold_seconds\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12\x1d\n\x10max_quality_loss\x18\x06 \x01(\x01H\x04\x88\x01\x01\x12\x1a\n\rmin_agreement\x18\x07 \x01(\x01H\x05\x88\x01\x01\x12\x17\n\nby_default\x18\x08 \x01(\x08H\x06\x88\x01\x01\x12\x14\n\x0cscore_ladder\x18\n \x03(\t\x12\x1d\n\x10max_writing_loss\x18\x0b \x01(\x01H\x07\x88\x01\x01\x12\x1b\n\x0emax_repetition\x18\x0c \x01(\x01H\x08\x88\x01\x01\x12\x1e\n\x11max_choosing_loss\x18\r \x01(\x01H\t\x88\x01\x01\x42\x08\n\x06_levelB\x1e\n\x1c_time_to_first_token_secondsB\x1e\n\x1c_inter_token_latency_secondsB\x0f\n\r_hold_secondsB\x13\n\x11_max_quality_lossB\x10\n\x0e_min_agreementB\r\n\x0b_by_defaultB\x13\n\x11_max_writing_lossB\x11\n\x0f_max_repetitionB\x14\n\x12_max_choosing_loss\"\x12\n\x10GetStatusRequest\"\xd0\x05\n\x11GetStatusResponse\x12\x31\n\x05state\x18\x01 \x01(\x0e\x32\".fathom.v1.GetStatusResponse.State\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x03 \x01(\r\x12\x16\n\x0euptime_seconds\x18\x04 \x01(\x01\x12I\n\x0fstartup_seconds\x18\x05 \x03(\x0b\x32\x30.fathom.v1.GetStatusResponse.StartupSecondsEntry\x12\x1b\n\x13num_engine_restarts\x18\x06 \x01(\r\x12\x0f\n\x07version\x18\x07 \x01(\t\x12\x15\n\rstartup_phase\x18\x08 \x01(\t\x12\x12\n\nauto_level\x18\t \x01(\t\x12\x10\n\x08problems\x18\n \x03(\t\x12)\n\rrepair_wanted\x18\x17 \x01(\x0e\x32\x12.fathom.v1.StandIn\x12+\n\x0frepair_in_force\x18\x18 \x01(\x0e\x32\x12.fathom.v1.StandIn\x12\x16\n\x0erepair_problem\x18\x19 \x01(\t\x12\x18\n\x10\x61uto_score_level\x18\x0b \x01(\t\x12&\n\x06policy\x18\x0c \x01(\x0b\x32\x11.fathom.v1.PolicyH\x00\x88\x01\x01\x12\x16\n\x0elevel_problems\x18\x14 \x03(\t\x12\x12\n\nunmeasured\x18\x15 \x03(\t\x1a\x35\n\x13StartupSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"p\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_STARTING\x10\x01\x12\x11\n\rSTATE_SERVING\x10\x02\x12\x12\n\x0eSTATE_DRAINING\x10\x03\x12\x15\n\x11STATE_ENGINE_DOWN\x10\x04\x42\t\n\x07_policy\"<\n\x0c\x44rainRequest\x12\x1a\n\rgrace_seconds\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_grace_seconds\"\'\n\rDrainResponse\x12\x16\n\x0enum_unfinished\x18\x01 \x01(\r\"\x0f\n\rResumeRequest\"C\n\x0eResumeResponse\x12\x31\n\x05state\x18\x01 \x01(\x0e\x32\".fathom.v1.GetStatusResponse.State2\xe8\x03\n\x07\x43ontrol\x12@\n\x07GetPlan\x12\x19.fathom.v1.GetPlanRequest\x1a\x1a.fathom.v1.GetPlanResponse\x12H\n\tCalibrate\x12\x1b.fathom.v1.CalibrateRequest\x1a\x1c.fathom.v1.CalibrateResponse0\x01\x12\x46\n\tSetLevels\x12\x1b.fathom.v1.SetLevelsRequest\x1a\x1c.fathom.v1.SetLevelsResponse\x12\x46\n\tSetPolicy\x12\x1b.fathom.v1.SetPolicyRequest\x1a\x1c.fathom.v1.SetPolicyResponse\x12\x46\n\tGetStatus\x12\x1b.fathom.v1.GetStatusRequest\x1a\x1c.fathom.v1.GetStatusResponse\x12:\n\x05\x44rain\x12\x17.fathom.v1.DrainRequest\x1a\x18.fathom.v1.DrainResponse\x12=\n\x06Resume\x12\x18.fathom.v1.ResumeRequest\x1a\x19.fathom.v1.ResumeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66\x61thom/v1/control.proto\x12\tfathom.v1\x1a\x16\x66\x61thom/v1/common.proto\"\x10\n\x0eGetPlanRequest\"0\n\x0fGetPlanResponse\x12\x1d\n\x04plan\x18\x01 \x01(\x0b\x32\x0f.fathom.v1.Plan\"i\n\x10\x43\x61librateRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12\x17\n\nmax_tokens\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x06metric\x18\x03 \x01(\tH\x01\x88\x01\x01\x42\r\n\x0b_max_tokensB\t\n\x07_metric\"f\n\x11\x43\x61librateResponse\x12\'\n\x08progress\x18\x01 \x01(\x0b\x32\x13.fathom.v1.ProgressH\x00\x12\x1f\n\x04plan\x18\x02 \x01(\x0b\x32\x0f.fathom.v1.PlanH\x00\x42\x07\n\x05\x65vent\"6\n\x08Progress\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x0c\n\x04\x64one\x18\x02 \x01(\x04\x12\r\n\x05total\x18\x03 \x01(\x04\"\xad\x02\n\tLevelSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1f\n\x05\x64\x65pth\x18\x02 \x01(\x0b\x32\x10.fathom.v1.Depth\x12,\n\rprefill_depth\x18\x03 \x01(\x0b\x32\x10.fathom.v1.DepthH\x00\x88\x01\x01\x12\x1d\n\x10max_quality_loss\x18\n \x01(\x01H\x01\x88\x01\x01\x12\x13\n\x0bprompt_only\x18\x0b \x01(\x08\x12\x1d\n\x10max_writing_loss\x18\x1e \x01(\x01H\x02\x88\x01\x01\x12\x1e\n\x11max_choosing_loss\x18\x1f \x01(\x01H\x03\x88\x01\x01\x42\x10\n\x0e_prefill_depthB\x13\n\x11_max_quality_lossB\x13\n\x11_max_writing_lossB\x14\n\x12_max_choosing_loss\"f\n\x10SetLevelsRequest\x12$\n\x06levels\x18\x01 \x03(\x0b\x32\x14.fathom.v1.LevelSpec\x12\x1a\n\rdefault_level\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x10\n\x0e_default_level\"5\n\x11SetLevelsResponse\x12 \n\x06levels\x18\x01 \x03(\x0b\x32\x10.fathom.v1.Level\"5\n\x10SetPolicyRequest\x12!\n\x06policy\x18\x01 \x01(\x0b\x32\x11.fathom.v1.Policy\"6\n\x11SetPolicyResponse\x12!\n\x06policy\x18\x01 \x01(\x0b\x32\x11.fathom.v1.Policy\"\xb0\x04\n\x06Policy\x12\x12\n\x05level\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x0e\n\x06ladder\x18\x02 \x03(\t\x12(\n\x1btime_to_first_token_seconds\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12(\n\x1binter_token_latency_seconds\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x19\n\x0chold_seconds\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12\x1d\n\x10max_quality_loss\x18\x06 \x01(\x01H\x04\x88\x01\x01\x12\x1a\n\rmin_agreement\x18\x07 \x01(\x01H\x05\x88\x01\x01\x12\x17\n\nby_default\x18\x08 \x01(\x08H\x06\x88\x01\x01\x12\x14\n\x0cscore_ladder\x18\n \x03(\t\x12\x1d\n\x10max_writing_loss\x18\x0b \x01(\x01H\x07\x88\x01\x01\x12\x1b\n\x0emax_repetition\x18\x0c \x01(\x01H\x08\x88\x01\x01\x12\x1e\n\x11max_choosing_loss\x18\r \x01(\x01H\t\x88\x01\x01\x42\x08\n\x06_levelB\x1e\n\x1c_time_to_first_token_secondsB\x1e\n\x1c_inter_token_latency_secondsB\x0f\n\r_hold_secondsB\x13\n\x11_max_quality_lossB\x10\n\x0e_min_agreementB\r\n\x0b_by_defaultB\x13\n\x11_max_writing_lossB\x11\n\x0f_max_repetitionB\x14\n\x12_max_choosing_loss\"\x12\n\x10GetStatusRequest\"\xd0\x05\n\x11GetStatusResponse\x12\x31\n\x05state\x18\x01 \x01(\x0e\x32\".fathom.v1.GetStatusResponse.State\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x03 \x01(\r\x12\x16\n\x0euptime_seconds\x18\x04 \x01(\x01\x12I\n\x0fstartup_seconds\x18\x05 \x03(\x0b\x32\x30.fathom.v1.GetStatusResponse.StartupSecondsEntry\x12\x1b\n\x13num_engine_restarts\x18\x06 \x01(\r\x12\x0f\n\x07version\x18\x07 \x01(\t\x12\x15\n\rstartup_phase\x18\x08 \x01(\t\x12\x12\n\nauto_level\x18\t \x01(\t\x12\x10\n\x08problems\x18\n \x03(\t\x12)\n\rrepair_wanted\x18\x17 \x01(\x0e\x32\x12.fathom.v1.StandIn\x12+\n\x0frepair_in_force\x18\x18 \x01(\x0e\x32\x12.fathom.v1.StandIn\x12\x16\n\x0erepair_problem\x18\x19 \x01(\t\x12\x18\n\x10\x61uto_score_level\x18\x0b \x01(\t\x12&\n\x06policy\x18\x0c \x01(\x0b\x32\x11.fathom.v1.PolicyH\x00\x88\x01\x01\x12\x16\n\x0elevel_problems\x18\x14 \x03(\t\x12\x12\n\nunmeasured\x18\x15 \x03(\t\x1a\x35\n\x13StartupSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"p\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_STARTING\x10\x01\x12\x11\n\rSTATE_SERVING\x10\x02\x12\x12\n\x0eSTATE_DRAINING\x10\x03\x12\x15\n\x11STATE_ENGINE_DOWN\x10\x04\x42\t\n\x07_policy\"<\n\x0c\x44rainRequest\x12\x1a\n\rgrace_seconds\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_grace_seconds\"\'\n\rDrainResponse\x12\x16\n\x0enum_unfinished\x18\x01 \x01(\r\"\x0f\n\rResumeRequest\"C\n\x0eResumeResponse\x12\x31\n\x05state\x18\x01 \x01(\x0e\x32\".fathom.v1.GetStatusResponse.State2\xe8\x03\n\x07\x43ontrol\x12@\n\x07GetPlan\x12\x19.fathom.v1.GetPlanRequest\x1a\x1a.fathom.v1.GetPlanResponse\x12H\n\tCalibrate\x12\x1b.fathom.v1.CalibrateRequest\x1a\x1c.fathom.v1.CalibrateResponse0\x01\x12\x46\n\tSetLevels\x12\x1b.fathom.v1.SetLevelsRequest\x1a\x1c.fathom.v1.SetLevelsResponse\x12\x46\n\tSetPolicy\x12\x1b.fathom.v1.SetPolicyRequest\x1a\x1c.fathom.v1.SetPolicyResponse\x12\x46\n\tGetStatus\x12\x1b.fathom.v1.GetStatusRequest\x1a\x1c.fathom.v1.GetStatusResponse\x12:\n\x05\x44rain\x12\x17.fathom.v1.DrainRequest\x1a\x18.fathom.v1.DrainResponse\x12=\n\x06Resume\x12\x18.fathom.v1.ResumeRequest\x1a\x19.fathom.v1.ResumeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,33 +45,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROGRESS']._serialized_start=341
   _globals['_PROGRESS']._serialized_end=395
   _globals['_LEVELSPEC']._serialized_start=398
-  _globals['_LEVELSPEC']._serialized_end=593
-  _globals['_SETLEVELSREQUEST']._serialized_start=595
-  _globals['_SETLEVELSREQUEST']._serialized_end=697
-  _globals['_SETLEVELSRESPONSE']._serialized_start=699
-  _globals['_SETLEVELSRESPONSE']._serialized_end=752
-  _globals['_SETPOLICYREQUEST']._serialized_start=754
-  _globals['_SETPOLICYREQUEST']._serialized_end=807
-  _globals['_SETPOLICYRESPONSE']._serialized_start=809
-  _globals['_SETPOLICYRESPONSE']._serialized_end=863
-  _globals['_POLICY']._serialized_start=866
-  _globals['_POLICY']._serialized_end=1426
-  _globals['_GETSTATUSREQUEST']._serialized_start=1428
-  _globals['_GETSTATUSREQUEST']._serialized_end=1446
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1449
-  _globals['_GETSTATUSRESPONSE']._serialized_end=2169
-  _globals['_GETSTATUSRESPONSE_STARTUPSECONDSENTRY']._serialized_start=1991
-  _globals['_GETSTATUSRESPONSE_STARTUPSECONDSENTRY']._serialized_end=2044
-  _globals['_GETSTATUSRESPONSE_STATE']._serialized_start=2046
-  _globals['_GETSTATUSRESPONSE_STATE']._serialized_end=2158
-  _globals['_DRAINREQUEST']._serialized_start=2171
-  _globals['_DRAINREQUEST']._serialized_end=2231
-  _globals['_DRAINRESPONSE']._serialized_start=2233
-  _globals['_DRAINRESPONSE']._serialized_end=2272
-  _globals['_RESUMEREQUEST']._serialized_start=2274
-  _globals['_RESUMEREQUEST']._serialized_end=2289
-  _globals['_RESUMERESPONSE']._serialized_start=2291
-  _globals['_RESUMERESPONSE']._serialized_end=2358
-  _globals['_CONTROL']._serialized_start=2361
-  _globals['_CONTROL']._serialized_end=2849
+  _globals['_LEVELSPEC']._serialized_end=699
+  _globals['_SETLEVELSREQUEST']._serialized_start=701
+  _globals['_SETLEVELSREQUEST']._serialized_end=803
+  _globals['_SETLEVELSRESPONSE']._serialized_start=805
+  _globals['_SETLEVELSRESPONSE']._serialized_end=858
+  _globals['_SETPOLICYREQUEST']._serialized_start=860
+  _globals['_SETPOLICYREQUEST']._serialized_end=913
+  _globals['_SETPOLICYRESPONSE']._serialized_start=915
+  _globals['_SETPOLICYRESPONSE']._serialized_end=969
+  _globals['_POLICY']._serialized_start=972
+  _globals['_POLICY']._serialized_end=1532
+  _globals['_GETSTATUSREQUEST']._serialized_start=1534
+  _globals['_GETSTATUSREQUEST']._serialized_end=1552
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1555
+  _globals['_GETSTATUSRESPONSE']._serialized_end=2275
+  _globals['_GETSTATUSRESPONSE_STARTUPSECONDSENTRY']._serialized_start=2097
+  _globals['_GETSTATUSRESPONSE_STARTUPSECONDSENTRY']._serialized_end=2150
+  _globals['_GETSTATUSRESPONSE_STATE']._serialized_start=2152
+  _globals['_GETSTATUSRESPONSE_STATE']._serialized_end=2264
+  _globals['_DRAINREQUEST']._serialized_start=2277
+  _globals['_DRAINREQUEST']._serialized_end=2337
+  _globals['_DRAINRESPONSE']._serialized_start=2339
+  _globals['_DRAINRESPONSE']._serialized_end=2378
+  _globals['_RESUMEREQUEST']._serialized_start=2380
+  _globals['_RESUMEREQUEST']._serialized_end=2395
+  _globals['_RESUMERESPONSE']._serialized_start=2397
+  _globals['_RESUMERESPONSE']._serialized_end=2464
+  _globals['_CONTROL']._serialized_start=2467
+  _globals['_CONTROL']._serialized_end=2955
 # @@protoc_insertion_point(module_scope)

@@ -47,18 +47,22 @@ class Progress(_message.Message):
     def __init__(self, phase: _Optional[str] = ..., done: _Optional[int] = ..., total: _Optional[int] = ...) -> None: ...
 
 class LevelSpec(_message.Message):
-    __slots__ = ("name", "depth", "prefill_depth", "max_quality_loss", "prompt_only")
+    __slots__ = ("name", "depth", "prefill_depth", "max_quality_loss", "prompt_only", "max_writing_loss", "max_choosing_loss")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DEPTH_FIELD_NUMBER: _ClassVar[int]
     PREFILL_DEPTH_FIELD_NUMBER: _ClassVar[int]
     MAX_QUALITY_LOSS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_ONLY_FIELD_NUMBER: _ClassVar[int]
+    MAX_WRITING_LOSS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CHOOSING_LOSS_FIELD_NUMBER: _ClassVar[int]
     name: str
     depth: _common_pb2.Depth
     prefill_depth: _common_pb2.Depth
     max_quality_loss: float
     prompt_only: bool
-    def __init__(self, name: _Optional[str] = ..., depth: _Optional[_Union[_common_pb2.Depth, _Mapping]] = ..., prefill_depth: _Optional[_Union[_common_pb2.Depth, _Mapping]] = ..., max_quality_loss: _Optional[float] = ..., prompt_only: _Optional[bool] = ...) -> None: ...
+    max_writing_loss: float
+    max_choosing_loss: float
+    def __init__(self, name: _Optional[str] = ..., depth: _Optional[_Union[_common_pb2.Depth, _Mapping]] = ..., prefill_depth: _Optional[_Union[_common_pb2.Depth, _Mapping]] = ..., max_quality_loss: _Optional[float] = ..., prompt_only: _Optional[bool] = ..., max_writing_loss: _Optional[float] = ..., max_choosing_loss: _Optional[float] = ...) -> None: ...
 
 class SetLevelsRequest(_message.Message):
     __slots__ = ("levels", "default_level")
