@@ -88,12 +88,18 @@ class MeasuringSteps:
             policy = await self.take(policy, step)
         return policy
 
-    async def take_qualities(self, policy: DepthPolicy) -> DepthPolicy:
-        """Return the policy with all quality measured, and with the levels that follow."""
+    async def take_levels(self, policy: DepthPolicy) -> DepthPolicy:
+        """Return the policy with all quality measured, and with the levels that follow.
+
+        Of probes and speed, no more is measured than levels follow from.
+        """
         policy = with_found_levels(policy)
-        while step := next((one for one in self._steps(policy) if one.phase == "quality"), None):
+        while True:
+            phases = {"quality", "probes"} if search_levels(policy).missing_probes else {"quality"}
+            steps = (step for step in self._steps(policy) if step.phase in phases)
+            if (step := next(steps, None)) is None:
+                return policy
             policy = await self.take(policy, step)
-        return policy
 
     def pending(self, policy: DepthPolicy, without: Set[Measurement] = frozenset()) -> list[str]:
         """Return what is still to be measured, in words."""

@@ -201,7 +201,7 @@ class PolicyUpdates:
         policy, status = await repairer.judged(unhealed, installed.repair)
         if status.in_force is not None:
             steps = MeasuringSteps(self._calibrator, self._store, lambda _: None)
-            measure = steps.take_qualities if leaves_probes else steps.take_all
+            measure = steps.take_levels if leaves_probes else steps.take_all
             policy = await measure(self._in_force.policy.with_repair(policy.repair))
             # SetPolicy may have changed the policy meanwhile; its changes stay.
             self._in_force.install(
