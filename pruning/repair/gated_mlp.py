@@ -120,7 +120,7 @@ def _stand_in(weight: torch.Tensor) -> StandIn:
 
     def stand_in(states: torch.Tensor) -> torch.Tensor:
         gate, up, down = weight.to(states)
-        normed = functional.rms_norm(states, states.shape[-1:], eps=_EPS)
+        normed = functional.rms_norm(states, [states.shape[-1]], eps=_EPS)
         return states + (functional.silu(normed @ gate.T) * (normed @ up.T)) @ down
 
     return stand_in
