@@ -16,6 +16,7 @@ from bench import (
     peers,
     profile,
     repair,
+    stability,
     startup,
     throughput,
 )
@@ -39,6 +40,7 @@ app.command("mixed")(command(mixed.MixedOptions, mixed.run))
 app.command("calibration")(command(calibration.CalibrationOptions, calibration.run))
 app.command("depth-quality")(command(depth_quality.DepthQualityOptions, depth_quality.run))
 app.command("repair")(command(repair.RepairOptions, repair.run))
+app.command("stability")(command(stability.StabilityOptions, stability.run))
 app.command("startup")(command(startup.StartupOptions, startup.run))
 app.command("bystander")(command(bystander.BystanderOptions, bystander.run))
 app.command("fleet")(with_connection(command(fleet.FleetBenchOptions, fleet.run)))
