@@ -20,6 +20,7 @@ from bench import (
     peers,
     profile,
     repair,
+    stability,
     startup,
     throughput,
 )
@@ -47,6 +48,7 @@ app.command("export-methods")(command(export_methods.ExportMethodsOptions, expor
 app.command("repair")(command(repair.RepairOptions, repair.run))
 app.command("healing-kinds")(command(healing_kinds.HealingKindsOptions, healing_kinds.run))
 app.command("norms")(command(norms.NormsOptions, norms.run))
+app.command("stability")(command(stability.StabilityOptions, stability.run))
 app.command("startup")(command(startup.StartupOptions, startup.run))
 app.command("bystander")(command(bystander.BystanderOptions, bystander.run))
 app.command("fleet")(with_connection(command(fleet.FleetBenchOptions, fleet.run)))

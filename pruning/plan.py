@@ -24,7 +24,8 @@ _READABLE_VERSIONS = (1, FORMAT_VERSION)
 _SINCE_VERSION_2 = frozenset({"other_scores"})
 _TOKENIZER = "tokenizer_fingerprint"
 # Missing in plans of earlier versions.
-_OPTIONAL = {_TOKENIZER}
+_SETTLED = "settled"
+_OPTIONAL = {_TOKENIZER, _SETTLED}
 # Larger integers may have no exact float.
 _MAX_EXACT_INTEGER = 2**53
 
@@ -41,7 +42,9 @@ class Plan:
     was made by, one of :data:`pruning.metrics.names.METRIC_NAMES`. ``other_scores`` maps it,
     unless it is block influence, and every other metric that was measured to scores indexed by
     layer; a low one speaks for leaving the layer out. ``created_at`` is in seconds since the Unix
-    epoch. ``versions`` maps names of packages to the versions that measured the scores. The
+    epoch. ``settled`` says whether other windows of the same text would leave out the same layers
+    at the depths that the plan was made for (:mod:`pruning.stability`); None: that is not known.
+    ``versions`` maps names of packages to the versions that measured the scores. The
     removal order need not follow the scores; it may be set by hand. Raises :class:`PlanError`,
     naming the field, for values that are not allowed.
     """
@@ -58,6 +61,7 @@ class Plan:
     tokenizer_fingerprint: str = ""
     metric: str = BLOCK_INFLUENCE
     other_scores: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    settled: bool | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -163,12 +167,19 @@ class Plan:
         return replace(plan, other_scores=other_scores(measured))
 
     def ranked_by(self, metric: str, ranking: Ranking) -> Plan:
-        """Return the plan with the order of another metric, which keeps all scores it has."""
+        """Return the plan with the order of another metric, which keeps all scores it has.
+
+        Whether that order is settled is not known.
+        """
         others = self.other_scores
         if metric != BLOCK_INFLUENCE:
             others = others | {metric: ranking.scores}
         return replace(
-            self, removal_order=ranking.removal_order, metric=metric, other_scores=others
+            self,
+            removal_order=ranking.removal_order,
+            metric=metric,
+            other_scores=others,
+            settled=None,
         )
 
     def removing_first(self, layers: Sequence[int]) -> Plan:
@@ -234,6 +245,7 @@ def _parse(data: bytes) -> dict[str, Any]:
         "tokenizer_fingerprint": _string({_TOKENIZER: "", **document}, _TOKENIZER),
         "metric": _string(document, "metric"),
         "other_scores": _scores_by_name(document, "other_scores") if version > 1 else {},
+        _SETTLED: _bool_or_null(document, _SETTLED),
     }
 
 
@@ -287,6 +299,13 @@ def _scores_by_name(document: dict[str, Any], field: str) -> dict[str, tuple[flo
     if not isinstance(value, dict):
         _refuse(field, value, "an object of lists of numbers")
     return {name: _numbers({f"{field}.{name}": value[name]}, f"{field}.{name}") for name in value}
+
+
+def _bool_or_null(document: dict[str, Any], field: str) -> bool | None:
+    value = document.get(field)
+    if value is not None and not isinstance(value, bool):
+        _refuse(field, value, "true, false or null")
+    return value
 
 
 def _strings(document: dict[str, Any], field: str) -> dict[str, str]:

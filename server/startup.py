@@ -316,6 +316,7 @@ class Startup:
             every_depth=every_depth,
             metric=settings.metric,
             search_tokens=settings.search_tokens,
+            until_settled=settings.calibration_until_settled,
             search_store=search_store(
                 settings,
                 self._engine.model,

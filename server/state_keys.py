@@ -6,7 +6,7 @@ its key, or is compared when the entry is read:
 | entry | what it is | what it depends on |
 |---|---|---|
 | ``hash-*`` | SHA-256 of one file | path, size, times and inode of the file |
-| ``plan-*`` | ranking of the layers | model, tokenizer, calibration text and number of tokens, metric, data type, context, vLLM's arguments; one by a search also on the tokens that it may run and on repair, the better one of two also on the held-out text and the levels; one that transformers has measured does not depend on vLLM's arguments |
+| ``plan-*`` | ranking of the layers | model, tokenizer, calibration text and number of tokens, metric, data type, context, vLLM's arguments, the depths of levels if it may end early; one by a search also on the tokens that it may run and on repair, the better one of two also on the held-out text and the levels; one that transformers has measured does not depend on vLLM's arguments |
 | ``search-*`` | divergence from the dense model, by the layers that are left out | model, tokenizer, token ids of the text, repair maps, data type, context, vLLM's arguments |
 | ``quality-*`` | perplexity and the like, by the layers that are left out | as a plan, with the held-out text |
 | ``probes-*`` | how depths write and choose, by the layers that are left out | as quality |
@@ -68,14 +68,18 @@ def plan_key(
     search_tokens: int,
     repair: str,
     compared_on: Mapping[str, object] | None = None,
+    settled_at: Sequence[Sequence[int]] | None = None,
 ) -> Key:
     """Return the key of a plan that an engine has measured; ``text`` is a fingerprint.
 
     ``search_tokens`` is 0, and ``repair`` is none, for a metric that does not search.
     ``compared_on`` is the held-out text and the levels on which orders are compared; None for
-    a metric that is not the better one of several.
+    a metric that is not the better one of several. ``settled_at`` are the depths at which the order
+    had to be settled for the measurement to end early; None: it never did.
     """
-    compared = {} if compared_on is None else {"compared_on": compared_on}
+    compared: Key = {} if compared_on is None else {"compared_on": compared_on}
+    if settled_at is not None:
+        compared["settled_at"] = settled_at
     return {
         **_PLAN,
         **compared,

@@ -22,6 +22,7 @@ from pruning.quality import Quality, QualityError
 from pruning.text import TextError, token_windows
 from server.calibration.layer_search import LayerSearch, search_text_tokens
 from server.calibration.order_choice import OrderChoice
+from server.calibration.order_stability import OrderStability
 from server.calibration.probes import Prober
 from server.calibration.search_store import SearchStore
 from server.calibration.served_metrics import AUTO, find_metric, searches
@@ -34,6 +35,7 @@ from server.engine.base import (
     LayerSelection,
     RepairsLayers,
     SamplingOptions,
+    never_enough,
 )
 from server.errors import FailedPrecondition, InvalidArgument
 
@@ -96,12 +98,14 @@ class Calibrator:
         metric: str = BLOCK_INFLUENCE,
         search_tokens: int = DEFAULT_SEARCH_TOKENS,
         search_store: SearchStore | None = None,
+        until_settled: bool = False,
     ) -> None:
         """Measure with an engine that has been started.
 
         ``every_depth``: whether quality is measured at all depths rather than at the levels
         alone. Layers are ranked by ``metric``; one that searches may run ``search_tokens``
-        through the engine, and ``search_store`` keeps what it finds. Raises
+        through the engine, and ``search_store`` keeps what it finds. With ``until_settled``, layers
+        are ranked on no more text than it takes to be sure which ones the levels skip. Raises
         :class:`FailedPrecondition` where the held-out text has no tokens.
         """
         self._engine = engine
@@ -114,6 +118,7 @@ class Calibrator:
         self._metric = metric
         self._search_tokens = search_tokens
         self._search_store = search_store
+        self._until_settled = until_settled
         try:
             self._held_out = self._two_windows_or_more(held_out_texts, max_held_out_tokens)
         except TextError as error:
@@ -162,10 +167,15 @@ class Calibrator:
                     raise
                 logger.warning("layers are ranked by %s: %s", BLOCK_INFLUENCE, error)
                 chosen = find_metric(BLOCK_INFLUENCE, self._engine)
+        stability = OrderStability(chosen, self._engine.model.num_layers, depths)
         with _measuring():
-            measured = dense_pass(
-                await self._engine.measure_importance(windows, _report(on_progress, "importance"))
+            sums = await self._engine.measure_importance(
+                windows,
+                _report(on_progress, "importance"),
+                stability.is_settled if self._until_settled else never_enough,
             )
+            measured = dense_pass(sums)
+            settled = await stability.told(sums)
             evidence = Evidence(self._engine.model.num_layers, measured)
             own = None if search is not None else chosen.rank(evidence)
         plan = Plan.from_dense_pass(
@@ -189,10 +199,10 @@ class Calibrator:
                     repair=repair,
                     progress=_report(on_progress, "orders"),
                 )
-                plan = replace(plan, other_scores=searched.other_scores)
+                plan = replace(plan, other_scores=searched.other_scores, settled=settled)
                 return await choice.choose(plan, searched)
         assert own is not None
-        return plan.ranked_by(chosen.name, own)
+        return replace(plan.ranked_by(chosen.name, own), settled=settled)
 
     def check_limits(self, specs: Iterable[LevelSpec], fields: Iterable[str]) -> None:
         """Raise :class:`InvalidArgument` for a limit of what is not measured here.

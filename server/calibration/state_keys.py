@@ -11,6 +11,8 @@ from server.calibration.search_store import SearchStore
 from server.calibration.served_metrics import AUTO, searches
 from server.calibration.versions import measuring_versions
 from server.config import Settings
+from server.depth.level_search import compared_depths
+from server.depth.levels import DEFAULT_LEVELS
 from server.engine.base import ModelInfo
 from server.state import StateDirectory
 from server.state_keys import (
@@ -44,7 +46,7 @@ def policy_store(
     return PolicyStore(
         StateDirectory(settings.state_dir),
         PlanFile(fingerprint, num_layers),
-        plan_key=_plan_key(settings, measuring, text_fingerprint(texts), held_out),
+        plan_key=_plan_key(settings, measuring, text_fingerprint(texts), held_out, num_layers),
         repair_key=repair_key(
             measuring, text=text_fingerprint(texts), num_tokens=settings.calibration_tokens
         ),
@@ -80,7 +82,17 @@ def _measuring(settings: Settings, model: ModelInfo, fingerprint: str, tokenizer
     )
 
 
-def _plan_key(settings: Settings, measuring: Measuring, text: str, held_out: str) -> Key:
+def _settled_at(settings: Settings, num_layers: int) -> list[list[int]] | None:
+    if not settings.calibration_until_settled:
+        return None
+    specs = tuple(settings.levels.values()) or DEFAULT_LEVELS
+    depths = compared_depths(specs, num_layers)
+    return sorted([pair.prefill_layers, pair.decode_layers] for pair in depths)
+
+
+def _plan_key(
+    settings: Settings, measuring: Measuring, text: str, held_out: str, num_layers: int
+) -> Key:
     if settings.engine == "elastic":
         compared_on = None
         if settings.metric == AUTO:
@@ -100,6 +112,7 @@ def _plan_key(settings: Settings, measuring: Measuring, text: str, held_out: str
             # A search lets maps in closed form stand in, also where levels have healed ones.
             repair="closed-form" if does_search and settings.repair != "none" else "none",
             compared_on=compared_on,
+            settled_at=_settled_at(settings, num_layers),
         )
     return transformers_plan_key(
         model=measuring.model,

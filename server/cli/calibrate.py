@@ -63,8 +63,18 @@ def calibrate(
     console = Console(highlight=False)
     console.print(_table(plan))
     order = ", ".join(map(str, plan.removal_order))
-    console.print(f"Ranked by {plan.metric}")
+    console.print(plan_line(plan))
     console.print(f"Removal order: {order}", soft_wrap=True)
+
+
+def plan_line(plan: common_pb2.Plan) -> str:
+    """Return a line that says what the layers are ranked by, on how much text, and how surely."""
+    line = f"Ranked by {plan.metric}, on {plan.num_tokens} tokens"
+    if not plan.HasField("settled"):
+        return line
+    if plan.settled:
+        return f"{line}: other text of the kind would leave out the same layers at the levels"
+    return f"{line}: too few to be sure of the layers that the levels leave out"
 
 
 def _table(plan: common_pb2.Plan) -> Table:

@@ -9,6 +9,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
+from server.cli.calibrate import plan_line
 from server.cli.connection import Connection, connected, with_connection
 from server.cli.probes_table import probes_table
 from server.cli.short_number import short_number as _short
@@ -38,6 +39,7 @@ def model(connection: Connection) -> None:
             f"{served.dtype}{quantization}, context of {served.max_context} tokens"
         )
     )
+    console.print(plan_line(served.plan))
     if served.HasField("repair"):
         console.print(_repair(served.repair))
     console.print(_table(served))

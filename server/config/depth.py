@@ -130,6 +130,11 @@ class DepthSettings(BaseModel):
     calibration_tokens: Annotated[int, Ge(64)] = Field(
         32768, description="Tokens of that text to rank the layers on."
     )
+    calibration_until_settled: bool = Field(
+        True,
+        description="Whether that ends with fewer tokens, when other text of the kind would leave "
+        "out the same layers at the levels.",
+    )
     plan: FilePath | None = Field(
         None,
         description="Plan file to use instead of a calibration; that of another model is refused.",

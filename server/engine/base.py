@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -16,10 +16,10 @@ from pruning.quality import Quality
 ProgressCallback = Callable[[int, int], None]
 # Called with what has been measured of the layers so far, for each group of windows: whether that
 # is enough.
-IsEnough = Callable[[Sequence[DensePassSums]], bool]
+IsEnough = Callable[[Sequence[DensePassSums]], Awaitable[bool]]
 
 
-def never_enough(sums: Sequence[DensePassSums]) -> bool:
+async def never_enough(sums: Sequence[DensePassSums]) -> bool:
     """Let a measurement go on to the end of its text."""
     return False
 

@@ -136,6 +136,7 @@ def plan_message(plan: Plan) -> common_pb2.Plan:
         num_tokens=plan.num_tokens,
         created_at=plan.created_at,
         versions=plan.versions,
+        settled=plan.settled,
         other_scores={
             name: common_pb2.LayerScores(scores=scores)
             for name, scores in plan.other_scores.items()

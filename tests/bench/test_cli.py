@@ -29,7 +29,7 @@ TINY = (
         (["calibration", "--tokens", "1"], "allowed: 2 or more"),
         (["startup", "--model", "nowhere"], "allowed: random, demo or a checkpoint"),
         (["profile", "--engines", "other"], "got 'other'"),
-        (["depth-quality", "--metrics", "norm"], "--metrics: got 'norm'"),
+        (["depth-quality", "--metrics", "taylor"], "--metrics: got 'taylor'"),
         (["depth-quality", "--model", "./nowhere"], "model: got './nowhere'"),
         (["depth-quality", "--model", "demo", "--texts", "no.txt"], "no such"),
         (["depth-quality", "--questions", "no.jsonl", "--model", "demo"], "No such file"),

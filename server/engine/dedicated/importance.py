@@ -73,7 +73,7 @@ async def measure_in_process(
                 progress(message["done"], num_tokens)
             elif "groups" in message:
                 groups += [DensePassSums(**sums) for sums in message["groups"]]
-                if message["last"] or is_enough(groups):
+                if message["last"] or await is_enough(groups):
                     progress(num_tokens, num_tokens)
                     return groups
             else:

@@ -290,7 +290,7 @@ class ElasticEngine:
                 ]
                 await self._prefill_all(requests, reporter)
                 groups += await self._take_importance()
-                if is_enough(groups):
+                if await is_enough(groups):
                     reporter.finish()
                     break
         return groups

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
 from pruning.importance import ImportanceError
-from pruning.metrics import DensePassSums
+from pruning.metrics import METRICS, DensePassSums
+from pruning.plan import Plan
 from pruning.quality import Quality
 from pruning.text import TextError
 from server.calibration.calibrator import WINDOW, Calibrator, Progress, text_windows
+from server.calibration.order_stability import OrderStability
 from server.depth.levels import DepthPair
 from server.depth.policy import DepthPolicy
 from server.engine.base import IsEnough, LayerSelection, ProgressCallback, never_enough
+from server.engine.measuring import importance_parts
 from server.errors import FailedPrecondition, InvalidArgument
 from tests.server.calibration.searched_engine import SearchedEngine, greedy_order
 from tests.server.rpc.conftest import LEVELS, make_plan
-from tests.server.rpc.toy_engine import BOS, MODEL, ToyEngine
+from tests.server.rpc.toy_engine import BOS, MODEL, ToyEngine, toy_sums
 
 OF_ONE_PASS = {"relative_magnitude", "norm", "angular_distance"}
 
@@ -136,6 +141,86 @@ async def test_metrics_of_the_same_pass_cost_nothing_more(
     if metric != "angular_distance":  # whose order is one of blocks
         scores = plan.other_scores[metric]
         assert plan.removal_order == tuple(sorted(range(8), key=scores.__getitem__))
+
+
+DEPTHS = [DepthPair(8, 8), DepthPair(4, 6)]
+
+
+class UnsureEngine(ToyEngine):
+    """Finds two layers in turns the less important one, for as many windows as it is told."""
+
+    def __init__(self, num_unsure: int) -> None:
+        super().__init__()
+        self.num_unsure = num_unsure
+
+    async def measure_importance(
+        self,
+        windows: Sequence[Sequence[int]],
+        progress: ProgressCallback,
+        is_enough: IsEnough = never_enough,
+    ) -> list[DensePassSums]:
+        groups: list[DensePassSums] = []
+        for part in importance_parts(windows):
+            for group in part:
+                scores = [float(layer + 1) for layer in range(8)]
+                if len(groups) < self.num_unsure:
+                    # Depth 4 skips layers 0 to 3, or 0 to 2 and 4.
+                    scores[3:5] = (5.0, 4.0) if len(groups) % 2 else (4.0, 5.0)
+                groups.append(toy_sums(scores, sum(map(len, group))))
+            progress(len(groups), len(windows))
+            if await is_enough(groups):
+                break
+        return groups
+
+
+async def plan_of(
+    engine: ToyEngine, *, until_settled: bool = True, metric: str | None = None
+) -> Plan:
+    await engine.start()
+    calibrator = Calibrator(
+        engine,
+        model_fingerprint="sha256:model",
+        versions={},
+        texts=["x" * 40 * (WINDOW - 1)],
+        max_tokens=40 * (WINDOW - 1),
+        held_out_texts=["held out " * 99],
+        max_held_out_tokens=500,
+        every_depth=False,
+        until_settled=until_settled,
+    )
+    return await calibrator.measure_plan(ignore, metric=metric, depths=DEPTHS)
+
+
+async def test_ranking_ends_when_the_order_is_settled(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    plan = await plan_of(UnsureEngine(0))
+    assert (plan.num_tokens, plan.settled) == (16 * WINDOW, True)
+    assert "settled after 8192 tokens" in caplog.text
+    whole = await plan_of(UnsureEngine(0), until_settled=False)
+    assert (whole.num_tokens, whole.settled) == (40 * WINDOW, True)
+    assert whole.removal_order == plan.removal_order
+    again = await plan_of(UnsureEngine(0))
+    assert replace(again, created_at=0) == replace(plan, created_at=0)
+
+
+async def test_an_order_that_never_settles_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    plan = await plan_of(UnsureEngine(40))
+    assert (plan.num_tokens, plan.settled) == (40 * WINDOW, False)
+    assert "block_influence: 20480 tokens are too few to be sure" in caplog.text
+    assert "at depth 4, " in caplog.text
+    assert "they differ in the layers 3, 4." in caplog.text
+
+
+async def test_what_the_levels_do_not_use_need_not_be_settled() -> None:
+    engine = UnsureEngine(40)
+    await engine.start()
+    assert (await plan_of(engine, metric="sequential")).settled is None, "no text decides"
+    stability = OrderStability(METRICS["block_influence"], 8, [DepthPair(3, 3), DepthPair(8, 8)])
+    sums = await engine.measure_importance([[1, 2, 3]] * 20, lambda *_: None)
+    assert await stability.is_settled(sums)
+    unused = OrderStability(METRICS["block_influence"], 8, [DepthPair(8, 8)])
+    assert not await unused.is_settled(sums)
+    assert await unused.told(sums) is None
 
 
 async def test_a_search_carries_block_influence_and_its_own_scores() -> None:

@@ -238,7 +238,7 @@ class ToyEngine:
                 done += num_tokens
                 progress(done, total)
                 groups.append(toy_sums(scores, num_tokens))
-            if is_enough(groups):
+            if await is_enough(groups):
                 break
         return groups
 

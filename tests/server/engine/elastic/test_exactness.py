@@ -255,7 +255,7 @@ def test_a_measurement_ends_when_it_is_told_to(
     seen: list[int] = []
     progress: list[tuple[int, int]] = []
 
-    def is_enough(sums: Sequence[DensePassSums]) -> bool:
+    async def is_enough(sums: Sequence[DensePassSums]) -> bool:
         seen.append(len(sums))
         return len(sums) >= 32
 

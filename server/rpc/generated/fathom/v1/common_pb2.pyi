@@ -151,7 +151,7 @@ class Speed(_message.Message):
     def __init__(self, tokens_per_second: _Optional[float] = ..., speedup: _Optional[float] = ..., num_streams: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("removal_order", "layers", "metric", "model_fingerprint", "text_fingerprint", "num_tokens", "created_at", "versions", "other_scores")
+    __slots__ = ("removal_order", "layers", "metric", "model_fingerprint", "text_fingerprint", "num_tokens", "created_at", "versions", "other_scores", "settled")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -175,6 +175,7 @@ class Plan(_message.Message):
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     OTHER_SCORES_FIELD_NUMBER: _ClassVar[int]
+    SETTLED_FIELD_NUMBER: _ClassVar[int]
     removal_order: _containers.RepeatedScalarFieldContainer[int]
     layers: _containers.RepeatedCompositeFieldContainer[LayerImportance]
     metric: str
@@ -184,7 +185,8 @@ class Plan(_message.Message):
     created_at: float
     versions: _containers.ScalarMap[str, str]
     other_scores: _containers.MessageMap[str, LayerScores]
-    def __init__(self, removal_order: _Optional[_Iterable[int]] = ..., layers: _Optional[_Iterable[_Union[LayerImportance, _Mapping]]] = ..., metric: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., text_fingerprint: _Optional[str] = ..., num_tokens: _Optional[int] = ..., created_at: _Optional[float] = ..., versions: _Optional[_Mapping[str, str]] = ..., other_scores: _Optional[_Mapping[str, LayerScores]] = ...) -> None: ...
+    settled: bool
+    def __init__(self, removal_order: _Optional[_Iterable[int]] = ..., layers: _Optional[_Iterable[_Union[LayerImportance, _Mapping]]] = ..., metric: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., text_fingerprint: _Optional[str] = ..., num_tokens: _Optional[int] = ..., created_at: _Optional[float] = ..., versions: _Optional[_Mapping[str, str]] = ..., other_scores: _Optional[_Mapping[str, LayerScores]] = ..., settled: _Optional[bool] = ...) -> None: ...
 
 class LayerScores(_message.Message):
     __slots__ = ("scores",)

@@ -1,0 +1,239 @@
+"""How much the order of the layers changes with the text that it is ranked on, and its size.
+
+Each text is measured once, in one engine; what a smaller text would have given is the beginning
+of it. Intervals are those of resampled windows; see :mod:`pruning.stability`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any, cast
+
+import typer
+
+from bench.calibration import random_windows
+from bench.options import Options, names, numbers, option
+from bench.plots import save_lines
+from bench.random_model import DTYPES
+from bench.session import Session
+from pruning.metrics import METRICS, DensePassSums, Metric
+from pruning.metrics.base import Need
+from pruning.stability import (
+    Interval,
+    Order,
+    interval,
+    kendall,
+    order_of,
+    overlap,
+    resampled_orders,
+    settlement,
+    spearman,
+)
+from pruning.text import TextError, load_texts
+from server.calibration.calibrator import WINDOW, text_windows
+from server.engine.arguments import DtypeName
+from server.engine.elastic.engine import ElasticEngine
+from server.engine.elastic.engine_arguments import ElasticConfig
+from server.errors import InvalidArgument
+from server.model.demo.corpus import Part, documents
+from server.model.source import find_model
+
+_CHARACTERS_PER_TOKEN = 16
+# Speed is measured on random weights by default, stability cannot be.
+_MODELS = {"random": "smollm2", "demo": None}
+_RANDOM, _DOCUMENTATION = "random", "documentation"
+_METRICS = tuple(name for name, metric in METRICS.items() if metric.need is Need.DENSE_PASS)
+_SHARES = (0.9, 0.8, 0.65)
+
+
+@dataclass(frozen=True)
+class StabilityOptions(Options):
+    texts: str = option(
+        f"{_DOCUMENTATION},{_RANDOM}",
+        "Texts to rank on: files, documentation for that of Python's standard library, random for "
+        "random tokens.",
+    )
+    tokens: int = option(32768, "Tokens of each text.")
+    metrics: str = option("block_influence", f"Metrics to rank by: {', '.join(_METRICS)}.")
+    depths: str = option("", "Depths to compare at; none: 0.9, 0.8 and 0.65 of the layers.")
+
+
+def run(options: StabilityOptions) -> None:
+    asyncio.run(measure(options))
+
+
+async def measure(options: StabilityOptions) -> Session:
+    metrics = [METRICS[name] for name in names(options.metrics, "--metrics", _METRICS)]
+    if options.tokens < 2 * WINDOW:
+        raise typer.BadParameter(f"--tokens: got {options.tokens}, allowed: {2 * WINDOW} or more")
+    if options.dtype not in DTYPES:
+        raise typer.BadParameter(f"--dtype: allowed: {', '.join(DTYPES)}")
+    try:
+        source = find_model(_MODELS.get(options.model, options.model))
+        texts = {_name(text): _load(text, options.tokens) for text in options.texts.split(",")}
+    except (InvalidArgument, TextError) as error:
+        raise typer.BadParameter(str(error)) from None
+    engine = ElasticEngine(
+        ElasticConfig(
+            model=source.directory,
+            name=source.name,
+            dtype=cast(DtypeName, options.dtype),
+            max_context=max(options.max_context, WINDOW + 1),
+            max_num_seqs=64,
+            kv_cache_gib=1.0,
+            compile_layers=options.compile_layers,
+            engine_args=options.fathom_engine_args(),
+        )
+    )
+    session = Session("stability", options, {"name": source.name, "dtype": options.dtype})
+    measured: dict[str, list[DensePassSums]] = {}
+    with session.progress as progress:
+        with progress.working("Starting the engine"):
+            await engine.start()
+        try:
+            num_layers = engine.model.num_layers
+            depths = _depths(options.depths, num_layers)
+            for name, of_text in texts.items():
+                measured[name] = await engine.measure_importance(
+                    _windows(engine, of_text, options),
+                    lambda *done, name=name: progress.advance(f"Measuring {name}", *done),
+                )
+        finally:
+            await engine.shutdown()
+    for metric in metrics:
+        _compare(session, metric, measured, depths, num_layers)
+    session.report.notes.append(
+        "95 % of the resampled windows are within the bounds in brackets; a resample is noisier "
+        "than the text, so most of them are below the value. Same layers: of those that a depth "
+        "skips, the share that the other order skips there, too. Settled: the smallest share of "
+        "the resamples of the text that skip the same layers as the text, over these depths"
+    )
+    session.finish(lambda stem: _plot(session, stem))
+    return session
+
+
+def _compare(
+    session: Session,
+    metric: Metric,
+    measured: dict[str, list[DensePassSums]],
+    depths: Sequence[int],
+    num_layers: int,
+) -> None:
+    whole = {name: order_of(sums, metric) for name, sums in measured.items()}
+    resampled = {name: resampled_orders(sums, metric) for name, sums in measured.items()}
+
+    def add(
+        text: str, sums: Sequence[DensePassSums], other: str, order: Order, *others: list[Order]
+    ) -> None:
+        """Compare the order on ``sums`` with ``order``, and the resamples of the two."""
+        mine, against = others
+        row: dict[str, Any] = {
+            "metric": metric.name,
+            "text": text,
+            "tokens": sum(each.num_tokens for each in sums),
+            "compared_with": other,
+        }
+        own = order_of(sums, metric)
+        found = {
+            correlation.__name__: interval(
+                correlation(own, order),
+                [correlation(a, b) for a, b in zip(mine, against, strict=True)],
+            )
+            for correlation in (spearman, kendall)
+        }
+        settled = settlement(sums, metric, [num_layers - depth for depth in depths])
+        shares = {
+            f"same_layers_at_{depth}": overlap(own, order, num_layers - depth) for depth in depths
+        }
+        least = None if settled is None else min(settled.agreement.values())
+        session.report.summary.append(
+            {**row, **{name: _text(each) for name, each in found.items()}, **shares}
+            | {"settled": "-" if least is None else f"{least:.0%}"}
+        )
+        for name, each in found.items():
+            row[name] = [each.value, each.low, each.high]
+        session.report.rounds.append({**row, **shares, "settled": least, "order": list(own)})
+
+    for name, sums in measured.items():
+        for size in _sizes(len(sums)):
+            part = sums[:size]
+            of_part = resampled_orders(part, metric)
+            add(name, part, f"all of {name}", whole[name], of_part, [whole[name]] * len(of_part))
+    for first, second in combinations(measured, 2):
+        add(
+            first,
+            measured[first],
+            f"all of {second}",
+            whole[second],
+            resampled[first],
+            resampled[second],
+        )
+
+
+def _sizes(num_groups: int) -> list[int]:
+    """Return 2, 4, 8 and so on, and all of them."""
+    sizes = []
+    size = 2
+    while size < num_groups:
+        sizes.append(size)
+        size *= 2
+    return [*sizes, num_groups]
+
+
+def _text(found: Interval) -> str:
+    return f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
+
+
+def _plot(session: Session, stem: Path) -> None:
+    lines: dict[str, dict[float, float]] = {}
+    for row in session.report.rounds:
+        if row["compared_with"] == f"all of {row['text']}":
+            line = lines.setdefault(f"{row['text']}, {row['metric']}", {})
+            line[float(row["tokens"])] = row["spearman"][0]
+    save_lines(
+        stem,
+        lines,
+        x_label="tokens",
+        y_label="rank correlation with all of the text",
+        title=str(session.report.model["name"]),
+    )
+
+
+def _depths(text: str, num_layers: int) -> tuple[int, ...]:
+    if not text:
+        return tuple(dict.fromkeys(max(int(num_layers * share), 1) for share in _SHARES))
+    depths = numbers(text)
+    if max(depths) >= num_layers:
+        raise typer.BadParameter(f"--depths: got {max(depths)}, allowed: less than {num_layers}")
+    return depths
+
+
+def _name(text: str) -> str:
+    return text if text in (_RANDOM, _DOCUMENTATION) else Path(text).stem
+
+
+def _load(text: str, num_tokens: int) -> Sequence[str] | None:
+    """Return the documents of a text; None for random tokens."""
+    if text == _RANDOM:
+        return None
+    if text == _DOCUMENTATION:
+        return list(documents([Part.CALIBRATION]))
+    return load_texts(text, max_characters=num_tokens * _CHARACTERS_PER_TOKEN)
+
+
+def _windows(
+    engine: ElasticEngine, texts: Sequence[str] | None, options: StabilityOptions
+) -> list[list[int]]:
+    if texts is None:
+        return random_windows(options.tokens, WINDOW, engine.model.vocab_size, options.seed)
+    return text_windows(
+        engine.tokenize,
+        texts,
+        max_context=engine.model.max_context,
+        max_tokens=options.tokens,
+        vocab_size=engine.model.vocab_size,
+    )
