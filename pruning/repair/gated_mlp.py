@@ -121,7 +121,8 @@ def _stand_in(weight: torch.Tensor) -> StandIn:
     def stand_in(states: torch.Tensor) -> torch.Tensor:
         gate, up, down = weight.to(states)
         normed = functional.rms_norm(states, [states.shape[-1]], eps=_EPS)
-        return states + (functional.silu(normed @ gate.T) * (normed @ up.T)) @ down
+        added: torch.Tensor = (functional.silu(normed @ gate.T) * (normed @ up.T)) @ down
+        return states + added
 
     return stand_in
 
