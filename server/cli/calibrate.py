@@ -92,7 +92,9 @@ def _table(plan: common_pb2.Plan) -> Table:
     for heading in ("Layer", "Influence", *others, "Removed"):
         # A long one can be broken at spaces.
         is_long = len(heading) > _LONGEST_HEADING
-        table.add_column(heading.replace("_", " ") if is_long else heading, justify="right")
+        table.add_column(
+            heading.replace("_", " ") if is_long else heading, justify="right", no_wrap=not is_long
+        )
     for layer in plan.layers:
         table.add_row(
             str(layer.layer),
