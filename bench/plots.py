@@ -29,14 +29,18 @@ def save_lines(
     y_label: str,
     title: str,
     dashed: Sequence[str] = (),
+    bottom: float = 0,
 ) -> list[Path]:
-    """Plot each line's y by x, those named in ``dashed`` without marks; return the files."""
+    """Plot each line's y by x, those named in ``dashed`` without marks; return the files.
+
+    The y axis begins at ``bottom``.
+    """
     figure, axes = _figure(title, x_label, y_label)
     for name, points in lines.items():
         xs = sorted(points)
         style = {"linestyle": "--"} if name in dashed else {"marker": "o"}
         axes.plot(xs, [points[x] for x in xs], label=name, **style)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=bottom)
     axes.grid(alpha=0.3)
     axes.legend()
     return _save(figure, stem)

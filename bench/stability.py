@@ -82,7 +82,7 @@ async def measure(options: StabilityOptions) -> Session:
             model=source.directory,
             name=source.name,
             dtype=cast(DtypeName, options.dtype),
-            max_context=max(options.max_context, WINDOW + 1),
+            max_context=options.max_context,
             max_num_seqs=64,
             kv_cache_gib=1.0,
             compile_layers=options.compile_layers,
@@ -200,6 +200,7 @@ def _plot(session: Session, stem: Path) -> None:
         x_label="tokens",
         y_label="rank correlation with all of the text",
         title=str(session.report.model["name"]),
+        bottom=-1,
     )
 
 
@@ -229,7 +230,8 @@ def _windows(
     engine: ElasticEngine, texts: Sequence[str] | None, options: StabilityOptions
 ) -> list[list[int]]:
     if texts is None:
-        return random_windows(options.tokens, WINDOW, engine.model.vocab_size, options.seed)
+        length = min(WINDOW, options.max_context - 1)
+        return random_windows(options.tokens, length, engine.model.vocab_size, options.seed)
     return text_windows(
         engine.tokenize,
         texts,

@@ -17,6 +17,9 @@ from server.cli.problems import report_problem
 from server.rpc.generated.fathom.v1 import common_pb2, control_pb2
 from server.telemetry.progress import ProgressReport
 
+# So that the table of a plan by greedy_kl fits 80 columns.
+_LONGEST_HEADING = 9
+
 
 @with_connection
 def calibrate(
@@ -87,8 +90,11 @@ def _table(plan: common_pb2.Plan) -> Table:
     )
     others = [name for name in METRIC_NAMES if name in plan.other_scores]
     for heading in ("Layer", "Influence", *others, "Removed"):
-        # At spaces a heading may be broken.
-        table.add_column(heading.replace("_", " "), justify="right")
+        # A long one can be broken at spaces.
+        is_long = len(heading) > _LONGEST_HEADING
+        table.add_column(
+            heading.replace("_", " ") if is_long else heading, justify="right", no_wrap=not is_long
+        )
     for layer in plan.layers:
         table.add_row(
             str(layer.layer),

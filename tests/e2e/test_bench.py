@@ -52,6 +52,30 @@ def test_calibration(tmp_path: Path) -> None:
     assert "seconds per million tokens" in output.lower()
 
 
+def test_stability(tmp_path: Path) -> None:
+    report, output = bench(
+        tmp_path,
+        *("stability", "--model", "demo", "--texts", "documentation,random", "--tokens", "5120"),
+        *("--metrics", "block_influence,angular_distance", "--no-compile-layers"),
+    )
+    for metric in ("block_influence", "angular_distance"):
+        rows = [row for row in report.rounds if row["metric"] == metric]
+        assert [row["text"] for row in rows if row["compared_with"] == "all of random"] == [
+            *["random"] * 4,
+            "documentation",
+        ]
+        for row in rows:
+            assert sorted(row["order"]) == list(range(16))
+            value, low, high = row["spearman"]
+            assert -1 <= low <= high <= 1
+            assert -1 <= value <= 1
+        wholes = [row for row in rows if row["compared_with"] == f"all of {row['text']}"]
+        last = {row["text"]: row for row in wholes}
+        assert [row["spearman"][0] for row in last.values()] == [1.0, 1.0]
+        assert all(0 <= row["settled"] <= 1 for row in last.values())
+    assert "95 % of the resampled windows" in output
+
+
 def test_fleet(demo_server: RunningServer, tmp_path: Path) -> None:
     """A load that rises to twice what the replicas carry at full depth, and falls again."""
     trace = tmp_path / "trace.csv"
