@@ -32,6 +32,8 @@ from server.serving.service import Service
 
 M = TypeVar("M", bound=BaseModel)
 
+# Below it vLLM takes the most likely token.
+_GREEDY = 1e-5
 # What vLLM is given where the service has read prompts or messages already.
 _NO_PROMPT = "."
 _NO_MESSAGES = [{"role": "user", "content": "."}]
@@ -168,6 +170,9 @@ class Routes:
         num_choices = 1 if asked.n is None else asked.n
         if not 1 <= num_choices <= MAX_COMPLETIONS:
             raise InvalidArgument("n", num_choices, f"1 to {MAX_COMPLETIONS}")
+        if num_choices > 1 and asked.temperature is not None and 0 <= asked.temperature < _GREEDY:
+            # vLLM's serving classes refuse it, too, without a field.
+            raise InvalidArgument("n", num_choices, "1 with temperature 0: all would be the same")
         if num_choices * len(prompts) > bodies.MAX_CHOICES:
             allowed = f"at most {bodies.MAX_CHOICES} choices of all prompts together"
             raise InvalidArgument("n", f"{num_choices} for each of {len(prompts)} prompts", allowed)

@@ -13,6 +13,7 @@ import psutil
 from pruning.plan import Plan
 from server.engine.base import GenerationRequest, LayerSelection, SamplingOptions
 from server.engine.dedicated.engine import DedicatedConfig, DedicatedEngine
+from server.engine.ranks import ONE_PROCESS, Ranks
 
 T = TypeVar("T")
 
@@ -22,7 +23,7 @@ NUM_TOKENS = 40
 class RunningEngines:
     """The engine and the event loop that it runs in."""
 
-    def __init__(self, model: Path, state: Path, plan: Plan) -> None:
+    def __init__(self, model: Path, state: Path, plan: Plan, ranks: Ranks = ONE_PROCESS) -> None:
         self.loop = asyncio.new_event_loop()
         self.plan = plan
         self.restarts = 0
@@ -35,6 +36,7 @@ class RunningEngines:
                 kv_cache_gib=0.25,
                 engine_args={"enforce_eager": True},
                 state_dir=state,
+                ranks=ranks,
                 timeout_seconds=60.0,
             )
         )
