@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import typer
 
-from bench.multiple_choice import Question, accuracy, load_questions
 from bench.options import Options, names, numbers, option
 from bench.plots import save_lines
 from bench.random_model import DTYPES
@@ -32,6 +31,7 @@ from server.engine.base import LayerSelection
 from server.engine.elastic.engine import ElasticEngine
 from server.engine.elastic.engine_arguments import ElasticConfig
 from server.errors import InvalidArgument
+from server.evaluation.multiple_choice import Question, accuracy, load_questions
 from server.model.demo.corpus import Part, documents
 from server.model.source import find_model
 
@@ -73,12 +73,12 @@ async def measure(options: DepthQualityOptions) -> Session:
             Path(each).stem or "documentation": _texts(each, Part.HELD_OUT, options.text_tokens)
             for each in options.texts.split(",")
         }
+        questions = {
+            Path(each).stem: load_questions(Path(each), options.num_questions)
+            for each in filter(None, options.questions.split(","))
+        }
     except (InvalidArgument, TextError) as error:
         raise typer.BadParameter(str(error)) from None
-    questions = {
-        Path(each).stem: load_questions(Path(each), options.num_questions)
-        for each in filter(None, options.questions.split(","))
-    }
     if options.dtype not in DTYPES:
         raise typer.BadParameter(f"--dtype: allowed: {', '.join(DTYPES)}")
     engine = ElasticEngine(
