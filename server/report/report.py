@@ -60,6 +60,7 @@ class Report:
         self._settings = settings
         self._options = options
         self.lab = Lab(settings, options, self._subject, self._directory, progress)
+        self._drawn: dict[str, tuple[dict[str, Any], list[tuple[Block, str]]]] = {}
         earlier = self._directory.earlier()
         self._results = {} if earlier is None else {each.name: each for each in earlier.sections}
 
@@ -125,8 +126,12 @@ class Report:
     def _parts(self, document: ReportDocument) -> Iterator[Part]:
         plots = self._directory.path / PLOTS
         for section, result in zip(SECTIONS, document.sections, strict=True):
-            blocks = section.render(result.numbers)
-            yield Part(section, result, [(block, _drawn(block, plots)) for block in blocks])
+            numbers, drawn = self._drawn.get(section.name, (None, []))
+            if numbers != result.numbers:  # drawing takes about a second for each plot
+                blocks = section.render(result.numbers)
+                drawn = [(block, _drawn(block, plots)) for block in blocks]
+                self._drawn[section.name] = result.numbers, drawn
+            yield Part(section, result, drawn)
 
     def _described_settings(self) -> dict[str, Any]:
         settings = self._settings

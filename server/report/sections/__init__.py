@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from server.report.sections.base import Section
 from server.report.sections.depth import DepthQuality
+from server.report.sections.healing import Healing
 from server.report.sections.importance import Importance
 from server.report.sections.metrics import Metrics
 from server.report.sections.recurrent import Recurrent
 from server.report.sections.single_removal import SingleRemoval
+from server.report.sections.sublayers import Sublayers
+from server.report.sections.surface import Surface
+from server.report.sections.tasks import Tasks
 
 __all__ = ["SECTIONS", "Section"]
 
@@ -17,5 +21,9 @@ SECTIONS: tuple[Section, ...] = (
     SingleRemoval(),
     DepthQuality(),
     Metrics(),
+    Tasks(),
+    Surface(),
+    Sublayers(),
+    Healing(),
     Recurrent(),
 )
