@@ -7,6 +7,7 @@ from server.report.sections.depth import DepthQuality
 from server.report.sections.healing import Healing
 from server.report.sections.importance import Importance
 from server.report.sections.metrics import Metrics
+from server.report.sections.quantization import Quantization
 from server.report.sections.recurrent import Recurrent
 from server.report.sections.single_removal import SingleRemoval
 from server.report.sections.sublayers import Sublayers
@@ -25,5 +26,6 @@ SECTIONS: tuple[Section, ...] = (
     Surface(),
     Sublayers(),
     Healing(),
+    Quantization(),
     Recurrent(),
 )
