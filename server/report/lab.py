@@ -33,6 +33,7 @@ from server.calibration.search_store import SearchStore
 from server.calibration.versions import measuring_versions
 from server.config import Settings
 from server.engine.base import LayerSelection
+from server.errors import FailedPrecondition
 from server.evaluation.multiple_choice import Accuracy, Question, accuracy
 from server.model.inputs import StartError, refused_as
 from server.model.source import ModelSource
@@ -178,10 +179,12 @@ class Lab:
                 await meter.install(self._maps_path, repair)
             wanted = search_text_tokens(self.num_layers, self.settings.search_tokens)
             num_tokens = min(wanted, self.settings.calibration_tokens)
-            windows = self._cut(self.subject.texts, num_tokens, "calibration", _SEARCH_WINDOW)
+            windows = self._cut_in_two_or_more(
+                self.subject.texts, num_tokens, "calibration", _SEARCH_WINDOW
+            )
             store = SearchStore(self._state, Measuring(**self._measuring_key))
             name = f"Search by {metric}{' with repair' if repair else ''}"
-            with _measuring("search_tokens"):
+            try:
                 searching = LayerSearch(
                     meter.engine,
                     windows,
@@ -190,6 +193,9 @@ class Lab:
                     kept=store.on(windows, repair),
                     progress=self.reporting(name),
                 )
+            except FailedPrecondition as error:  # too few tokens
+                raise NotPossible(str(error)) from None
+            with _measuring("calibration"):
                 remaining = self.budget.remaining
                 try:
                     async with asyncio.timeout(None if remaining == float("inf") else remaining):
@@ -394,13 +400,19 @@ class Lab:
     def held_out(self) -> list[list[int]]:
         """Windows of the held-out text, of token ids; two or more."""
         texts, num_tokens = self.subject.held_out_texts, self.settings.quality_tokens
-        windows = self._cut(texts, num_tokens, "quality_text")
-        if len(windows) < 2:  # of little text they are shorter: a standard error needs two
+        return self._cut_in_two_or_more(texts, num_tokens, "quality_text")
+
+    def _cut_in_two_or_more(
+        self, texts: Sequence[str], num_tokens: int, setting: str, window: int = WINDOW
+    ) -> list[list[int]]:
+        """Return as many windows as a standard error needs: shorter ones of little text."""
+        windows = self._cut(texts, num_tokens, setting, window)
+        if len(windows) < 2:
             half = (len(windows[0]) + 1) // 2
-            windows = self._cut(texts, num_tokens, "quality_text", max(half, _MIN_WINDOW))
+            windows = self._cut(texts, num_tokens, setting, max(half, _MIN_WINDOW))
         if len(windows) < 2:
             raise StartError(
-                f"quality_text: got {len(windows[0])} tokens, allowed: {2 * _MIN_WINDOW} or more"
+                f"{setting}: got {len(windows[0])} tokens, allowed: {2 * _MIN_WINDOW} or more"
             )
         return windows
 

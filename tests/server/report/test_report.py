@@ -25,6 +25,7 @@ from server.engine.elastic.engine import ElasticEngine
 from server.model.demo.corpus import Part, documents
 from server.report.report import OUT_OF_TIME
 from server.report.sections import SECTIONS
+from tests.e2e.browser import browser
 from tests.fathom_command import fathom, fathom_in_process
 
 CALIBRATION_TOKENS, QUALITY_TOKENS = 1024, 512
@@ -32,6 +33,11 @@ SETTINGS: tuple[str, ...] = (
     *("--dtype", "float32", "--search-tokens", "12000"),
     *("--calibration-tokens", str(CALIBRATION_TOKENS), "--quality-tokens", str(QUALITY_TOKENS)),
 )
+
+
+# Quantization takes minutes, and tasks and healing have to be asked for.
+MEASURED = ("importance", "single-removal", "depth", "metrics", "surface", "sublayers", "recurrent")
+CHOSEN = [word for name in MEASURED for word in ("--section", name)]
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Reported:
                 "demo",
                 out or self.out,
                 *SETTINGS,
-                *arguments,
+                *(arguments if "--section" in arguments else (*CHOSEN, *arguments)),
                 FATHOM_STATE_DIR=str(self.state),
             )
 
@@ -77,6 +83,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Reported:
         "demo",
         made.out,
         *SETTINGS,
+        *CHOSEN,
         FATHOM_STATE_DIR=str(made.state),
         FATHOM_COMPILE_LAYERS="false",
     )
@@ -190,7 +197,8 @@ def test_all_sections_are_there_or_say_why_not(reported: Reported) -> None:
         assert section["status"] == "done" or escape(section["reason"]) in page
     assert all(
         reported.numbers[name]["status"] == "done"
-        for name in ("importance", "single-removal", "depth")
+        for name in MEASURED
+        if name != "recurrent"  # the model is none
     )
 
 
@@ -216,7 +224,7 @@ def test_another_run_measures_nothing_again(reported: Reported, tmp_path: Path) 
         if section["status"] == "done"
     }
     assert measured == {name: reported.numbers[name]["numbers"] for name in measured}
-    assert {"importance", "single-removal", "depth"} <= set(measured)
+    assert set(measured) == set(MEASURED) - {"recurrent"}
 
 
 def test_what_is_damaged_is_reported_and_measured_anew(reported: Reported, tmp_path: Path) -> None:
@@ -283,3 +291,18 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "fathom-server[bench]" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("width", [400, 1600])
+def test_the_page_is_as_wide_as_the_window(reported: Reported, tmp_path: Path, width: int) -> None:
+    with browser(tmp_path) as page:
+        page.show(width)
+        page.open((reported.out / "index.html").as_uri())
+        page.wait_for("document.readyState == 'complete'")
+        assert page.value("document.documentElement.scrollWidth") == width
+        assert page.value("document.querySelectorAll('svg').length") > 6
+        # No plot is cut off or so small that it cannot be read.
+        assert page.value(
+            "[...document.querySelectorAll('svg')].every("
+            "(svg) => svg.getBoundingClientRect().width >= Math.min(300, innerWidth - 40))"
+        )
