@@ -25,10 +25,10 @@ from bench import (
     throughput,
 )
 from bench.options import command
-from bench.plots import MatplotlibMissing
 from bench.subjects.server_process import ServerFailed
 from server.cli.connection import with_connection
 from server.cli.problems import report_problem
+from server.report.matplotlib_check import MatplotlibMissing
 from server.rpc.client import CallError
 
 app = typer.Typer(

@@ -18,7 +18,6 @@ from typing import Any, cast
 import typer
 
 from bench.healing import Trainer
-from bench.multiple_choice import Question, accuracy, load_questions
 from bench.options import Options, names, numbers, option
 from bench.plots import save_lines
 from bench.random_model import DTYPES
@@ -36,6 +35,7 @@ from server.engine.base import LayerSelection
 from server.engine.elastic.engine import ElasticEngine
 from server.engine.elastic.engine_arguments import ElasticConfig
 from server.errors import InvalidArgument
+from server.evaluation.multiple_choice import Question, accuracy, load_questions
 from server.model.demo.corpus import Part, documents
 from server.model.source import find_model
 
@@ -79,12 +79,12 @@ async def measure(options: DepthQualityOptions) -> Session:
             Path(each).stem or "documentation": _texts(each, Part.HELD_OUT, options.text_tokens)
             for each in options.texts.split(",")
         }
+        questions = {
+            Path(each).stem: load_questions(Path(each), options.num_questions)
+            for each in filter(None, options.questions.split(","))
+        }
     except (InvalidArgument, TextError) as error:
         raise typer.BadParameter(str(error)) from None
-    questions = {
-        Path(each).stem: load_questions(Path(each), options.num_questions)
-        for each in filter(None, options.questions.split(","))
-    }
     if options.heal_steps and not options.repair:
         raise typer.BadParameter("--heal-steps: maps are trained from those of --repair")
     if options.dtype not in DTYPES:

@@ -14,12 +14,12 @@ from rich.console import Console
 from bench.load import Load, closed_loop
 from bench.machine import ForeignLoad, cpu_seconds, processes_of
 from bench.options import Options
-from bench.plots import check_matplotlib
 from bench.report import Report
 from bench.statistics import Percentiles
 from bench.subjects.base import Subject
 from bench.subjects.transformers_generate import TransformersGenerate
 from bench.workload import Request
+from server.report.matplotlib_check import check_matplotlib
 from server.telemetry.progress import ProgressReport
 
 T = TypeVar("T")

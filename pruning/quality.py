@@ -187,18 +187,22 @@ def measure_quality(
     sums: list[list[list[float]]] = [[] for _ in skipped]
     with torch.inference_mode():
         for window in windows:
-            reference = _next_token_logits(model, window, options)
+            reference = next_token_logits(model, window, options)
             for of_selection, selection in zip(sums, skipped, strict=True):
                 with without_layers(found, selection, stand_ins) if selection else nullcontext():
-                    logits = _next_token_logits(model, window, options)
+                    logits = next_token_logits(model, window, options)
                 of_selection.append(paired_statistics(logits, reference, window[1:]).tolist())
     return [quality_of_windows(of_selection) for of_selection in sums]
 
 
-def _next_token_logits(
+def next_token_logits(
     model: nn.Module, window: torch.Tensor, options: dict[str, Any]
 ) -> torch.Tensor:
-    """Return the logits [length - 1, vocabulary] of all tokens but the first."""
+    """Return the logits [length - 1, vocabulary] of all tokens but the first.
+
+    ``options`` are those of :func:`pruning.decoder.inference_options`. Raises :class:`ValueError`
+    for a model that returns no logits.
+    """
     output = model(input_ids=window[None], **options)
     logits = getattr(output, "logits", None)
     if logits is None:

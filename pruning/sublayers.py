@@ -18,13 +18,20 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from pruning.decoder import ForwardPasses, find_decoder, observed, on_stream_into
+from pruning.decoder import (
+    ForwardPasses,
+    find_decoder,
+    inference_options,
+    observed,
+    on_stream_into,
+)
 from pruning.importance import (
     BlockInfluence,
     BlockInfluenceEstimator,
     ImportanceError,
     block_influence,
 )
+from pruning.quality import Quality, next_token_logits, paired_statistics, quality_of_windows
 
 if TYPE_CHECKING:
     import torch
@@ -144,6 +151,29 @@ def without_part(model: nn.Module, layer: int, part: Part) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def measure_part_quality(
+    model: nn.Module, windows: Iterable[torch.Tensor], layer: int
+) -> dict[Part, Quality]:
+    """Measure the quality of a transformers model without each part of one layer.
+
+    ``windows`` are the token ids of two or more pieces of text, [length] each; all tokens but the
+    first of each are predicted. Raises what :func:`without_part` and
+    :func:`pruning.quality.measure_quality` do.
+    """
+    import torch
+
+    options = inference_options(model)
+    sums: dict[Part, list[list[float]]] = {part: [] for part in _PARTS}
+    with torch.inference_mode():
+        for window in windows:
+            reference = next_token_logits(model, window, options)
+            for part, of_part in sums.items():
+                with without_part(model, layer, part):
+                    logits = next_token_logits(model, window, options)
+                of_part.append(paired_statistics(logits, reference, window[1:]).tolist())
+    return {part: quality_of_windows(of_part) for part, of_part in sums.items()}
 
 
 def _refuse_damage(sums: dict[str, list[list[float]]]) -> None:

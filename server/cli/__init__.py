@@ -17,6 +17,7 @@ from server.cli.health import health
 from server.cli.model import model
 from server.cli.problems import report_problem
 from server.cli.quantize import quantize
+from server.cli.report import report
 from server.cli.serve import serve
 from server.config import ConfigError
 from server.rpc.client import CallError
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (serve, generate, model, calibrate, export, quantize, heal, health):
+for command in (serve, generate, model, calibrate, export, quantize, heal, report, health):
     app.command()(command)
 app.command("eval")(evaluate)
 # Its benchmarks have commands and options of their own.

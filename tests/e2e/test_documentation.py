@@ -50,7 +50,7 @@ SUFFIXES = {".py", ".md", ".toml", ".proto", ".yaml", ".yml", ".json", ".jinja",
 # Stand for something of the reader's own.
 PLACEHOLDER = re.compile(r"path/to/|organization/|localhost/|^NAME\.|^[A-Z_/=]+$")
 # Made by what the documents tell of.
-PRODUCTS = (".venv", "bench-results/")
+PRODUCTS = (".venv", "bench-results/", "report/")
 
 
 def parsed(document: str) -> list[Token]:

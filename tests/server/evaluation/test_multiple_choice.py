@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import typer
 
-from bench.multiple_choice import Accuracy, Question, accuracy, load_questions
 from server.engine.base import LayerSelection
+from server.errors import InvalidArgument
+from server.evaluation.multiple_choice import Accuracy, Question, accuracy, load_questions
 from tests.server.rpc.toy_engine import ToyEngine, logprob
 
 LINE = {"query": "Question: Which? ", "choices": ["one", "another"], "gold": 1}
@@ -25,9 +25,9 @@ def test_questions_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("{", "line 1: allowed: an object with query, choices and gold"),
-        ("[]", "line 1: allowed: an object"),
-        (json.dumps(LINE | {"gold": 2}), "line 1: allowed: an object .*gold is none of the"),
+        ("{", "an object with query, choices and gold; line 1 is none"),
+        ("[]", "line 1 is none .*TypeError"),
+        (json.dumps(LINE | {"gold": 2}), "line 1 is none .*gold is none of the"),
         (json.dumps(LINE | {"choices": ["", "b"]}), "a choice is empty"),
         ("", "holds no questions"),
     ],
@@ -35,9 +35,9 @@ def test_questions_are_read(tmp_path: Path) -> None:
 def test_what_are_no_questions_is_refused(tmp_path: Path, line: str, problem: str) -> None:
     path = tmp_path / "questions.jsonl"
     path.write_text(line)
-    with pytest.raises(typer.BadParameter, match=problem):
+    with pytest.raises(InvalidArgument, match=problem):
         load_questions(path, 5)
-    with pytest.raises(typer.BadParameter, match="No such file"):
+    with pytest.raises(InvalidArgument, match="No such file"):
         load_questions(tmp_path / "absent", 5)
 
 

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import typer
-
 from server.engine.base import Engine, LayerSelection
+from server.errors import InvalidArgument
 
 # Leaves the engine enough to batch.
 _CONCURRENT = 64
+_ALLOWED = "lines of JSON, each an object with query, choices and gold"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +43,13 @@ class Accuracy:
 def load_questions(path: Path, num_questions: int) -> list[Question]:
     """Read questions from JSON lines with ``query``, ``choices`` and ``gold``, the right number.
 
-    Raises :class:`typer.BadParameter`, naming file and line, for others.
+    Raises :class:`InvalidArgument`, naming file and line, for others.
     """
     questions = []
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise typer.BadParameter(f"--questions: {path}: {error}") from None
+        raise InvalidArgument("questions", path, f"{_ALLOWED} ({error})") from None
     for number, line in enumerate(lines[:num_questions], start=1):
         try:
             entry = json.loads(line)
@@ -58,13 +58,12 @@ def load_questions(path: Path, num_questions: int) -> list[Question]:
             if not 0 <= question.right < len(choices) or not all(choices):
                 raise ValueError("gold is none of the choices, or a choice is empty")
         except (ValueError, LookupError, TypeError) as error:
-            raise typer.BadParameter(
-                f"--questions: {path}, line {number}: allowed: an object with query, choices and "
-                f"gold ({error!r})"
+            raise InvalidArgument(
+                "questions", path, f"{_ALLOWED}; line {number} is none ({error!r})"
             ) from None
         questions.append(question)
     if not questions:
-        raise typer.BadParameter(f"--questions: {path}: holds no questions")
+        raise InvalidArgument("questions", path, f"{_ALLOWED}; it holds no questions")
     return questions
 
 

@@ -1,0 +1,60 @@
+"""What a section shows: paragraphs, tables and plots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Paragraph:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of texts under headings; ``of_paper``: the figures are the paper's, not measured."""
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+    of_paper: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """A plot; ``draw`` is called with a figure of matplotlib and one pair of axes on it.
+
+    ``name`` is that of its files. ``title`` says what it shows, also to who cannot see it.
+    """
+
+    name: str
+    title: str
+    draw: Callable[[Any, Any], None]
+
+
+Block = Paragraph | Table | Plot
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Return the value with so many significant digits; a dash where there is none."""
+    if value is None:
+        return "-"
+    if not math.isfinite(value):
+        return "∞" if value > 0 else "-"
+    if value and not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}e}"
+    if abs(value) >= 10 ** (digits - 1):
+        return f"{value:.0f}"
+    places = digits - 1 - (math.floor(math.log10(abs(value))) if value else 0)
+    return f"{value:.{places}f}"
+
+
+def with_error(value: float, stderr: float | None, places: int = 4) -> str:
+    return f"{value:.{places}f}" if stderr is None else f"{value:.{places}f} ± {stderr:.{places}f}"
+
+
+def percent(value: float | None, places: int = 1) -> str:
+    return "-" if value is None else f"{100 * value:.{places}f} %"

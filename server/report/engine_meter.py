@@ -1,0 +1,131 @@
+"""Measurements in the elastic engine."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pruning.importance import BlockInfluence
+from pruning.metrics import dense_pass
+from pruning.quality import Quality
+from server.config import Settings
+from server.engine.base import (
+    GenerationRequest,
+    LayerSelection,
+    ProgressCallback,
+    SamplingOptions,
+)
+from server.engine.elastic.engine import ElasticEngine
+from server.engine.elastic.engine_arguments import ElasticConfig
+from server.engine.ranks import Ranks
+from server.report.subject import Subject
+
+_ROUNDS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast a selection of layers runs.
+
+    ``first_token_seconds`` is from a request for ``prompt_tokens`` to its first token, with
+    nothing else running; ``tokens_per_second`` those generated in all of ``num_streams`` at a time.
+    """
+
+    first_token_seconds: float
+    tokens_per_second: float
+    prompt_tokens: int
+    num_streams: int
+
+
+class EngineMeter:
+    """One elastic engine, for as long as it is measured with."""
+
+    def __init__(self, settings: Settings, subject: Subject) -> None:
+        self._engine = ElasticEngine(
+            ElasticConfig(
+                model=subject.directory,
+                name=subject.source.name,
+                dtype=settings.dtype,
+                max_context=settings.max_context,
+                max_num_seqs=settings.max_num_seqs,
+                kv_cache_gib=settings.kv_cache_gib,
+                trust_remote_code=settings.trust_remote_code,
+                huge_pages=settings.huge_pages,
+                ranks=Ranks(
+                    settings.tensor_parallel_size,
+                    settings.pipeline_parallel_size,
+                    settings.distributed_executor_backend,
+                ),
+                engine_args=settings.engine_args,
+                compile_layers=settings.compile_layers,
+                compile_cache=settings.state_dir / "compiled",
+            )
+        )
+        self._numbers = itertools.count()
+
+    @property
+    def engine(self) -> ElasticEngine:
+        return self._engine
+
+    async def start(self) -> None:
+        """Load the model; raises what :meth:`ElasticEngine.start` does."""
+        await self._engine.start()
+
+    async def close(self) -> None:
+        await self._engine.shutdown()
+
+    async def importance(
+        self, windows: Sequence[Sequence[int]], progress: ProgressCallback
+    ) -> BlockInfluence:
+        return dense_pass(await self._engine.measure_importance(windows, progress)).block_influence
+
+    async def qualities(
+        self,
+        windows: Sequence[Sequence[int]],
+        selections: Sequence[LayerSelection],
+        progress: ProgressCallback,
+    ) -> list[Quality]:
+        return await self._engine.measure_quality(windows, selections, progress)
+
+    async def install(self, maps: Path, fingerprint: str) -> None:
+        """Have the maps in the file stand in for the layers that a selection skips."""
+        if not self._engine.has_repair(fingerprint):
+            await self._engine.install_repair(maps)
+
+    async def pace(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_tokens: int,
+        layers: LayerSelection,
+    ) -> Pace:
+        """Generate ``num_tokens`` from the first prompt alone, then from all of them at a time.
+
+        The best of two rounds counts: whatever else ran only slowed the other.
+        """
+        first_token, rate = float("inf"), 0.0
+        for _ in range(_ROUNDS):
+            first_token = min(first_token, await self._first_token(prompts[0], layers))
+            started = time.perf_counter()
+            counts = await asyncio.gather(
+                *[self._count(prompt, num_tokens, layers) for prompt in prompts]
+            )
+            rate = max(rate, sum(counts) / (time.perf_counter() - started))
+        return Pace(first_token, rate, len(prompts[0]), len(prompts))
+
+    async def _first_token(self, prompt: Sequence[int], layers: LayerSelection) -> float:
+        started = time.perf_counter()
+        await self._count(prompt, 1, layers)
+        return time.perf_counter() - started
+
+    async def _count(self, prompt: Sequence[int], num_tokens: int, layers: LayerSelection) -> int:
+        request = GenerationRequest(
+            f"report-{next(self._numbers)}",
+            prompt,
+            layers,
+            SamplingOptions(temperature=0.0, max_tokens=num_tokens, ignore_eos=True),
+        )
+        return sum([len(delta.token_ids) async for delta in self._engine.generate(request)])

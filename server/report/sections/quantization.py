@@ -1,0 +1,165 @@
+"""Quantization together with pruning (tables 4 and 5 of the paper)."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pruning.depths import skipped_layers
+from pruning.metrics.names import BLOCK_INFLUENCE
+from pruning.quality import Quality
+from server.calibration.hardware import describe_hardware
+from server.engine.base import LayerSelection
+from server.engine.elastic.compatibility import check_quantized_kernels
+from server.errors import FathomError
+from server.report.blocks import Block, Paragraph, Plot, Table, number
+from server.report.engine_meter import Pace
+from server.report.lab import Lab
+from server.report.quantizer import BITS, Quantizer
+from server.report.sections.base import Numbers
+from server.report.sections.depth import depths_at
+
+_SHARES = (0.1, 0.2, 0.27)
+_PROMPT_TOKENS = 256
+_NUM_STREAMS = 8
+_KINDS = {
+    "unquantized": "not quantized",
+    "quantized": "quantized, then pruned",
+    "pruned_first": "pruned, then quantized",
+}
+
+
+class Quantization:
+    name = "quantization"
+    title = "Quantization and depth"
+    measures = (
+        f"Perplexity of the model in {BITS} bits (GPTQ) at several depths in the order of Block "
+        "Influence, both orders of quantizing and pruning, and the throughput (tables 4 and 5). "
+        "Perplexity with transformers, which computes with the quantized weights unpacked, on all "
+        "tokens but the first of each window."
+    )
+
+    async def run(self, lab: Lab, numbers: Numbers) -> None:
+        quantizer = Quantizer(lab)
+        ranking = await lab.ranking(BLOCK_INFLUENCE)
+        order, scores = ranking.removal_order, (await lab.importance()).scores
+        depths = [lab.num_layers, *depths_at(lab.num_layers, _SHARES)]
+        rows: list[dict[str, Any]] = [{"depth": depth} for depth in depths]
+        numbers["rows"] = rows
+        checkpoint: Path | None = None
+        for kind in ("unquantized", "quantized"):
+            for row in rows:
+
+                async def measure(kind: str = kind, depth: int = row["depth"]) -> Quality:
+                    nonlocal checkpoint
+                    if kind == "quantized" and checkpoint is None:
+                        checkpoint = await quantizer.whole()
+                    meter = await lab.transformers()
+                    skipped = skipped_layers(order, depth)
+                    where = checkpoint if kind == "quantized" else None
+                    return meter.quality(lab.held_out, skipped, where)
+
+                row[kind] = asdict(await self._kept(lab, kind, row["depth"], measure))
+        for row in rows[1:]:
+
+            async def measure_pruned(depth: int = row["depth"]) -> Quality:
+                out = await quantizer.pruned_first(depth, ranking, scores)
+                meter = await lab.transformers()
+                try:
+                    return meter.quality(
+                        lab.held_out, skipped_layers(order, depth), out, of_depth=True
+                    )
+                finally:
+                    shutil.rmtree(out, ignore_errors=True)
+
+            row["pruned_first"] = asdict(
+                await self._kept(lab, "pruned_first", row["depth"], measure_pruned)
+            )
+        try:
+            check_quantized_kernels(BITS, lab.settings.dtype)
+        except FathomError as error:
+            numbers["no_throughput"] = str(error)
+            return
+        lab.check_elastic()
+        for row in rows:
+            skipped = skipped_layers(order, row["depth"])
+            layers = LayerSelection(skipped, skipped)
+            row["tokens_per_second"] = (
+                await lab.pace(layers, _PROMPT_TOKENS, _NUM_STREAMS)
+            ).tokens_per_second
+        for row in rows:
+            skipped = skipped_layers(order, row["depth"])
+            layers = LayerSelection(skipped, skipped)
+
+            async def pace(layers: LayerSelection = layers) -> Pace:
+                return await lab.pace_of(
+                    await quantizer.whole(), layers, _PROMPT_TOKENS, _NUM_STREAMS
+                )
+
+            key = {**lab.text_key, "layers": asdict(layers), "hardware": describe_hardware()}
+            measured = await lab.kept("quantized-pace", Pace, key, pace)
+            row["quantized_tokens_per_second"] = measured.tokens_per_second
+
+    async def _kept(self, lab: Lab, kind: str, depth: int, measure: Any) -> Quality:
+        lab.progress.advance(f"Quality in {BITS} bits and depth", 0, 1)
+        key = {
+            **lab.held_out_key,
+            **lab.text_key,
+            "quality_tokens": lab.settings.quality_tokens,
+            "kind": kind,
+            "depth": depth,
+        }
+        return await lab.kept("quantized-quality", Quality, key, measure)
+
+    def render(self, numbers: Numbers) -> list[Block]:
+        rows = [row for row in numbers.get("rows", []) if "unquantized" in row]
+        if not rows:
+            return []
+        num_layers = rows[0]["depth"]
+
+        def draw(figure: Any, axes: Any) -> None:
+            for marker, (kind, label) in zip("osD", _KINDS.items(), strict=True):
+                points = [
+                    (100 * (1 - row["depth"] / num_layers), row[kind]["perplexity"])
+                    for row in rows
+                    if kind in row
+                ]
+                if points:
+                    axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=label)
+            axes.set_xlabel("layers left out, %")
+            axes.set_ylabel("perplexity")
+            axes.legend()
+
+        headings = ["Depth", *(f"{label}: perplexity" for label in _KINDS.values())]
+        has_speed = "tokens_per_second" in rows[0]
+        if has_speed:
+            headings += ["Not quantized, tok/s", "Quantized, tok/s"]
+        blocks: list[Block] = []
+        if "no_throughput" in numbers:
+            blocks.append(
+                Paragraph(f"No throughput of quantized weights here: {numbers['no_throughput']}.")
+            )
+        return [
+            *blocks,
+            Plot("quantization", "Perplexity in 16 or 32 bits and in 4, by layers left out", draw),
+            Table(
+                headings,
+                [
+                    (
+                        str(row["depth"]),
+                        *(
+                            number(row[kind]["perplexity"], 4) if kind in row else "-"
+                            for kind in _KINDS
+                        ),
+                        *(
+                            number(row.get(name))
+                            for name in ("tokens_per_second", "quantized_tokens_per_second")
+                            if has_speed
+                        ),
+                    )
+                    for row in rows
+                ],
+            ),
+        ]

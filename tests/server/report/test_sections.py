@@ -1,0 +1,220 @@
+"""Sections with a meter in place of the engine's, whose numbers are known and counted.
+
+So a report's time is spent in the middle, whatever the machine, and another run goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from rich.console import Console
+
+from pruning.importance import BlockInfluence
+from pruning.quality import Quality
+from pruning.repair import RepairError
+from server.config import load_settings
+from server.engine.base import LayerSelection, ProgressCallback
+from server.evaluation.multiple_choice import Question
+from server.report.budget import Budget, BudgetSpent
+from server.report.engine_meter import Pace
+from server.report.options import ReportOptions
+from server.report.report import OUT_OF_TIME, Report
+from server.telemetry.progress import ProgressReport
+from tests.server.rpc.toy_engine import ToyEngine, logprob
+
+NUM_LAYERS = 16
+SECTIONS = ("importance", "single-removal")
+
+
+class CountedMeter:
+    """Gives numbers that depend on the layers, and remembers what it measured."""
+
+    measured: list[LayerSelection]
+    paced: list[LayerSelection]
+
+    def __init__(self, settings: Any, subject: Any) -> None:
+        self.engine = UnrepairedEngine()
+
+    async def start(self) -> None:
+        await self.engine.start()
+
+    async def close(self) -> None:
+        await self.engine.shutdown()
+
+    async def importance(
+        self, windows: Sequence[Sequence[int]], progress: ProgressCallback
+    ) -> BlockInfluence:
+        scores = tuple((layer + 1) / 100 for layer in range(NUM_LAYERS))
+        return BlockInfluence(scores, (0.001,) * NUM_LAYERS, sum(map(len, windows)))
+
+    async def qualities(
+        self,
+        windows: Sequence[Sequence[int]],
+        selections: Sequence[LayerSelection],
+        progress: ProgressCallback,
+    ) -> list[Quality]:
+        self.measured.extend(selections)
+        losses = [sum(layers.decode_skips) + len(layers.decode_skips) for layers in selections]
+        return [Quality(10.0 + loss, 0.1, 0.5, loss / 10, 100, 0.01) for loss in losses]
+
+    async def pace(
+        self, prompts: Sequence[Sequence[int]], num_tokens: int, layers: LayerSelection
+    ) -> Pace:
+        self.paced.append(layers)
+        prefill, decode = (
+            NUM_LAYERS - len(skips) for skips in (layers.prefill_skips, layers.decode_skips)
+        )
+        return Pace(prefill / 100, 1000 / decode, len(prompts[0]), len(prompts))
+
+
+class UnrepairedEngine(ToyEngine):
+    """A toy with which no repair can be fitted."""
+
+    async def fit_repair(self, *args: Any, **options: Any) -> None:
+        raise RepairError("too little text")
+
+
+class CountedBudget(Budget):
+    """Is spent after so many measurements."""
+
+    def __init__(self, num_measurements: int) -> None:
+        super().__init__()
+        self._num_left = num_measurements
+
+    def check(self) -> None:
+        if self._num_left == 0:
+            raise BudgetSpent
+        self._num_left -= 1
+
+
+@pytest.fixture(autouse=True)
+def meter() -> Iterator[type[CountedMeter]]:
+    CountedMeter.measured, CountedMeter.paced = [], []
+    with patch("server.report.lab.EngineMeter", CountedMeter):
+        yield CountedMeter
+
+
+async def report(
+    out: Path, budget: Budget, sections: Sequence[str] = SECTIONS, **options: Any
+) -> dict[str, Any]:
+    settings = load_settings(
+        {"calibration_tokens": "256", "quality_tokens": "128", "state_dir": str(out.parent)}
+    )
+    with ProgressReport(Console(stderr=True)) as progress:
+        made = Report(settings, ReportOptions(out, sections=sections, **options), progress)
+        made.lab.budget = budget
+        page = await made.run()
+    assert page == out / "index.html"
+    document = json.loads((out / "report.json").read_text("utf-8"))
+    return {section["name"]: section for section in document["sections"]}
+
+
+async def test_what_was_measured_is_shown_and_is_not_measured_again(
+    tmp_path: Path, meter: type[CountedMeter]
+) -> None:
+    out = tmp_path / "out"
+    sections = await report(out, CountedBudget(2))
+    assert sections["importance"]["status"] == "done"
+    first = sections["single-removal"]
+    assert (first["status"], first["reason"]) == ("partial", OUT_OF_TIME)
+    rows = first["numbers"]["layers"]
+    assert 0 < len(rows) < NUM_LAYERS
+    assert len(meter.measured) == len(rows) + 1  # the dense model
+    assert sections["depth"]["status"] == "skipped"
+    page = (out / "index.html").read_text("utf-8")
+    assert f"Incomplete: {OUT_OF_TIME}" in page
+    assert "What is not here" in page
+
+    sections = await report(out, CountedBudget(100))
+    second = sections["single-removal"]
+    assert second["status"] == "done"
+    assert second["numbers"]["layers"][: len(rows)] == rows
+    assert len(second["numbers"]["layers"]) == NUM_LAYERS
+    assert len(meter.measured) == len(set(meter.measured)) == NUM_LAYERS + 1
+    assert second["numbers"]["spearman_kl_nats"] == pytest.approx(1.0)
+    assert OUT_OF_TIME not in (out / "index.html").read_text("utf-8")
+    assert second["seconds"] >= first["seconds"]
+
+
+async def test_sections_of_an_earlier_run_stay(tmp_path: Path) -> None:
+    await report(tmp_path / "out", CountedBudget(100))
+    sections = await report(tmp_path / "out", CountedBudget(0), ["importance"])
+    assert sections["importance"]["status"] == "done"
+    assert sections["single-removal"]["status"] == "done"
+
+
+async def test_the_surface_has_every_pair_of_depths(
+    tmp_path: Path, meter: type[CountedMeter]
+) -> None:
+    sections = await report(tmp_path / "out", CountedBudget(100), ["surface"])
+    surface = sections["surface"]
+    assert surface["status"] == "done"
+    numbers = surface["numbers"]
+    assert numbers["order"] == "Block Influence"  # the best that can be had without repair
+    depths = numbers["depths"]
+    assert depths == [16, 14, 13, 11, 8]
+    cells = {(cell["prefill"], cell["decode"]): cell for cell in numbers["cells"]}
+    assert set(cells) == {(prefill, decode) for prefill in depths for decode in depths}
+    for (prefill, decode), cell in cells.items():
+        # The order is that of the scores, so depth d skips the first layers.
+        skipped = range(NUM_LAYERS - decode)
+        loss = sum(skipped) + len(skipped)
+        assert cell["perplexity"] == pytest.approx(10.0 + loss)
+        assert cell["of_dense"] == pytest.approx(1 + loss / 10)
+        assert cell["first_token_seconds"] == pytest.approx(prefill / 100)
+        assert cell["tokens_per_second"] == pytest.approx(1000 / decode)
+    plots = {path.stem for path in (tmp_path / "out" / "plots").glob("surface-*.svg")}
+    assert plots == {"surface-of-dense", "surface-first-token-seconds", "surface-tokens-per-second"}
+    await report(tmp_path / "out", CountedBudget(0), ["surface"])
+    assert len(meter.paced) == len(set(meter.paced)) == len(cells)
+
+
+async def test_tasks_are_asked_at_each_level(tmp_path: Path) -> None:
+    questions = [Question(f"Which of {n}?", ("one", "another"), n % 2) for n in range(12)]
+    sections = await report(
+        tmp_path / "out", CountedBudget(1000), ["tasks"], questions={"which": questions}
+    )
+    tasks = sections["tasks"]
+    assert tasks["status"] == "done"
+    dense, *others = tasks["numbers"]["rows"]
+    assert dense["name"] == "dense"
+    assert dense["retention"] == 1.0
+    # Without n layers the perplexity is 10 + 1 + ... + n. What may be lost is 10, 25 and 100 %,
+    # and one standard error of the ratio has to fit in as well: for 10 % no depth is good enough.
+    named = [row for row in others if row["name"].startswith("level")]
+    assert [(row["name"], row["prefill_layers"], row["decode_layers"]) for row in named] == [
+        ("level fast", 15, 15),
+        ("level turbo", 13, 13),
+        ("level prompt", 1, 16),
+    ]
+    for row in [dense, *others]:
+        layers = LayerSelection(
+            tuple(range(NUM_LAYERS - row["prefill_layers"])),
+            tuple(range(NUM_LAYERS - row["decode_layers"])),
+        )
+        assert row["accuracy"]["which"]["share"] == pytest.approx(share(questions, layers))
+        assert row["retention"] == pytest.approx(row["mean"] / dense["mean"])
+    [missing] = tasks["numbers"]["missing"]
+    assert missing["order"] == "greedy removal + repair"
+    assert "too little text" in missing["why"]
+    assert "too little text" in (tmp_path / "out" / "index.html").read_text("utf-8")
+
+
+def share(questions: Sequence[Question], layers: LayerSelection) -> float:
+    def likelihood(question: Question, choice: str) -> float:
+        ids, total = [256, *f"{question.text}\nAnswer:".encode()], 0.0
+        for token in f" {choice}".encode():
+            total += logprob(ids, token, layers)
+            ids.append(token)
+        return total / len(choice)
+
+    right = 0
+    for question in questions:
+        best = max(question.choices, key=lambda choice: likelihood(question, choice))
+        right += best == question.choices[question.right]
+    return right / len(questions)
