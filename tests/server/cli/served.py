@@ -63,6 +63,7 @@ def start_server(model: Path, directory: Path, *arguments: str) -> Server:
     ]
     limits = ["--kv-cache-gib", "0.25", "--max-num-seqs", "16", "--calibration-tokens", "1024"]
     limits += ["--compile-layers", "false", "--startup-seconds", "inf"]
+    limits += ["--repair", "none"]
     state: list[str | Path] = ["--quality-tokens", "1024", "--state-dir", directory / "state"]
     with log.open("w") as stderr:
         process = subprocess.Popen(
