@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import replace
-
 from pruning.fingerprint import text_fingerprint
 from pruning.plan import Plan
 from server.calibration.versions import measuring_versions
@@ -29,9 +26,7 @@ async def found_policy(lab: Lab, metric: str, *, repaired: bool) -> DepthPolicy:
         tokenizer_fingerprint=lab.subject.tokenizer,
         versions=measuring_versions(),
     )
-    plan = replace(
-        plan.ranked_by(metric, await lab.ranking(metric, repair)), created_at=time.time()
-    )
+    plan = plan.ranked_by(metric, await lab.ranking(metric, repair))
     with refused_as("levels"):
         specs, default = chosen_levels(lab.settings, lab.num_layers)
         policy = DepthPolicy(
