@@ -7,10 +7,12 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
+from server.calibration.gaps import gate_at_gaps
 from server.calibration.measuring_steps import Measurement, MeasuringSteps, Step
 from server.calibration.policy_in_force import PolicyInForce
 from server.depth.level_search import with_found_levels
 from server.depth.policy import DepthPolicy
+from server.engine.pace import measuring_after
 from server.errors import FathomError, Unavailable
 
 # A gap begins when nothing has run or waited for so long.
@@ -120,7 +122,9 @@ class LateMeasurements:
     async def _undisturbed(self, policy: DepthPolicy, step: Step) -> DepthPolicy | None:
         """Return the policy with what the step measures; None where it was in the way."""
         is_patient = step.phase != "speed" and self._num_interruptions >= _MAX_INTERRUPTIONS
-        task = asyncio.create_task(self._steps.take(policy, step))
+        # A measurement that is made to the end gives way to requests, too, one part at a time.
+        with measuring_after(gate_at_gaps(self._is_busy)):
+            task = asyncio.create_task(self._steps.take(policy, step))
         try:
             while not task.done():
                 await asyncio.wait({task}, timeout=_POLL_SECONDS)

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from pruning.repair import RepairError
 from server.background import BackgroundTask
+from server.calibration.gaps import gate_at_gaps
 from server.calibration.policy_in_force import PolicyInForce
 from server.calibration.policy_store import PolicyStore
 from server.calibration.policy_updates import PolicyUpdates
@@ -22,11 +23,6 @@ _LOST = (
     "the engine was started again, but its repair maps could not be loaded; layers are skipped "
     "without them until they have been fitted again"
 )
-
-# How soon a gap in the load is noticed.
-_POLL_SECONDS = 0.05
-# A part of a fit waits no longer for such a gap. A fit has some hundred parts.
-_PATIENCE_SECONDS = 2.0
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +126,7 @@ class RepairRenewal:
                 continue
             self._is_fitting = True
             try:
-                with measuring_after(self._gap):
+                with measuring_after(gate_at_gaps(self._is_busy)):
                     await self._updates.renew_repair(
                         self._repairer, leaves_probes=self._is_measured_on
                     )
@@ -143,10 +139,3 @@ class RepairRenewal:
             else:
                 self._is_missing = False
             self._is_fitting = self._is_measured_on = False
-
-    async def _gap(self) -> None:
-        """Wait until no request runs or waits, but not without end."""
-        waited = 0.0
-        while waited < _PATIENCE_SECONDS and self._is_busy():
-            await asyncio.sleep(_POLL_SECONDS)
-            waited += _POLL_SECONDS
