@@ -13,35 +13,31 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import typer
 
 from bench.healing import Trainer
-from bench.options import Options, names, numbers, option
+from bench.measuring_engine import engine_windows, measured_model, measuring_engine
+from bench.options import Options, names, option, pruned_depths
 from bench.plots import save_lines
-from bench.random_model import DTYPES
 from bench.session import Session
+from bench.texts import given_texts, held_out_texts
 from pruning.fingerprint import model_fingerprint
 from pruning.plan import Plan
 from pruning.probes import Probes
 from pruning.quality import Quality
-from pruning.text import TextError, load_texts
-from server.calibration.calibrator import Calibrator, Progress, text_windows
+from pruning.text import TextError
+from server.calibration.calibrator import Calibrator, Progress
 from server.calibration.probes import Prober
 from server.calibration.served_metrics import SERVED_METRICS, searches
-from server.engine.arguments import DtypeName
 from server.engine.base import LayerSelection
 from server.engine.elastic.engine import ElasticEngine
-from server.engine.elastic.engine_arguments import ElasticConfig
 from server.errors import InvalidArgument
 from server.evaluation.multiple_choice import Question, accuracy, load_questions
-from server.model.demo.corpus import Part, documents
-from server.model.source import find_model
+from server.model.demo.corpus import Part
 
-_CHARACTERS_PER_TOKEN = 16
-# Speed is measured on random weights by default, quality cannot be.
-_MODELS = {"random": "smollm2", "demo": None}
+_SHARES = (0.9, 0.8, 2 / 3)
 _NAMES = {"block_influence": "BI", "greedy_kl": "greedy", "single_removal_kl": "single removal"}
 
 
@@ -73,12 +69,9 @@ def run(options: DepthQualityOptions) -> None:
 async def measure(options: DepthQualityOptions) -> Session:
     metrics = names(options.metrics, "--metrics", SERVED_METRICS)
     try:
-        source = find_model(_MODELS.get(options.model, options.model))
-        calibration = _texts(options.calibration, Part.CALIBRATION, options.calibration_tokens)
-        held_out = {
-            Path(each).stem or "documentation": _texts(each, Part.HELD_OUT, options.text_tokens)
-            for each in options.texts.split(",")
-        }
+        source = measured_model(options)
+        calibration = given_texts(options.calibration, Part.CALIBRATION, options.calibration_tokens)
+        held_out = held_out_texts(options.texts, options.text_tokens)
         questions = {
             Path(each).stem: load_questions(Path(each), options.num_questions)
             for each in filter(None, options.questions.split(","))
@@ -87,27 +80,16 @@ async def measure(options: DepthQualityOptions) -> Session:
         raise typer.BadParameter(str(error)) from None
     if options.heal_steps and not options.repair:
         raise typer.BadParameter("--heal-steps: maps are trained from those of --repair")
-    if options.dtype not in DTYPES:
-        raise typer.BadParameter(f"--dtype: allowed: {', '.join(DTYPES)}")
-    engine = ElasticEngine(
-        ElasticConfig(
-            model=source.directory,
-            name=source.name,
-            dtype=cast(DtypeName, options.dtype),
-            max_context=options.max_context,
-            max_num_seqs=64,
-            kv_cache_gib=1.0,
-            compile_layers=options.compile_layers,
-            engine_args=options.fathom_engine_args(),
-        )
-    )
+    engine = measuring_engine(options, source)
     session = Session("depth_quality", options, {"name": source.name, "dtype": options.dtype})
     with session.progress as progress, tempfile.TemporaryDirectory() as directory:
         with progress.working("Starting the engine"):
             await engine.start()
         try:
             num_layers = engine.model.num_layers
-            depths = _depths(options.depths, num_layers)
+            depths = pruned_depths(
+                options.depths, num_layers, (round(num_layers * share) for share in _SHARES)
+            )
             calibrator = Calibrator(
                 engine,
                 model_fingerprint=model_fingerprint(source.directory),
@@ -132,7 +114,7 @@ async def measure(options: DepthQualityOptions) -> Session:
                 model=source.directory,
                 dtype=options.dtype,
                 closed_form=maps_file,
-                windows=_windows(engine, calibration, options.calibration_tokens),
+                windows=engine_windows(engine, calibration, options.calibration_tokens),
                 steps=options.heal_steps,
                 seed=options.seed,
                 output=Path(directory),
@@ -154,7 +136,7 @@ async def measure(options: DepthQualityOptions) -> Session:
                     healed = await engine.install_repair(path)
                     rows[name, depth] = LayerSelection(skipped, skipped, healed)
             windows = {
-                name: _windows(engine, texts, options.text_tokens)
+                name: engine_windows(engine, texts, options.text_tokens)
                 for name, texts in held_out.items()
             }
             start = engine.tokenize("")
@@ -284,28 +266,3 @@ def _plot(session: Session, stem: Path) -> None:
         y_label="perplexity / dense",
         title=str(session.report.model["name"]),
     )
-
-
-def _depths(text: str, num_layers: int) -> tuple[int, ...]:
-    if not text:
-        return tuple({round(num_layers * share): None for share in (0.9, 0.8, 2 / 3)})
-    depths = numbers(text)
-    if max(depths) >= num_layers:
-        raise typer.BadParameter(f"--depths: got {max(depths)}, allowed: less than {num_layers}")
-    return depths
-
-
-def _windows(engine: ElasticEngine, texts: Sequence[str], num_tokens: int) -> list[list[int]]:
-    return text_windows(
-        engine.tokenize,
-        texts,
-        max_context=engine.model.max_context,
-        max_tokens=num_tokens,
-        vocab_size=engine.model.vocab_size,
-    )
-
-
-def _texts(source: str, part: Part, num_tokens: int) -> Sequence[str]:
-    if not source:
-        return list(documents([part]))
-    return load_texts(source, max_characters=num_tokens * _CHARACTERS_PER_TOKEN)

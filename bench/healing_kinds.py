@@ -17,7 +17,7 @@ import torch
 import typer
 
 from bench.export_methods import EXPORTED_MODELS
-from bench.options import Options, numbers, option
+from bench.options import Options, option, pruned_depths
 from bench.plots import save_lines
 from bench.session import Session
 from bench.texts import given_texts, held_out_texts
@@ -76,9 +76,7 @@ def measure(options: HealingKindsOptions) -> Session:
         held_out = held_out_texts(options.texts, options.text_tokens)
     except (CheckpointError, InvalidArgument, TextError) as error:
         raise typer.BadParameter(str(error)) from None
-    depths = numbers(options.depths) if options.depths else (max(1, num_layers * 3 // 4),)
-    if max(depths) >= num_layers:
-        raise typer.BadParameter(f"--depths: got {max(depths)}, allowed: less than {num_layers}")
+    depths = pruned_depths(options.depths, num_layers, [max(1, num_layers * 3 // 4)])
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     session = Session("healing_kinds", options, {"name": source.name, "dtype": "float32"})

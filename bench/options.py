@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -112,6 +112,16 @@ def depths_of(text: str, num_layers: int) -> tuple[int, ...]:
     if max(given) > num_layers:
         raise typer.BadParameter(f"--depths: got {max(given)}, allowed: at most {num_layers}")
     return tuple(sorted(given | {num_layers}, reverse=True))
+
+
+def pruned_depths(text: str, num_layers: int, defaults: Iterable[int]) -> tuple[int, ...]:
+    """Return the given depths, which are below full depth, or without any the ``defaults``."""
+    if not text:
+        return tuple(dict.fromkeys(defaults))
+    depths = numbers(text)
+    if max(depths) >= num_layers:
+        raise typer.BadParameter(f"--depths: got {max(depths)}, allowed: less than {num_layers}")
+    return depths
 
 
 def command(kind: type[Chosen], run: Callable[..., None]) -> Callable[..., None]:

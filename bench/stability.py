@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import typer
 
 from bench.calibration import random_windows
-from bench.options import Options, names, numbers, option
+from bench.measuring_engine import engine_windows, measured_model, measuring_engine
+from bench.options import Options, names, option, pruned_depths
 from bench.plots import save_lines
-from bench.random_model import DTYPES
 from bench.session import Session
+from bench.texts import given_texts
 from pruning.metrics import METRICS, DensePassSums, Metric
 from pruning.metrics.base import Need
 from pruning.stability import (
@@ -33,18 +34,12 @@ from pruning.stability import (
     settlement,
     spearman,
 )
-from pruning.text import TextError, load_texts
-from server.calibration.calibrator import WINDOW, text_windows
-from server.engine.arguments import DtypeName
+from pruning.text import TextError
+from server.calibration.calibrator import WINDOW
 from server.engine.elastic.engine import ElasticEngine
-from server.engine.elastic.engine_arguments import ElasticConfig
 from server.errors import InvalidArgument
-from server.model.demo.corpus import Part, documents
-from server.model.source import find_model
+from server.model.demo.corpus import Part
 
-_CHARACTERS_PER_TOKEN = 16
-# Speed is measured on random weights by default, stability cannot be.
-_MODELS = {"random": "smollm2", "demo": None}
 _RANDOM, _DOCUMENTATION = "random", "documentation"
 _METRICS = tuple(name for name, metric in METRICS.items() if metric.need is Need.DENSE_PASS)
 _SHARES = (0.9, 0.8, 0.65)
@@ -70,25 +65,12 @@ async def measure(options: StabilityOptions) -> Session:
     metrics = [METRICS[name] for name in names(options.metrics, "--metrics", _METRICS)]
     if options.tokens < 2 * WINDOW:
         raise typer.BadParameter(f"--tokens: got {options.tokens}, allowed: {2 * WINDOW} or more")
-    if options.dtype not in DTYPES:
-        raise typer.BadParameter(f"--dtype: allowed: {', '.join(DTYPES)}")
     try:
-        source = find_model(_MODELS.get(options.model, options.model))
+        source = measured_model(options)
         texts = {_name(text): _load(text, options.tokens) for text in options.texts.split(",")}
     except (InvalidArgument, TextError) as error:
         raise typer.BadParameter(str(error)) from None
-    engine = ElasticEngine(
-        ElasticConfig(
-            model=source.directory,
-            name=source.name,
-            dtype=cast(DtypeName, options.dtype),
-            max_context=options.max_context,
-            max_num_seqs=64,
-            kv_cache_gib=1.0,
-            compile_layers=options.compile_layers,
-            engine_args=options.fathom_engine_args(),
-        )
-    )
+    engine = measuring_engine(options, source)
     session = Session("stability", options, {"name": source.name, "dtype": options.dtype})
     measured: dict[str, list[DensePassSums]] = {}
     with session.progress as progress:
@@ -96,7 +78,9 @@ async def measure(options: StabilityOptions) -> Session:
             await engine.start()
         try:
             num_layers = engine.model.num_layers
-            depths = _depths(options.depths, num_layers)
+            depths = pruned_depths(
+                options.depths, num_layers, (max(int(num_layers * share), 1) for share in _SHARES)
+            )
             for name, of_text in texts.items():
                 measured[name] = await engine.measure_importance(
                     _windows(engine, of_text, options),
@@ -204,15 +188,6 @@ def _plot(session: Session, stem: Path) -> None:
     )
 
 
-def _depths(text: str, num_layers: int) -> tuple[int, ...]:
-    if not text:
-        return tuple(dict.fromkeys(max(int(num_layers * share), 1) for share in _SHARES))
-    depths = numbers(text)
-    if max(depths) >= num_layers:
-        raise typer.BadParameter(f"--depths: got {max(depths)}, allowed: less than {num_layers}")
-    return depths
-
-
 def _name(text: str) -> str:
     return text if text in (_RANDOM, _DOCUMENTATION) else Path(text).stem
 
@@ -221,9 +196,7 @@ def _load(text: str, num_tokens: int) -> Sequence[str] | None:
     """Return the documents of a text; None for random tokens."""
     if text == _RANDOM:
         return None
-    if text == _DOCUMENTATION:
-        return list(documents([Part.CALIBRATION]))
-    return load_texts(text, max_characters=num_tokens * _CHARACTERS_PER_TOKEN)
+    return given_texts("" if text == _DOCUMENTATION else text, Part.CALIBRATION, num_tokens)
 
 
 def _windows(
@@ -232,10 +205,4 @@ def _windows(
     if texts is None:
         length = min(WINDOW, options.max_context - 1)
         return random_windows(options.tokens, length, engine.model.vocab_size, options.seed)
-    return text_windows(
-        engine.tokenize,
-        texts,
-        max_context=engine.model.max_context,
-        max_tokens=options.tokens,
-        vocab_size=engine.model.vocab_size,
-    )
+    return engine_windows(engine, texts, options.tokens)
