@@ -17,6 +17,7 @@ from bench import (
     healing_kinds,
     mixed,
     norms,
+    parallel,
     peers,
     profile,
     repair,
@@ -50,6 +51,7 @@ app.command("healing-kinds")(command(healing_kinds.HealingKindsOptions, healing_
 app.command("norms")(command(norms.NormsOptions, norms.run))
 app.command("stability")(command(stability.StabilityOptions, stability.run))
 app.command("startup")(command(startup.StartupOptions, startup.run))
+app.command("parallel")(command(parallel.ParallelOptions, parallel.run))
 app.command("bystander")(command(bystander.BystanderOptions, bystander.run))
 app.command("fleet")(with_connection(command(fleet.FleetBenchOptions, fleet.run)))
 app.command("profile")(command(profile.ProfileOptions, profile.run))

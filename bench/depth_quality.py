@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from server.engine.elastic.engine import ElasticEngine
 from server.errors import InvalidArgument
 from server.evaluation.multiple_choice import Question, accuracy, load_questions
 from server.model.demo.corpus import Part
+from server.telemetry.progress import ProgressReport
 
 _SHARES = (0.9, 0.8, 2 / 3)
 _NAMES = {"block_influence": "BI", "greedy_kl": "greedy", "single_removal_kl": "single removal"}
@@ -45,6 +46,7 @@ _NAMES = {"block_influence": "BI", "greedy_kl": "greedy", "single_removal_kl": "
 class DepthQualityOptions(Options):
     depths: str = option("", "Depths; none: 0.9, 0.8 and two thirds of the layers.")
     metrics: str = option("block_influence", "What the layers are ranked by, one or more metrics.")
+    plain: bool = option(True, "Whether each is measured without repair.")
     repair: bool = option(True, "Whether each is measured with repair, too.")
     heal_steps: int = option(0, "Steps that the maps of each depth are trained; 0: none.")
     prompt_only: bool = option(True, "Whether pruning of the prompt alone is measured, too.")
@@ -78,6 +80,8 @@ async def measure(options: DepthQualityOptions) -> Session:
         }
     except (InvalidArgument, TextError) as error:
         raise typer.BadParameter(str(error)) from None
+    if not options.plain and not options.repair:
+        raise typer.BadParameter("--no-plain: allowed: with --repair")
     if options.heal_steps and not options.repair:
         raise typer.BadParameter("--heal-steps: maps are trained from those of --repair")
     engine = measuring_engine(options, source)
@@ -121,10 +125,13 @@ async def measure(options: DepthQualityOptions) -> Session:
             )
             rows: dict[tuple[str, int], LayerSelection] = {("dense", num_layers): LayerSelection()}
             for metric in metrics:
-                plan = await calibrator.measure_plan(report, metric=metric)
-                rows |= _rows(plan, metric, depths, None, options.prompt_only)
+                # Only what a search finds depends on the maps.
+                counts_on = repair if searches(metric) and not options.plain else None
+                plan = await calibrator.measure_plan(report, metric=metric, repair=counts_on)
+                if options.plain:
+                    rows |= _rows(plan, metric, depths, None, options.prompt_only)
                 if repair is not None:
-                    if searches(metric):  # else nothing depends on the maps
+                    if options.plain and searches(metric):
                         plan = await calibrator.measure_plan(report, metric=metric, repair=repair)
                     rows |= _rows(plan, metric, depths, repair, options.prompt_only)
                 for depth in depths if options.heal_steps else ():
@@ -177,36 +184,31 @@ async def _measure(
     qualities: dict[str, list[Quality]] = {}
     for name, of_text in windows.items():
         qualities[name] = await engine.measure_quality(
-            of_text,
-            list(rows.values()),
-            lambda *done, name=name: progress.advance(f"Perplexity, {name}", *done),
+            of_text, list(rows.values()), _advance(progress, f"Perplexity, {name}")
         )
     probes: list[Probes] = []
     if prober is not None:
         probes = await prober.run(
-            list(rows.values()),
-            lambda *done: progress.advance("Writing and choosing", *done),
-            has_dense=True,
+            list(rows.values()), _advance(progress, "Writing and choosing"), has_dense=True
         )
-    for number, ((name, depth), layers) in enumerate(rows.items()):
+    for number, (name, depth) in enumerate(rows):
         row: dict[str, Any] = {"method": name, "depth": depth}
         for text, measured in qualities.items():
             row[f"text {text}"] = asdict(measured[number])
         if probes:
             row["probes"] = asdict(probes[number])
-        for file, of_file in questions.items():
-            found = await accuracy(
-                engine,
-                of_file,
-                layers,
-                lambda *done, file=file, row=row: progress.advance(
-                    f"{file}, {row['method']}, depth {row['depth']}", *done
-                ),
-            )
-            row[f"questions {file}"] = asdict(found)
         session.report.rounds.append(row)
+    for row, ((name, depth), layers) in zip(session.report.rounds, rows.items(), strict=True):
         # A run of hours that is stopped has what it had measured.
         session.report.save(session.directory)
+        for file, of_file in questions.items():
+            what = f"{file}, {name}, depth {depth}"
+            found = await accuracy(engine, of_file, layers, _advance(progress, what))
+            row[f"questions {file}"] = asdict(found)
+
+
+def _advance(progress: ProgressReport, what: str) -> Callable[[int, int], None]:
+    return lambda done, total: progress.advance(what, done, total)
 
 
 def _summarize(session: Session, texts: Sequence[str], questions: Sequence[str]) -> None:

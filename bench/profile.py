@@ -78,7 +78,7 @@ class ProfiledElastic(ProfiledVllm):
 
     async def start(self) -> None:
         await super().start()
-        config = self._settings.elastic_config()
+        config = self.settings.elastic_config()
         if compiles_layers(config):
             answers = await self.llm.collective_rpc("fathom_compile_layers", _COMPILE_SECONDS)
             for _, problem in answers:
@@ -86,13 +86,13 @@ class ProfiledElastic(ProfiledVllm):
                     raise typer.BadParameter(f"--compile-layers: not possible here ({problem})")
 
     def arguments(self, checkpoint: str) -> AsyncEngineArgs:
-        arguments = vllm_arguments(self._settings.elastic_config())
+        arguments = vllm_arguments(self.settings.elastic_config())
         arguments.worker_extension_cls = "bench.elastic_step_timers.ElasticStepTimers"
         arguments.disable_log_stats = True
         return arguments
 
     def extra_args(self, request: Request) -> dict[str, Any]:
-        return Payload(self._settings.model.selection(request.depth)).to_extra_args()
+        return Payload(self.settings.model.selection(request.depth)).to_extra_args()
 
 
 def run(options: ProfileOptions) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from bench.stopwatch import Stopwatch
 
+_PARALLEL = "vllm.distributed.parallel_state"
 # The part of a step that each method (module, class, method) belongs to. A method that is called
 # by another one of these is counted separately.
 _METHODS = (
@@ -40,6 +41,12 @@ _METHODS = (
         "gather, scatter",
     ),
     ("server.engine.elastic.compiled_layers", "CompiledLayers", "run", "layers"),
+    # Between ranks; where layers are compiled on a CPU, this is part of them and not called.
+    (_PARALLEL, "GroupCoordinator", "_all_reduce_out_place", "communication"),
+    (_PARALLEL, "GroupCoordinator", "_all_gather_out_place", "communication"),
+    (_PARALLEL, "GroupCoordinator", "gather", "communication"),
+    (_PARALLEL, "GroupCoordinator", "send_tensor_dict", "communication"),
+    (_PARALLEL, "GroupCoordinator", "recv_tensor_dict", "communication"),
 )
 
 

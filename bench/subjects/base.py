@@ -21,6 +21,7 @@ from server.engine.arguments import (
     prepare_environment,
 )
 from server.engine.elastic.engine_arguments import ElasticConfig
+from server.engine.ranks import ONE_PROCESS, Ranks
 
 # Chooses one of vLLM's two model runners on a GPU; the elastic engine sets it for itself.
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
@@ -35,7 +36,9 @@ class EngineSettings:
     dtype: str
     max_context: int
     max_num_seqs: int
+    # Of all ranks together.
     kv_cache_bytes: int
+    ranks: Ranks = ONE_PROCESS
     # These are for Fathom's engines only; ``engine_args`` are arguments of vLLM's engine.
     compile_layers: bool | None = None
     engine_args: Mapping[str, Any] = field(default_factory=dict)
@@ -46,10 +49,12 @@ class EngineSettings:
             "dtype": self.dtype,
             "max_model_len": self.max_context,
             "max_num_seqs": self.max_num_seqs,
-            "kv_cache_memory_bytes": self.kv_cache_bytes,
+            "kv_cache_memory_bytes": self.kv_cache_bytes // self.ranks.number,
             "enable_prefix_caching": False,
+            "tensor_parallel_size": self.ranks.tensor_parallel_size,
+            "pipeline_parallel_size": self.ranks.pipeline_parallel_size,
         }
-        if not describe_hardware()["gpus"]:
+        if self.ranks == ONE_PROCESS and not describe_hardware()["gpus"]:
             arguments["distributed_executor_backend"] = IN_PROCESS_EXECUTOR
         return arguments
 
@@ -66,6 +71,7 @@ class EngineSettings:
             dtype=cast(DtypeName, self.dtype),
             max_context=self.max_context,
             max_num_seqs=self.max_num_seqs,
+            ranks=self.ranks,
             engine_args=self.fathom_engine_args(),
             compile_layers=self.compile_layers,
         )

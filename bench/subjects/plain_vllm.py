@@ -24,7 +24,7 @@ class PlainVllm:
 
     def __init__(self, settings: EngineSettings, depth: int, *, eager: bool) -> None:
         self.name = f"vLLM{', eager' if eager else ''}, depth {depth}"
-        self._settings = settings
+        self.settings = settings
         self._depth = depth
         self._eager = eager
         self._numbers = itertools.count()
@@ -33,7 +33,7 @@ class PlainVllm:
 
     async def start(self) -> None:
         before = child_ids()
-        checkpoint = await asyncio.to_thread(self._settings.model.exported, self._depth)
+        checkpoint = await asyncio.to_thread(self.settings.model.exported, self._depth)
         await asyncio.to_thread(self._load, str(checkpoint))
         self._processes = new_children(before)
 
@@ -55,7 +55,7 @@ class PlainVllm:
             enforce_eager=self._eager,
             disable_log_stats=True,
             use_tqdm_on_load=False,
-            **self._settings.vllm_arguments(),
+            **self.settings.vllm_arguments(),
         )
 
     def extra_args(self, request: Request) -> dict[str, Any] | None:

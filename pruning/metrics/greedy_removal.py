@@ -14,6 +14,10 @@ from pruning.metrics.base import Evidence, Need, Ranking, needed_evaluator
 from pruning.metrics.evaluator import BudgetSpent, Evaluate
 from pruning.metrics.names import GREEDY_KL
 
+# An evaluation runs the dense model once for all that it is asked together. As many costs as these
+# have to be brought up to date for one removal in most models.
+_LOOKED_AT_TOGETHER = 3
+
 
 @dataclass(frozen=True, slots=True)
 class GreedyRemoval:
@@ -70,9 +74,10 @@ def _cheapest(evaluate: Evaluate, removed: list[int], costs: dict[int, float], l
     """
     current = set() if removed else set(costs)
     while True:
-        layer = min(costs, key=lambda layer: (costs[layer], -layer))
-        if layer in current:
-            return layer
-        [without] = evaluate([tuple(sorted([*removed, layer]))])
-        costs[layer] = without - loss
-        current.add(layer)
+        cheapest = sorted(costs, key=lambda layer: (costs[layer], -layer))
+        if cheapest[0] in current:
+            return cheapest[0]
+        stale = [layer for layer in cheapest if layer not in current][:_LOOKED_AT_TOGETHER]
+        found = evaluate([tuple(sorted([*removed, layer])) for layer in stale])
+        costs |= {layer: without - loss for layer, without in zip(stale, found, strict=True)}
+        current.update(stale)

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pruning.importance import BlockInfluence
-from pruning.metrics import dense_pass
+from pruning.metrics import DensePass, dense_pass
 from pruning.quality import Quality
 from server.config import Settings
 from server.engine.base import (
@@ -78,10 +77,10 @@ class EngineMeter:
     async def close(self) -> None:
         await self._engine.shutdown()
 
-    async def importance(
+    async def dense_pass(
         self, windows: Sequence[Sequence[int]], progress: ProgressCallback
-    ) -> BlockInfluence:
-        return dense_pass(await self._engine.measure_importance(windows, progress)).block_influence
+    ) -> DensePass:
+        return dense_pass(await self._engine.measure_importance(windows, progress))
 
     async def qualities(
         self,

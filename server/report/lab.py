@@ -6,62 +6,49 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
-
-from pruning.checkpoint import CheckpointError, read_config
-from pruning.depths import removal_order, skipped_layers
+from pruning.depths import skipped_layers
 from pruning.fingerprint import text_fingerprint
 from pruning.importance import BlockInfluence, ImportanceError
 from pruning.metrics import METRICS, DensePass, Evidence, Ranking
 from pruning.metrics.base import Need
-from pruning.metrics.names import BLOCK_INFLUENCE
 from pruning.quality import Quality, QualityError
 from pruning.repair import RepairError, load_maps, maps_fingerprint
-from pruning.text import TextError
-from pruning.transformers_model import load_tokenizer
-from pruning.weights import weight_bytes
-from server.calibration.calibrator import WINDOW, text_windows
 from server.calibration.hardware import describe_hardware
 from server.calibration.layer_search import LayerSearch, search_text_tokens
-from server.calibration.offline_plan import load_offline
 from server.calibration.search_store import SearchStore
 from server.calibration.versions import measuring_versions
 from server.config import Settings
 from server.engine.base import LayerSelection
 from server.errors import FailedPrecondition
 from server.evaluation.multiple_choice import Accuracy, Question, accuracy
-from server.model.inputs import StartError, refused_as
-from server.model.source import ModelSource
+from server.model.inputs import refused_as
 from server.report.budget import Budget, BudgetSpent
-from server.report.engine_meter import EngineMeter, Pace
+from server.report.engine_meter import Pace
+from server.report.meters import Meters
+from server.report.not_possible import NotPossible
 from server.report.options import ReportOptions
 from server.report.output import ReportDirectory
 from server.report.subject import Subject
 from server.report.transformers_meter import TransformersMeter
+from server.report.windows import Windows
 from server.state import JsonEntry
 from server.state_keys import Measuring
 from server.telemetry.progress import ProgressReport
 
 _METHOD = 1
 _SEARCH_WINDOW = 256
-_MIN_WINDOW = 4
 # Each group runs the dense model as well; after each one what was measured is kept.
 _SELECTIONS_AT_A_TIME = 6
-_UNKNOWN_CONTEXT_TOKENS = 2048
 _GENERATED = 24
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-class NotPossible(Exception):
-    """What a section measures cannot be had for this model, on this machine or as it was asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +82,12 @@ class Lab:
         self.budget = Budget(options.budget_seconds)
         self.directory = directory
         self._state = directory.state()
-        self._engine: EngineMeter | None = None
-        self._transformers: TransformersMeter | None = None
+        self._windows = Windows(settings, subject)
+        self._meters = Meters(settings, subject, progress, self.budget.check)
         self._qualities: dict[LayerSelection, Quality] | None = None
 
     async def close(self) -> None:
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            await engine.close()
+        await self._meters.close_engine()
 
     @property
     def num_layers(self) -> int:
@@ -119,23 +104,17 @@ class Lab:
 
     async def importance(self) -> BlockInfluence:
         """Return the Block Influence of every layer on the calibration text."""
-
-        async def measure() -> BlockInfluence:
-            report = self.reporting("Block Influence")
-            with _measuring("calibration"):
-                if self.subject.not_elastic:
-                    return (await self.transformers()).importance(self.windows, report)
-                return await (await self._started()).importance(self.windows, report)
-
-        return await self.kept("importance", BlockInfluence, self.text_key, measure)
+        return (await self.dense_pass()).block_influence
 
     async def dense_pass(self) -> DensePass:
-        """Return what the metrics of the library measure at full depth."""
+        """Return what the metrics that need one pass measure on the calibration text."""
 
         async def measure() -> DensePass:
-            meter = await self.transformers()
+            report = self.reporting("Importance")
             with _measuring("calibration"):
-                return meter.dense_pass(self.windows, self.reporting("Other metrics"))
+                if self.subject.not_elastic:
+                    return (await self.transformers()).dense_pass(self.windows, report)
+                return await (await self._meters.engine()).dense_pass(self.windows, report)
 
         return await self.kept("dense-pass", DensePass, self.text_key, measure)
 
@@ -145,9 +124,6 @@ class Lab:
         evidence = Evidence(self.num_layers)
         if need is Need.LOSSES:
             return await self._searched(metric, repair)
-        if metric == BLOCK_INFLUENCE:
-            scores = (await self.importance()).scores
-            return Ranking(removal_order(scores), scores)
         if need is Need.DENSE_PASS:
             evidence = Evidence(self.num_layers, dense_pass=await self.dense_pass())
         return METRICS[metric].rank(evidence)
@@ -174,14 +150,12 @@ class Lab:
         }
 
         async def search() -> Ranking:
-            meter = await self._started()
+            meter = await self._meters.engine()
             if repair is not None:
                 await meter.install(self._maps_path, repair)
             wanted = search_text_tokens(self.num_layers, self.settings.search_tokens)
             num_tokens = min(wanted, self.settings.calibration_tokens)
-            windows = self._cut_in_two_or_more(
-                self.subject.texts, num_tokens, "calibration", _SEARCH_WINDOW
-            )
+            windows = self._windows.of_search(num_tokens, _SEARCH_WINDOW)
             store = SearchStore(self._state, Measuring(**self._measuring_key))
             name = f"Search by {metric}{' with repair' if repair else ''}"
             try:
@@ -215,7 +189,7 @@ class Lab:
         path = self._maps_path
         if not self._has_maps(path):
             self.budget.check()
-            meter = await self._started()
+            meter = await self._meters.engine()
             try:
                 await meter.engine.fit_repair(
                     self.windows,
@@ -279,7 +253,7 @@ class Lab:
                 measured = meter.qualities(self.held_out, group)
                 report(1, 1)
             else:
-                engine = await self._started()
+                engine = await self._meters.engine()
                 for repair in {layers.repair for layers in group} - {None}:
                     assert repair is not None
                     await engine.install(self._maps_path, repair)
@@ -313,10 +287,10 @@ class Lab:
         }
 
         async def measure() -> Pace:
-            meter = await self._started()
+            meter = await self._meters.engine()
             if layers.repair is not None:
                 await meter.install(self._maps_path, layers.repair)
-            prompts = self._prompts(num_prompt, num_streams)
+            prompts = self._windows.prompts(num_prompt, num_streams)
             return await meter.pace(prompts, _GENERATED, layers)
 
         return await self.kept("pace", Pace, key, measure)
@@ -325,20 +299,9 @@ class Lab:
         self, checkpoint: Path, layers: LayerSelection, num_prompt: int, num_streams: int
     ) -> Pace:
         """Return how fast ``layers`` of another checkpoint run, in an engine of its own."""
-        await self.close()
-        source = ModelSource(checkpoint, self.subject.source.name)
-        settings = self.settings.model_copy(update={"dtype": "auto"})
-        meter = EngineMeter(settings, replace(self.subject, source=source))
-        with refused_as("engine", Exception):
-            await meter.start()
-        try:
-            return await meter.pace(self._prompts(num_prompt, num_streams), _GENERATED, layers)
-        finally:
-            await meter.close()
-
-    def _prompts(self, num_tokens: int, number: int) -> list[list[int]]:
-        windows = self.held_out
-        return [windows[stream % len(windows)][:num_tokens] for stream in range(number)]
+        async with self._meters.engine_of(checkpoint) as meter:
+            prompts = self._windows.prompts(num_prompt, num_streams)
+            return await meter.pace(prompts, _GENERATED, layers)
 
     async def accuracy(
         self, file: str, questions: Sequence[Question], layers: LayerSelection, what: str
@@ -349,7 +312,7 @@ class Lab:
         key = {**self._base_key, "layers": asdict(layers), "questions": asked}
 
         async def measure() -> Accuracy:
-            meter = await self._started()
+            meter = await self._meters.engine()
             if layers.repair is not None:
                 await meter.install(self._maps_path, layers.repair)
             with _measuring("questions"):
@@ -359,89 +322,17 @@ class Lab:
 
     async def transformers(self) -> TransformersMeter:
         """Return the model as transformers loads it; raises :class:`NotPossible` if it cannot."""
-        if self._transformers is None:
-            self.budget.check()
-            if not self._fits_twice():
-                await self.close()
-            with self.progress.working("Loading the model with transformers"):
-                try:
-                    model, _ = load_offline(self.settings, self.subject.directory)
-                except Exception as error:  # transformers has no base class
-                    raise NotPossible(f"transformers cannot load the model: {error}") from error
-            self._transformers = TransformersMeter(model)
-        return self._transformers
+        return await self._meters.transformers()
 
-    async def _started(self) -> EngineMeter:
-        if self._engine is None:
-            if not self._fits_twice():
-                self._transformers = None
-            meter = EngineMeter(self.settings, self.subject)
-            with (
-                self.progress.working("Starting the engine"),
-                refused_as("engine", Exception),  # vLLM documents no base class of what it raises
-            ):
-                await meter.start()
-            self._engine = meter
-        return self._engine
-
-    def _fits_twice(self) -> bool:
-        """Return whether the engine and transformers can have the model in memory together."""
-        import torch
-
-        needed = 2 * weight_bytes(self.subject.directory)
-        return not torch.cuda.is_available() and psutil.virtual_memory().available > 2 * needed
-
-    @cached_property
+    @property
     def windows(self) -> list[list[int]]:
         """Windows of the calibration text, of token ids."""
-        return self._cut(self.subject.texts, self.settings.calibration_tokens, "calibration")
+        return self._windows.calibration
 
-    @cached_property
+    @property
     def held_out(self) -> list[list[int]]:
         """Windows of the held-out text, of token ids; two or more."""
-        texts, num_tokens = self.subject.held_out_texts, self.settings.quality_tokens
-        return self._cut_in_two_or_more(texts, num_tokens, "quality_text")
-
-    def _cut_in_two_or_more(
-        self, texts: Sequence[str], num_tokens: int, setting: str, window: int = WINDOW
-    ) -> list[list[int]]:
-        """Return as many windows as a standard error needs: shorter ones of little text."""
-        windows = self._cut(texts, num_tokens, setting, window)
-        if len(windows) < 2:
-            half = (len(windows[0]) + 1) // 2
-            windows = self._cut(texts, num_tokens, setting, max(half, _MIN_WINDOW))
-        if len(windows) < 2:
-            raise StartError(
-                f"{setting}: got {len(windows[0])} tokens, allowed: {2 * _MIN_WINDOW} or more"
-            )
-        return windows
-
-    def _cut(
-        self, texts: Sequence[str], num_tokens: int, setting: str, window: int = WINDOW
-    ) -> list[list[int]]:
-        tokenizer = self._tokenizer
-
-        def tokenize(text: str, *, special_tokens: bool = True) -> list[int]:
-            # Quiet, for a text longer than the context is cut into windows.
-            return list(tokenizer(text, add_special_tokens=special_tokens, verbose=False).input_ids)
-
-        config = read_config(self.subject.directory)
-        config = config.get("text_config") or config
-        context = config.get("max_position_embeddings") or _UNKNOWN_CONTEXT_TOKENS
-        with refused_as(setting, TextError):
-            return text_windows(
-                tokenize,
-                texts,
-                max_context=min(context, self.settings.max_context or context),
-                max_tokens=num_tokens,
-                vocab_size=config.get("vocab_size") or len(tokenizer),
-                window=window,
-            )
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        with refused_as("model", CheckpointError):
-            return load_tokenizer(self.subject.directory, trust=self.settings.trust_remote_code)
+        return self._windows.held_out
 
     async def kept(
         self,

@@ -19,7 +19,8 @@ from pruning.text import TextError
 from server.calibration.versions import measuring_versions
 from server.errors import FathomError
 from server.model.quantized import QuantizedModel, calibration_windows, checked_quantization
-from server.report.lab import Lab, NotPossible
+from server.report.lab import Lab
+from server.report.not_possible import NotPossible
 
 BITS = 4
 _QUANTIZE = "gptq-4bit"

@@ -16,8 +16,9 @@ from server.model.inputs import StartError, refused_as
 from server.report.blocks import Block, Plot
 from server.report.budget import BudgetSpent
 from server.report.document import ReportDocument, SectionResult, Status
-from server.report.lab import Lab, NotPossible
+from server.report.lab import Lab
 from server.report.matplotlib_check import check_matplotlib
+from server.report.not_possible import NotPossible
 from server.report.options import ReportOptions
 from server.report.output import PLOTS, ReportDirectory
 from server.report.page import Part, page

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from pruning.decoder import find_decoder
-from pruning.importance import BlockInfluence, measure_block_influence
 from pruning.metrics import DensePass, measure_dense_pass
 from pruning.quality import Quality, measure_quality
 from pruning.quantization.dequantized import with_dequantized
@@ -29,9 +28,6 @@ class TransformersMeter:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-
-    def importance(self, windows: Windows, progress: ProgressCallback) -> BlockInfluence:
-        return measure_block_influence(self._model, self._batches(windows, progress))
 
     def dense_pass(self, windows: Windows, progress: ProgressCallback) -> DensePass:
         return measure_dense_pass(self._model, self._batches(windows, progress))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench import peers, profile, throughput
+from bench import parallel, peers, profile, throughput
 from bench.load import Load, Timeline, closed_loop
 from bench.machine import ForeignLoad
 from bench.options import Options
@@ -160,3 +160,32 @@ async def test_a_disturbed_load_is_run_again_and_the_calmest_run_counts(
     assert (await session.measure(work, name="never calm")).num_tokens == 6
     kept = [(r["num_tokens"], r["foreign_load"], r["attempts"]) for r in session.report.rounds]
     assert kept == [(3, 0.05, 3), (6, 0.3, 4)]
+
+
+def test_ranks_are_compared_with_one_process_in_the_same_round(session: Session) -> None:
+    """In the second round the machine has half its pace, and of two ranks one waits in sums."""
+    for number, pace in enumerate((1.0, 0.5)):
+        for way, speed in (("one process", 80.0), ("tensor parallel 2", 60.0)):
+            labels = {"engine": "elastic", "way": way, "round": number}
+            session.report.rounds.append({**labels, "event": "start", "start_seconds": 9 / pace})
+            row = measured(pace * speed, **labels, depth=8, streams=4)
+            session.report.rounds.append(row)
+    session.report.rounds.append(
+        {
+            "communication_of": ("elastic", "tensor parallel 2"),
+            "depth": 8,
+            "streams": 4,
+            "seconds": 10.0,
+            "communication_seconds": [6.0, 2.5],
+            "calls_per_step": 17.0,
+        }
+    )
+    # The pipeline could not be started.
+    ways = [("elastic", way) for way in ("one process", "tensor parallel 2", "pipeline 2")]
+    parallel.summarize(session, ways, [8], [4])
+    one, two = session.report.summary
+    assert one["of_one_process"] == 1.0
+    assert one["communication"] is None
+    assert two["of_one_process"] == pytest.approx(0.75)
+    assert two["start_s"] == pytest.approx(13.5)
+    assert (two["communication"], two["calls_per_step"]) == ("25%", 17.0)

@@ -18,7 +18,8 @@ from pruning.metrics.names import (
 )
 from server.engine.base import LayerSelection
 from server.report.blocks import Block, Paragraph, Plot, Table, number
-from server.report.lab import Lab, NotPossible
+from server.report.lab import Lab
+from server.report.not_possible import NotPossible
 from server.report.plots import use_log
 from server.report.sections.base import Numbers
 

@@ -8,7 +8,8 @@ from pruning.metrics.names import BLOCK_INFLUENCE
 from pruning.repair.healing_job import HealingReport
 from server.model.offline_healing import OfflineHealing
 from server.report.blocks import Block, Plot, Table, number, percent
-from server.report.lab import Lab, NotPossible
+from server.report.lab import Lab
+from server.report.not_possible import NotPossible
 from server.report.sections.base import Numbers
 from server.report.sections.depth import depths_at
 

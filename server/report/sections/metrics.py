@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from server.engine.base import LayerSelection
 from server.report.blocks import Block, Paragraph, Table, number
-from server.report.lab import Lab, NotPossible
+from server.report.lab import Lab
+from server.report.not_possible import NotPossible
 from server.report.rank_correlation import spearman
 from server.report.sections.base import Numbers
 from server.report.sections.depth import NAMES

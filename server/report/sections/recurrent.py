@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from server.report.blocks import Block, Paragraph, Table, number
-from server.report.lab import Lab, NotPossible
+from server.report.lab import Lab
+from server.report.not_possible import NotPossible
 from server.report.sections.base import Numbers
 
 _KINDS = ("mamba", "rwkv")

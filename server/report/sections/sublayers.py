@@ -9,7 +9,8 @@ from typing import Any
 from pruning.quality import Quality
 from pruning.sublayers import SublayerInfluence
 from server.report.blocks import Block, Paragraph, Plot, Table, number, with_error
-from server.report.lab import Lab, NotPossible
+from server.report.lab import Lab
+from server.report.not_possible import NotPossible
 from server.report.plots import use_log
 from server.report.sections.base import Numbers
 

@@ -8,7 +8,8 @@ from typing import Any
 from pruning.metrics.names import BLOCK_INFLUENCE, GREEDY_KL
 from server.engine.base import LayerSelection
 from server.report.blocks import Block, Paragraph, Plot, Table, number
-from server.report.lab import Lab, NotPossible
+from server.report.lab import Lab
+from server.report.not_possible import NotPossible
 from server.report.sections.base import Numbers
 from server.report.sections.depth import NAMES, depths_at
 

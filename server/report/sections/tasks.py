@@ -8,8 +8,9 @@ from typing import Any
 from pruning.metrics.names import BLOCK_INFLUENCE, GREEDY_KL
 from server.engine.base import LayerSelection
 from server.report.blocks import Block, Paragraph, Plot, Table, percent
-from server.report.lab import Lab, NotPossible
+from server.report.lab import Lab
 from server.report.levels import found_policy
+from server.report.not_possible import NotPossible
 from server.report.paper import RETENTION
 from server.report.sections.base import Numbers
 from server.report.sections.depth import NAMES, depths_at

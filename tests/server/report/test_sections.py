@@ -14,7 +14,7 @@ from unittest.mock import patch
 import pytest
 from rich.console import Console
 
-from pruning.importance import BlockInfluence
+from pruning.metrics import DensePass, dense_pass
 from pruning.quality import Quality
 from pruning.repair import RepairError
 from server.config import load_settings
@@ -25,7 +25,7 @@ from server.report.engine_meter import Pace
 from server.report.options import ReportOptions
 from server.report.report import OUT_OF_TIME, Report
 from server.telemetry.progress import ProgressReport
-from tests.server.rpc.toy_engine import ToyEngine, logprob
+from tests.server.rpc.toy_engine import ToyEngine, logprob, toy_sums
 
 NUM_LAYERS = 16
 SECTIONS = ("importance", "single-removal")
@@ -46,11 +46,11 @@ class CountedMeter:
     async def close(self) -> None:
         await self.engine.shutdown()
 
-    async def importance(
+    async def dense_pass(
         self, windows: Sequence[Sequence[int]], progress: ProgressCallback
-    ) -> BlockInfluence:
-        scores = tuple((layer + 1) / 100 for layer in range(NUM_LAYERS))
-        return BlockInfluence(scores, (0.001,) * NUM_LAYERS, sum(map(len, windows)))
+    ) -> DensePass:
+        scores = [(layer + 1) / 100 for layer in range(NUM_LAYERS)]
+        return dense_pass([toy_sums(scores, sum(map(len, windows)))])
 
     async def qualities(
         self,
@@ -95,7 +95,7 @@ class CountedBudget(Budget):
 @pytest.fixture(autouse=True)
 def meter() -> Iterator[type[CountedMeter]]:
     CountedMeter.measured, CountedMeter.paced = [], []
-    with patch("server.report.lab.EngineMeter", CountedMeter):
+    with patch("server.report.meters.EngineMeter", CountedMeter):
         yield CountedMeter
 
 
