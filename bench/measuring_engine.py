@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import cast
 
@@ -31,6 +32,8 @@ def measuring_engine(options: Options, source: ModelSource) -> ElasticEngine:
     """
     if options.dtype not in DTYPES:
         raise typer.BadParameter(f"--dtype: allowed: {', '.join(DTYPES)}")
+    if options.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(options.threads)
     return ElasticEngine(
         ElasticConfig(
             model=source.directory,

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from itertools import islice
 
+import openai
 import psutil
 import pytest
 
@@ -13,6 +14,7 @@ from server.rpc.client import Client
 from server.rpc.generated.fathom.v1 import common_pb2, control_pb2
 from tests.e2e.calls import LONG, Streamed, failure, greedy_request, requested
 from tests.e2e.running_server import PATIENCE, RunningServer, running_server, until
+from tests.fathom_command import free_ports
 
 PROMPTS = ("The list", "Return the", "class")
 EAGER = json.dumps({"enforce_eager": True})
@@ -24,8 +26,10 @@ def server(
 ) -> Iterator[RunningServer]:
     """It finds the plan of the elastic server: both leave out the same layers."""
     directory = tmp_path_factory.mktemp("dedicated")
+    (http_port,) = free_ports(1)
     with running_server(
         directory,
+        http_port=http_port,
         state_dir=demo_server.copy_state(directory),
         engine="dedicated",
         levels="full=16,half=8",
@@ -55,6 +59,30 @@ def test_tokens_are_those_of_the_elastic_engine(client: Client, demo_client: Cli
             answer = client.generate(request)
             assert answer.token_ids == demo_client.generate(request).token_ids
             assert answer.served == requested(depth, depth)
+
+
+def test_http_serves_the_depths_that_grpc_does(server: RunningServer, client: Client) -> None:
+    with openai.OpenAI(
+        base_url=f"http://127.0.0.1:{server.http_port}/v1",
+        api_key="none",
+        max_retries=0,
+        timeout=PATIENCE,
+    ) as http:
+        asked = {"prompt": PROMPTS[0], "max_tokens": 24, "temperature": 0}
+        for name, depth in (("fathom-demo:full", 16), ("fathom-demo:half", 8)):
+            completion = http.completions.create(model=name, **asked)  # type: ignore[call-overload]
+            expected = client.generate(greedy_request(PROMPTS[0], 24, depth=depth))
+            assert completion.choices[0].text == expected.text
+            assert (completion.model_extra or {})["fathom"]["decode_layers"] == depth
+        with pytest.raises(openai.BadRequestError, match="allowed: the depth of a level"):
+            http.completions.create(model="fathom-demo@12", **asked)  # type: ignore[call-overload]
+        choice = http.completions.create(
+            model="fathom-demo:half",
+            prompt=PROMPTS[0],
+            max_tokens=8,
+            extra_body={"structured_outputs": {"choice": ["list", "tuple"]}},
+        ).choices[0]
+        assert choice.text in ("list", "tuple")
 
 
 def test_probes_are_those_of_the_elastic_engine(client: Client, demo_client: Client) -> None:

@@ -1,7 +1,10 @@
-"""Variables that name directories: those of no use are named before an engine is started."""
+"""Variables of the environment: which are refused, and which engines get."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -86,3 +89,21 @@ def test_no_temporary_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "gettempdir", none)
     with pytest.raises(InvalidArgument, match="TMPDIR: got '/proc/nowhere', allowed: a directory"):
         check_directories()
+
+
+def test_threads_of_engines_give_up_a_core_that_others_need() -> None:
+    """OpenMP says itself, where it is loaded for engines, how long its threads spin."""
+    variables = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    script = (
+        "from server.engine import fork_server; fork_server._PRELOADED.clear(); "
+        "fork_server.start_fork_server()"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        env=variables | {"OMP_DISPLAY_ENV": "VERBOSE"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    assert "GOMP_SPINCOUNT = '3000'" in ended.stderr, ended.stderr
