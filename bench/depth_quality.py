@@ -191,8 +191,8 @@ async def _measure(
         probes = await prober.run(
             list(rows.values()), _advance(progress, "Writing and choosing"), has_dense=True
         )
-    for number, (name, depth) in enumerate(rows):
-        row: dict[str, Any] = {"method": name, "depth": depth}
+    for number, ((name, depth), layers) in enumerate(rows.items()):
+        row: dict[str, Any] = {"method": name, "depth": depth, "layers": asdict(layers)}
         for text, measured in qualities.items():
             row[f"text {text}"] = asdict(measured[number])
         if probes:

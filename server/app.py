@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -22,9 +22,8 @@ from server.config import Settings, warn_of_old_names
 from server.engine.base import Engine, RunsVllm
 from server.engine.dedicated.engine import DedicatedConfig, DedicatedEngine
 from server.engine.elastic.engine import ElasticEngine
-from server.engine.elastic.engine_arguments import ElasticConfig
 from server.engine.fork_server import start_fork_server
-from server.engine.ranks import Ranks
+from server.model.engine_config import elastic_config, engine_config
 from server.model.inputs import Inputs, StartError, auto_rules, read_inputs, refused_as
 from server.page_prompts import PagePrompts
 from server.reload import Reload, SettingsFile, access_files
@@ -324,33 +323,12 @@ async def _open(http_server: HttpServer | None, engine: Engine) -> None:
 
 
 def _engine(settings: Settings, inputs: Inputs) -> Engine:
-    config: dict[str, Any] = {
-        "model": (inputs.quantized or inputs.source).directory,
-        "name": inputs.source.name,
-        "dtype": settings.dtype,
-        "max_context": settings.max_context,
-        "max_num_seqs": settings.max_num_seqs,
-        "kv_cache_gib": settings.kv_cache_gib,
-        "trust_remote_code": settings.trust_remote_code,
-        "huge_pages": settings.huge_pages,
-        "ranks": Ranks(
-            settings.tensor_parallel_size,
-            settings.pipeline_parallel_size,
-            settings.distributed_executor_backend,
-        ),
-        "engine_args": settings.engine_args,
-    }
+    model, name = (inputs.quantized or inputs.source).directory, inputs.source.name
     if settings.engine == "elastic":
-        return ElasticEngine(
-            ElasticConfig(
-                **config,
-                compile_layers=settings.compile_layers,
-                compile_cache=settings.state_dir / "compiled",
-            )
-        )
+        return ElasticEngine(elastic_config(settings, model, name))
     return DedicatedEngine(
         DedicatedConfig(
-            **config,
+            **engine_config(settings, model, name),
             memory_shares=settings.memory_shares,
             state_dir=settings.state_dir,
             timeout_seconds=settings.engine_timeout_seconds,

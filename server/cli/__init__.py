@@ -15,6 +15,7 @@ from server.cli.generate import generate
 from server.cli.heal import heal
 from server.cli.health import health
 from server.cli.model import model
+from server.cli.own_text import own_text
 from server.cli.problems import report_problem
 from server.cli.quantize import quantize
 from server.cli.report import report
@@ -28,7 +29,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (serve, generate, model, calibrate, export, quantize, heal, report, health):
+for command in (
+    serve,
+    generate,
+    model,
+    calibrate,
+    own_text,
+    export,
+    quantize,
+    heal,
+    report,
+    health,
+):
     app.command()(command)
 app.command("eval")(evaluate)
 # Its benchmarks have commands and options of their own.

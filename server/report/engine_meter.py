@@ -19,8 +19,7 @@ from server.engine.base import (
     SamplingOptions,
 )
 from server.engine.elastic.engine import ElasticEngine
-from server.engine.elastic.engine_arguments import ElasticConfig
-from server.engine.ranks import Ranks
+from server.model.engine_config import elastic_config
 from server.report.subject import Subject
 
 _ROUNDS = 2
@@ -45,24 +44,7 @@ class EngineMeter:
 
     def __init__(self, settings: Settings, subject: Subject) -> None:
         self._engine = ElasticEngine(
-            ElasticConfig(
-                model=subject.directory,
-                name=subject.source.name,
-                dtype=settings.dtype,
-                max_context=settings.max_context,
-                max_num_seqs=settings.max_num_seqs,
-                kv_cache_gib=settings.kv_cache_gib,
-                trust_remote_code=settings.trust_remote_code,
-                huge_pages=settings.huge_pages,
-                ranks=Ranks(
-                    settings.tensor_parallel_size,
-                    settings.pipeline_parallel_size,
-                    settings.distributed_executor_backend,
-                ),
-                engine_args=settings.engine_args,
-                compile_layers=settings.compile_layers,
-                compile_cache=settings.state_dir / "compiled",
-            )
+            elastic_config(settings, subject.directory, subject.source.name)
         )
         self._numbers = itertools.count()
 

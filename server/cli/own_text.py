@@ -1,0 +1,104 @@
+"""``fathom own-text``."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from server.cli.offline import run_offline
+from server.config import Settings, load_settings
+from server.telemetry.progress import ProgressReport
+
+
+def own_text(
+    model: Annotated[
+        str, typer.Argument(help="As for 'fathom serve': a directory, demo, smollm2 or a Hub id.")
+    ],
+    out: Annotated[Path, typer.Argument(help="File to write, JSON lines with a text each.")],
+    tokens: Annotated[
+        int, typer.Option(help="Tokens to write.", min=256, metavar="NUMBER")
+    ] = 32768,
+    length: Annotated[
+        int, typer.Option(help="Tokens of each document, at most.", min=32, metavar="NUMBER")
+    ] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, metavar="NUMBER")] = 0,
+    config: Annotated[str | None, typer.Option(help="YAML file with settings.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a Hub model.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="As for 'fathom serve'.")] = None,
+    state_dir: Annotated[
+        str | None, typer.Option(help="Directory that keeps compiled layers.", metavar="PATH")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool | None,
+        typer.Option("--trust-remote-code", help="Let code that comes with the model run."),
+    ] = None,
+) -> None:
+    """Have a model write text, to calibrate on where no text of your users is at hand.
+
+    Half of the documents begin as any text does, half with a user's turn if the model chats.
+    Give OUT to 'fathom serve --calibration'.
+    """
+    settings = load_settings(
+        {
+            "config": config,
+            "model": None if model == "demo" and not Path(model).is_dir() else model,
+            "revision": revision,
+            "dtype": dtype,
+            "state_dir": state_dir,
+            "trust_remote_code": trust_remote_code,
+        }
+    )
+    run_offline(settings, lambda: _write(settings, out, tokens, length, seed))
+
+
+def _write(settings: Settings, out: Path, tokens: int, length: int, seed: int) -> None:
+    from server.model.inputs import StartError
+
+    if out.is_dir() or not out.parent.is_dir():
+        raise StartError(f"OUT: got {str(out)!r}, allowed: a file in a directory that there is")
+    with ProgressReport(Console(stderr=True)) as progress:
+        texts = asyncio.run(_written(settings, tokens, length, seed, progress))
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    unfinished.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+    unfinished.replace(out)
+    print(f"{len(texts)} documents written to {out}")
+
+
+async def _written(
+    settings: Settings, tokens: int, length: int, seed: int, progress: ProgressReport
+) -> list[str]:
+    # Imported here to keep the other commands quick.
+    from pruning.checkpoint import CheckpointError
+    from pruning.transformers_model import load_tokenizer
+    from server.calibration.own_text import OwnText
+    from server.engine.elastic.engine import ElasticEngine
+    from server.model.engine_config import elastic_config
+    from server.model.inputs import refused_as
+    from server.model.source import find_model
+
+    with refused_as("model", CheckpointError):
+        source = find_model(settings.model, settings.revision)
+        tokenizer = load_tokenizer(source.directory, trust=settings.trust_remote_code)
+    engine = ElasticEngine(elastic_config(settings, source.directory, source.name))
+    with (
+        progress.working("Starting the engine"),
+        refused_as("engine", Exception),  # vLLM documents no base class of what it raises
+    ):
+        await engine.start()
+    try:
+        with refused_as("model"):
+            length = min(length, engine.model.max_context)
+
+            def report(done: int, total: int) -> None:
+                progress.advance("Writing", done, total)
+
+            return await OwnText(engine, tokenizer).documents(tokens, length, seed, report)
+    finally:
+        await engine.shutdown()
