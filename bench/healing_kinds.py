@@ -3,7 +3,7 @@
 Each kind stands in for the same layers, those with the lowest Block Influence, and is trained with
 the same loss on the same tokens for the same number of steps; the MLPs have as many parameters as
 the maps, unless --intermediate-size says otherwise. Perplexity and divergence from the dense model
-are on held-out text, in float32 with transformers. Nothing serves the MLPs.
+are on held-out text, in float32 with transformers. `fathom heal --kind` trains either for a server.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from pruning.checkpoint import CheckpointError, read_config
 from pruning.depths import removal_order, skipped_layers
 from pruning.importance import measure_block_influence
 from pruning.quality import measure_quality
-from pruning.repair import RepairError, fit_repair, heal
-from pruning.repair.folding import runs_of
-from pruning.repair.gated_mlp import LEARNING_RATE, equal_size, heal_gated
+from pruning.repair import RepairError, fit_repair, heal, heal_gated
+from pruning.repair.gated_healing import LEARNING_RATE
 from pruning.text import TextError
 from pruning.transformers_model import batches, load_model, load_tokenizer
 from server.calibration.offline_plan import measuring_windows
@@ -132,7 +131,6 @@ def _measure(
     for depth in depths:
         skipped = sorted(skipped_layers(order, depth))
         of_maps = len(skipped) * hidden**2
-        size = options.intermediate_size or equal_size(len(skipped), len(runs_of(skipped)), hidden)
         add("skip", depth, 0, None)
         add("closed-form maps", depth, of_maps, closed.layers)
         for kind, began_with in (("healed maps", closed), ("maps trained from zero", None)):
@@ -150,19 +148,20 @@ def _measure(
             )
             add(kind, depth, of_maps, healed.layers, losses)
         losses = []
-        kind = f"gated MLPs of {size}"
         mlps = heal_gated(
             model,
             windows,
             skipped,
-            intermediate_size=size,
+            intermediate_size=options.intermediate_size or None,
             model_fingerprint="bench",
+            text_fingerprint="bench",
             steps=options.steps,
             seed=options.seed,
             learning_rate=options.mlp_learning_rate,
-            on_step=_following(session, f"{kind}, depth {depth}", losses),
+            on_step=_following(session, f"gated MLPs, depth {depth}", losses),
         )
-        add(kind, depth, mlps.num_parameters, mlps.stand_ins, losses)
+        kind = f"gated MLPs of {mlps.intermediate_size}"
+        add(kind, depth, mlps.num_parameters, mlps.layers, losses)
 
 
 def _following(session: Session, name: str, losses: list[tuple[int, float]]) -> Any:

@@ -241,6 +241,8 @@ class Startup:
             dtype=dtype,
             steps=settings.heal_steps,
             seed=settings.heal_seed,
+            kind=settings.heal_kind,
+            intermediate_size=settings.heal_intermediate_size,
         )
 
         def job_of(skipped: tuple[int, ...], out: Path, checkpoint: Path) -> HealingJob:
@@ -258,6 +260,8 @@ class Startup:
                 seed=settings.heal_seed,
                 out=str(out),
                 checkpoint=str(checkpoint),
+                kind=settings.heal_kind,
+                intermediate_size=settings.heal_intermediate_size,
             )
 
         return LevelHealer(self._service, levels, self._healed_store(), training, job_of)

@@ -11,8 +11,8 @@ its key, or is compared when the entry is read:
 | ``quality-*`` | perplexity and the like, by the layers that are left out | as a plan, with the held-out text |
 | ``probes-*`` | how depths write and choose, by the layers that are left out | as quality |
 | ``repair-*`` | maps that stand in for skipped layers | as a plan; it is compared with its digest |
-| ``healed-*`` | maps trained for one set of skipped layers | model, skipped layers; the latest training replaces an earlier one |
-| ``healing-*`` | state of an unfinished training of such maps, or what it came to | model, skipped layers, token ids to train and to judge on, the closed-form maps it began with, data type, steps, seed |
+| ``healed-*`` | maps or gated MLPs trained for one set of skipped layers | model, skipped layers, which of the two; the latest training replaces an earlier one |
+| ``healing-*`` | state of an unfinished training of these, or what it came to | model, skipped layers, what is trained, intermediate size of MLPs, token ids to train and to judge on, the closed-form maps that it began with or is compared with, data type, steps, seed |
 | ``speed-*`` | tokens per second, by the layers that are left out | as quality, and hardware, versions of packages, requests at a time |
 | ``quantized-*`` | quantized checkpoint, and a record of its files | model, how it is quantized, token ids that it is calibrated on, version of GPTQModel, companion files, whether code is copied; each file is compared with its record |
 | ``checkpoint-*`` | checkpoint of one depth | model, removed layers, companion files, whether code is copied; it is compared with its fingerprint |
@@ -41,6 +41,7 @@ _HASH, _PLAN, _SEARCH, _QUALITY, _PROBES, _REPAIR, _SPEED, _QUANTIZED, _CHECKPOI
     {"method": method} for method in (1, 2, 1, 2, 2, 1, 1, 3, 1)
 )
 _HEALED = {"method": 1}
+_MAPS = "maps"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,14 +144,19 @@ def repair_key(measuring: Measuring, *, text: str, num_tokens: int) -> Key:
     return {**_REPAIR, **asdict(measuring), "text": text, "num_tokens": num_tokens}
 
 
-def healed_key(model: str, skipped: Sequence[int]) -> Key:
-    """Return the key of maps that were trained for the layers ``skipped``."""
-    return {**_HEALED, "model": model, "skipped": list(skipped)}
+def healed_key(model: str, skipped: Sequence[int], kind: str = _MAPS) -> Key:
+    """Return the key of what was trained for the layers ``skipped``, maps or gated MLPs."""
+    key: Key = {**_HEALED, "model": model, "skipped": list(skipped)}
+    # Maps have the key that they had before there were MLPs.
+    return key if kind == _MAPS else {**key, "kind": kind}
 
 
 def healing_key(model: str, skipped: Sequence[int], training: Any) -> Key:
     """Return the key of one training; ``training`` is a dataclass of all that it depends on."""
-    return {**healed_key(model, skipped), **asdict(training)}
+    fields = asdict(training)
+    kind, intermediate_size = fields.pop("kind"), fields.pop("intermediate_size")
+    key = {**healed_key(model, skipped, kind), **fields}
+    return key if kind == _MAPS else {**key, "intermediate_size": intermediate_size}
 
 
 def transformers_repair_key(

@@ -94,7 +94,7 @@ def heal(
     skipped layers, for ``closed_form`` that lacks one of them, and for a training that gives
     what is not a finite number.
     """
-    decoder, fit, _ = _checked(model, windows, skipped, steps, layers)
+    decoder, fit, _ = checked(model, windows, skipped, steps, layers)
     first = _first_maps(model, sorted(skipped), closed_form)
     state = distill(
         model,
@@ -155,7 +155,7 @@ def distill(
     They begin with ``first``, float32 tensors by layer; ``stand_ins_of`` makes of such weights what
     the layers do instead. Returns the state at the end. Raises as :func:`heal` does.
     """
-    decoder, fit, held_out = _checked(model, windows, skipped, steps, layers)
+    decoder, fit, held_out = checked(model, windows, skipped, steps, layers)
     kept = None
     if checkpoint is not None:
         identity = {
@@ -186,7 +186,7 @@ def distill(
     return state
 
 
-def _checked(
+def checked(
     model: nn.Module,
     windows: Sequence[torch.Tensor],
     skipped: Collection[int],
@@ -302,7 +302,8 @@ class _Training:
         for layer, parameter in parameters.items():
             if parameter.grad is None or not bool(parameter.grad.isfinite().all()):
                 raise RepairError(
-                    f"healing: the gradient of layer {layer}'s map at step {step + 1} is not finite"
+                    f"healing: the gradient of what stands in for layer {layer} at step {step + 1} "
+                    "is not finite"
                 )
         optimizer.step()
         return loss
@@ -391,7 +392,7 @@ def _first_maps(
 
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     device = embeddings.weight.device
-    hidden_size = _hidden_size(model)
+    hidden_size = hidden_size_of(model)
     if closed_form is None:
         return {layer: torch.zeros(hidden_size, hidden_size, device=device) for layer in skipped}
     if missing := [layer for layer in skipped if layer not in closed_form.layers]:
@@ -407,7 +408,8 @@ def _first_maps(
     }
 
 
-def _hidden_size(model: nn.Module) -> int:
+def hidden_size_of(model: nn.Module) -> int:
+    """Return the width of the residual stream."""
     config: Any = model.config
     return int(config.get_text_config().hidden_size)
 

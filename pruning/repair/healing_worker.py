@@ -1,4 +1,4 @@
-"""A process of the lowest priority that trains maps beside whatever else runs.
+"""A process of the lowest priority that trains stand-ins of layers beside whatever else runs.
 
     python -m pruning.repair.healing_worker
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from pruning.repair.errors import RepairError
 
 if TYPE_CHECKING:
     import torch
+
+# What is trained in place of skipped layers: a map for each, or a gated MLP for each run of them.
+HealingKind = Literal["maps", "gated-mlp"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +34,12 @@ class LayerMap:
 
 @dataclass(frozen=True, slots=True)
 class Healing:
-    """How maps were trained for the layers ``skipped``, all of which they stand in for at once.
+    """How stand-ins were trained for the layers ``skipped``, for all of them at once.
 
     ``started_from`` is the fingerprint of the closed-form maps that the training began with;
-    None: with zero. It was to take ``steps`` steps, and has taken ``num_steps_taken``.
+    None: with a plain skip. It was to take ``steps`` steps, and has taken ``num_steps_taken``.
     ``first_loss`` and ``loss`` are the divergence from the dense model on text that was held out
-    of the training, in nats a token, before it and of the maps that were kept.
+    of the training, in nats a token, before it and of what was kept.
     """
 
     skipped: tuple[int, ...]
@@ -48,10 +51,10 @@ class Healing:
     loss: float
 
     def serves(self, prefill_skips: tuple[int, ...], decode_skips: tuple[int, ...]) -> bool:
-        """Return whether the maps may stand in where these layers are skipped.
+        """Return whether what was trained may stand in where these layers are skipped.
 
-        That is where prompt and generated tokens skip the layers that the maps were trained
-        for, or one of the two does and the other none.
+        That is where prompt and generated tokens skip the layers that it was trained for, or one
+        of the two does and the other none.
         """
         return {prefill_skips, decode_skips} - {()} == {self.skipped}
 
@@ -111,13 +114,33 @@ class RepairMaps:
 
     def check_model(self, fingerprint: str, num_layers: int, hidden_size: int) -> None:
         """Raise :class:`RepairError` unless the maps were fitted for this model."""
-        for name, found, allowed in (
-            ("num_layers", self.num_layers, num_layers),
-            ("hidden_size", self.hidden_size, hidden_size),
-            ("model_fingerprint", self.model_fingerprint, fingerprint),
-        ):
-            if found != allowed:
-                raise RepairError(
-                    f"{name}: the maps are of a model with {found}, allowed: {allowed}, that of "
-                    "this model"
-                )
+        check_made_for(self, "maps", fingerprint, num_layers, hidden_size)
+
+
+class MadeForModel(Protocol):
+    """What stands in for layers of one model."""
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def model_fingerprint(self) -> str: ...
+
+
+def check_made_for(
+    stand_ins: MadeForModel, what: str, fingerprint: str, num_layers: int, hidden_size: int
+) -> None:
+    """Raise :class:`RepairError`, which calls ``stand_ins`` so, unless they are of this model."""
+    for name, found, allowed in (
+        ("num_layers", stand_ins.num_layers, num_layers),
+        ("hidden_size", stand_ins.hidden_size, hidden_size),
+        ("model_fingerprint", stand_ins.model_fingerprint, fingerprint),
+    ):
+        if found != allowed:
+            raise RepairError(
+                f"{name}: the {what} are of a model with {found}, allowed: {allowed}, that of "
+                "this model"
+            )

@@ -36,7 +36,7 @@ def read_tensors(key: str, path: Path) -> tuple[str, dict[str, torch.Tensor]]:
     description, digest = read_description(key, path)
     tensors = load(path.read_bytes())
     if digest != _digest(description, tensors):
-        raise RepairError(f"{path}: sha256: the maps are not what was written")
+        raise RepairError(f"{path}: sha256: its tensors are not what was written")
     return description, tensors
 
 
@@ -55,7 +55,7 @@ def read_description(key: str, path: Path) -> tuple[str, str]:
         metadata = json.loads(header)["__metadata__"]
         return str(metadata[key]), str(metadata[_DIGEST_KEY])
     except (ValueError, LookupError, TypeError):
-        raise RepairError(f"{path}: not a file of repair maps") from None
+        raise RepairError(f"{path}: not a file of repair maps or gated MLPs") from None
 
 
 def _digest(description: str, tensors: Mapping[str, torch.Tensor]) -> str:

@@ -1,4 +1,4 @@
-"""The state of a training of maps, kept so that one that was interrupted goes on where it was."""
+"""The state of a training, kept so that one that was interrupted goes on where it was."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _KEY = "fathom_healing"
 _VERSION = 1
-# The tensors of each layer: the map, Adam's two moments of it, and the best map so far.
+# The tensors of each layer: what is trained, Adam's two moments of it, and the best so far.
 _PARTS = ("weight", "first_moment", "second_moment", "best")
 
 logger = logging.getLogger(__name__)
@@ -28,10 +28,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class TrainingState:
-    """Maps of some layers after ``step`` steps, each float32 [hidden, hidden].
+    """Weights by layer after ``step`` steps.
 
-    ``best`` are the maps with the least divergence on held-out text, ``best_loss``, in nats a
-    token; ``first_loss`` is that of the maps before the first step. ``num_stale`` is how many
+    Those of maps are float32 [hidden, hidden], those of MLPs [3, intermediate, hidden].
+    ``best`` are those with the least divergence on held-out text, ``best_loss``, in nats a
+    token; ``first_loss`` is that of the weights before the first step. ``num_stale`` is how many
     evaluations in a row have found none better.
     """
 

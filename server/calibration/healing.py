@@ -1,4 +1,4 @@
-"""Healed maps in place of others, where they bring levels closer to the dense model."""
+"""What was trained in place of closed-form maps, where it brings levels closer to dense."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 from pruning.probes import Probes
 from pruning.quality import Quality
-from pruning.repair import RepairError
+from pruning.repair import HealingKind, RepairError
 from server.calibration.calibrator import Calibrator, OnProgress
-from server.calibration.healed_store import HealedStore
+from server.calibration.healed_store import HEALED_NAMES, HEALING_KINDS, HealedStore
 from server.calibration.measurements import Measurements
 from server.calibration.policy_store import PolicyStore
 from server.depth.levels import DepthPair
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 def what_is_not_better(before: Quality, after: Quality) -> str:
     """Return what of the quality on held-out text is not better than before; empty: nothing.
 
-    This decides whether healed maps are used, offline and in the server, and there
+    This decides whether healed maps and gated MLPs are used, offline and in the server, and there
     :func:`what_is_worse` does, too.
     """
     problems = []
@@ -88,7 +88,7 @@ def _exceeds(
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """The policy with healed maps, and what is not better with them; empty: nothing is."""
+    """The policy with what was trained, and what is not better with it; empty: nothing is."""
 
     policy: DepthPolicy
     fingerprint: str
@@ -96,7 +96,7 @@ class Judgement:
 
 
 class HealedLevels:
-    """Judges healed maps at the levels that they serve, in the engine that serves them."""
+    """Judges healed maps and gated MLPs at the levels that they serve, in the engine in use."""
 
     def __init__(
         self,
@@ -111,33 +111,45 @@ class HealedLevels:
         self._kept = kept
 
     async def with_kept(self, policy: DepthPolicy, on_progress: OnProgress) -> DepthPolicy:
-        """Return the policy with the maps that are kept for its levels, where they are better."""
+        """Return the policy with what is kept for its levels, where that is better.
+
+        Where maps and MLPs are kept for the same layers, the MLPs must be better than the maps.
+        """
         for skipped in policy.healable_levels():
-            path = self._kept.find(skipped)
-            if path is None:
-                continue
-            try:
-                found = await self.judge(policy, skipped, path, on_progress)
-            except (RepairError, OSError) as error:
-                logger.warning("healed maps are not used: %s", error)
-                continue
-            if found.problem:
-                logger.warning(
-                    "healed maps of %s are not used: %s", self.name(policy, skipped), found.problem
-                )
-            else:
-                logger.info("healed maps of %s: %s", self.name(policy, skipped), path)
-                policy = found.policy
+            for kind in HEALING_KINDS:
+                path = self._kept.find(skipped, kind)
+                if path is not None:
+                    policy = await self._with(policy, skipped, path, kind, on_progress)
         return policy
+
+    async def _with(
+        self,
+        policy: DepthPolicy,
+        skipped: tuple[int, ...],
+        path: Path,
+        kind: HealingKind,
+        on_progress: OnProgress,
+    ) -> DepthPolicy:
+        try:
+            found = await self.judge(policy, skipped, path, on_progress)
+        except (RepairError, OSError) as error:
+            logger.warning("%s are not used: %s", HEALED_NAMES[kind], error)
+            return policy
+        name = f"{HEALED_NAMES[kind]} of {self.name(policy, skipped)}"
+        if found.problem:
+            logger.warning("%s are not used: %s", name, found.problem)
+            return policy
+        logger.info("%s: %s", name, path)
+        return found.policy
 
     async def judge(
         self, policy: DepthPolicy, skipped: tuple[int, ...], path: Path, on_progress: OnProgress
     ) -> Judgement:
-        """Load the maps in ``path`` into the engine, and compare them with those of ``policy``.
+        """Load what is in ``path`` into the engine, and compare it with what ``policy`` has.
 
-        They are better only if they are at every level that they serve, and are probed only if
-        they are. Raises :class:`RepairError` and :class:`OSError` for maps that cannot be loaded,
-        and :class:`EngineDead`.
+        It is better only if it is at every level that it serves, and is probed only if it is.
+        Raises :class:`RepairError` and :class:`OSError` for a file that cannot be loaded, and
+        :class:`EngineDead`.
         """
         fingerprint = await self._engine.install_repair(path)
         healed = policy.with_healed(skipped, fingerprint)
@@ -163,7 +175,7 @@ class HealedLevels:
         return Judgement(judged, fingerprint, "; ".join(problems))
 
     async def install(self, path: Path) -> str:
-        """Let the engine load the maps from this file from now on; return their fingerprint."""
+        """Let the engine load this file from now on; return its fingerprint."""
         return await self._engine.install_repair(path)
 
     def name(self, policy: DepthPolicy, skipped: tuple[int, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Runs a training of maps in a process of its own, whose memory ends with it."""
+"""Runs a training of stand-ins in a process of its own, whose memory ends with it."""
 
 from __future__ import annotations
 

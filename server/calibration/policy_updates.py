@@ -131,11 +131,11 @@ class PolicyUpdates:
     async def take_healed(
         self, levels: HealedLevels, skipped: tuple[int, ...], trained: Path, store: HealedStore
     ) -> str | None:
-        """Put the healed maps in the file ``trained`` in force, where they are better.
+        """Put the healed maps or MLPs in the file ``trained`` in force, where they are better.
 
         They are kept in ``store`` then. Returns what is not better; None: no level skips the
         layers ``skipped``. Waits for another measurement. Raises :class:`RepairError` and
-        :class:`OSError` for maps that cannot be loaded or kept, and :class:`EngineDead`.
+        :class:`OSError` for a file that cannot be loaded or kept, and :class:`EngineDead`.
         """
         async with self._updating:
             policy = self._in_force.policy

@@ -81,7 +81,7 @@ class RepairRenewal:
     def engine_restarted(self) -> None:
         """See whether the engine still has its maps; to be called before it gets requests.
 
-        Healed maps that it has lost are out of force until the next start.
+        Healed maps and MLPs that it has lost are out of force until the next start.
         """
         self._drop_healed()
         policy = self._in_force.policy
@@ -106,7 +106,7 @@ class RepairRenewal:
         assert isinstance(engine, RepairsLayers), "it has healed layers before"
         lost = [maps for maps in policy.healed.values() if not engine.has_repair(maps)]
         for maps in lost:
-            logger.error("healed maps could not be loaded again: levels are served without them")
+            logger.error("healed maps or MLPs could not be loaded again: levels are served without")
             policy = policy.without_maps(maps)
         if lost:
             self._in_force.install(policy)

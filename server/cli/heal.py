@@ -23,6 +23,17 @@ def heal(
         list[int] | None,
         typer.Option(help="Layers that run; may be repeated. None: the depths of the levels."),
     ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(help="What is trained: maps (default) or gated-mlp.", metavar="KIND"),
+    ] = None,
+    intermediate_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Hidden size of gated MLPs. None: with as many parameters as maps.",
+            metavar="NUMBER",
+        ),
+    ] = None,
     steps: Annotated[
         str | None, typer.Option(help="Steps, each on up to 512 tokens.", metavar="NUMBER")
     ] = None,
@@ -59,18 +70,19 @@ def heal(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="As for 'fathom serve'.")] = None,
     state_dir: Annotated[
-        str | None, typer.Option(help="Directory that keeps the maps.", metavar="PATH")
+        str | None, typer.Option(help="Directory that keeps the result.", metavar="PATH")
     ] = None,
     trust_remote_code: Annotated[
         bool | None,
         typer.Option("--trust-remote-code", help="Let code that comes with the model run."),
     ] = None,
 ) -> None:
-    """Train maps that stand in for the layers which a depth skips.
+    """Train what stands in for the layers which a depth skips: maps, or gated MLPs.
 
-    The dense model is what they learn from. They begin with the maps in closed form that a server
-    has kept in --state-dir; if there are none, these are fitted first. The result is kept there
-    where it is better on text that it was not trained on, and 'fathom serve --repair healed'
+    The dense model is what they learn from. Maps begin with those in closed form that a server has
+    kept in --state-dir; if there are none, these are fitted first. Gated MLPs, one in place of each
+    run of skipped layers, begin as a plain skip. The result is kept there where it is better than
+    the maps in closed form on text that it was not trained on, and 'fathom serve --repair healed'
     serves it. A training that was interrupted goes on where it was.
 
     The settings of 'fathom serve' apply, from variables and --config, too.
@@ -90,6 +102,8 @@ def heal(
             "dtype": dtype,
             "state_dir": state_dir,
             "trust_remote_code": trust_remote_code,
+            "heal_kind": kind,
+            "heal_intermediate_size": intermediate_size,
             "heal_steps": steps,
             "heal_seed": seed,
         }
@@ -98,6 +112,7 @@ def heal(
 
 
 def _heal(settings: Settings, depths: Sequence[int]) -> None:
+    from server.calibration.healed_store import HEALED_NAMES
     from server.model.offline_healing import OfflineHealing
 
     with ProgressReport(Console(stderr=True)) as progress:
@@ -110,7 +125,7 @@ def _heal(settings: Settings, depths: Sequence[int]) -> None:
                 print(f"Trained before: {done.problem or f'kept in {healing.path_of(skipped)}'}")
                 continue
             report, problem = healing.heal(skipped, _shown(progress, f"Healing {name}"))
-            Console().print(_table(report))
+            Console().print(_table(report, HEALED_NAMES[settings.heal_kind]))
             if problem:
                 print(f"Not kept, because it is not better on held-out text: {problem}")
             else:
@@ -124,14 +139,14 @@ def _shown(progress: ProgressReport, what: str) -> Any:
     return on_step
 
 
-def _table(report: HealingReport) -> Table:
-    """Return a table of the quality on held-out text."""
+def _table(report: HealingReport, healed: str) -> Table:
+    """Return a table of the quality on held-out text; ``healed`` is what was trained."""
     table = Table("On held-out text", "Perplexity", "KL", "Agreement")
     for name, quality in (
         ("dense", report.dense),
         ("skipped", report.plain),
         ("closed form", report.closed_form),
-        ("healed", report.healed),
+        (healed, report.healed),
     ):
         if quality is not None:
             kl, agreement = quality.kl_nats or 0.0, quality.agreement or 0.0

@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic_settings import NoDecode
 
 from pruning.repair.healing import DEFAULT_STEPS
+from pruning.repair.maps import HealingKind
 from server.config.errors import conflict, not_allowed
 from server.config.values import names_from, pairs_from
 from server.depth.levels import LevelSpec, Limit
@@ -156,19 +157,32 @@ class DepthSettings(BaseModel):
         "on the calibration text at the first start and kept in `state_dir`, where that brings "
         "the levels closer to the dense model; auto: the same with the elastic engine, but fitted "
         "while the server serves, in gaps of load; healed: at levels that `fathom heal` or `heal` "
-        "have trained maps for, those instead, where they are better still.",
+        "have trained maps or gated MLPs for, those instead, where they are better still.",
     )
     heal: bool = Field(
         False,
-        description="Whether a process beside the server trains maps for the levels after the "
-        "start, at low priority; they are put in force where they are better on `quality_text`.",
+        description="Whether a process beside the server trains maps or gated MLPs for the levels "
+        "after the start, at low priority; they are put in force where they are better on "
+        "`quality_text`.",
+    )
+    heal_kind: HealingKind = Field(
+        "maps",
+        description="What is trained, also by `fathom heal`: a linear map in place of each skipped "
+        "layer, or a gated MLP in place of each run of them, as in ShortGPT.",
+    )
+    heal_intermediate_size: Annotated[int, Ge(1)] | None = Field(
+        None,
+        description="Hidden size of such MLPs, 2048 in ShortGPT; none: that with which they have "
+        "as many parameters as the maps. For `gated-mlp` alone.",
     )
     heal_steps: Annotated[int, Ge(1)] = Field(
         DEFAULT_STEPS,
         description="Steps of such a training, and of `fathom heal`, each on up to 512 tokens.",
     )
     heal_seed: Annotated[int, Ge(0)] = Field(
-        0, description="Seed of the order in which such a training takes its text."
+        0,
+        description="Seed of the order in which such a training takes its text, and of the weights "
+        "that gated MLPs begin with.",
     )
     quality_text: str | None = Field(
         None,

@@ -87,6 +87,10 @@ class Settings(
         if self.heal and self.quantize is not None:
             allowed = "false with 'quantize': quantized weights pass no gradients on"
             raise conflict("heal", repr(self.heal), allowed)
+        size = self.heal_intermediate_size
+        if size is not None and self.heal_kind != "gated-mlp":
+            allowed = "none unless 'heal_kind' is gated-mlp: maps have no intermediate size"
+            raise conflict("heal_intermediate_size", repr(size), allowed)
         return self
 
     @classmethod

@@ -37,7 +37,7 @@ class FinishReason(enum.Enum):
 class LayerSelection:
     """The layers that a request leaves out, in ascending order, and what does their work.
 
-    ``repair`` is the fingerprint of the maps that stand in for skipped layers
+    ``repair`` is the fingerprint of the maps or gated MLPs that stand in for skipped layers
     (:mod:`pruning.repair`); None: a skipped layer leaves the residual stream as it is.
     """
 
@@ -198,7 +198,7 @@ class LoadInfo:
 
 @runtime_checkable
 class RepairsLayers(Protocol):
-    """An engine that can let repair maps stand in for the layers that a request skips."""
+    """An engine that can let maps or gated MLPs stand in for the layers that a request skips."""
 
     async def fit_repair(
         self,
@@ -216,19 +216,19 @@ class RepairsLayers(Protocol):
         """
 
     def has_repair(self, fingerprint: str) -> bool:
-        """Return whether requests may ask for these maps.
+        """Return whether requests may ask for these maps or MLPs.
 
-        An engine whose process has ended keeps its maps, unless they cannot be loaded by the next
+        An engine whose process has ended keeps them, unless they cannot be loaded by the next
         one. Callable from any thread.
         """
         ...
 
     async def install_repair(self, path: Path) -> str:
-        """Load the maps in ``path``, beside those that were installed before.
+        """Load the maps or gated MLPs in ``path``, beside those that were installed before.
 
         Returns the fingerprint by which requests ask for them.
 
-        Raises :class:`pruning.repair.RepairError` for maps that are damaged or do not fit the
+        Raises :class:`pruning.repair.RepairError` for those that are damaged or do not fit the
         model, and :class:`OSError` for a file that cannot be read.
         """
         ...

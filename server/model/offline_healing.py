@@ -62,7 +62,9 @@ logger = logging.getLogger(__name__)
 
 
 class OfflineHealing:
-    """Trains maps for depths of the model that the settings name, and keeps those that are better.
+    """Trains maps or gated MLPs for depths of a model, and keeps those that are better.
+
+    The settings say of which model, and what is trained.
 
     Everything raises :class:`StartError`, which names the setting, for what cannot be healed.
     """
@@ -123,8 +125,8 @@ class OfflineHealing:
         return skipped
 
     def path_of(self, skipped: Sequence[int]) -> Path:
-        """Return where the maps are kept."""
-        return self._store.path_of(skipped)
+        """Return where the result is kept."""
+        return self._store.path_of(skipped, self._settings.heal_kind)
 
     def done_before(self, skipped: Sequence[int]) -> Outcome | None:
         """Return what the same training came to before; None: it is to be done."""
@@ -133,7 +135,7 @@ class OfflineHealing:
     def heal(
         self, skipped: Sequence[int], on_step: Callable[[HealingStep], None]
     ) -> tuple[HealingReport, str]:
-        """Train, and keep the maps if they are better; return what is not better."""
+        """Train, and keep the result if it is better; return what is not better."""
         settings, loaded = self._settings, self._model()
         candidate = self._store.candidate_of(skipped, loaded.training)
         job = HealingJob(
@@ -150,6 +152,8 @@ class OfflineHealing:
             seed=settings.heal_seed,
             out=str(candidate),
             checkpoint=str(self._store.checkpoint_of(skipped, loaded.training)),
+            kind=settings.heal_kind,
+            intermediate_size=settings.heal_intermediate_size,
         )
         with refused_as("heal", RepairError, QualityError):
             report = run_job(job, loaded.model, on_step)
@@ -227,13 +231,15 @@ class OfflineHealing:
             dtype=dtype,
             steps=settings.heal_steps,
             seed=settings.heal_seed,
+            kind=settings.heal_kind,
+            intermediate_size=settings.heal_intermediate_size,
         )
         return _Loaded(model, trained_on, held_out, closed_form, training)
 
     def _closed_form(
         self, model: Any, windows: Sequence[Sequence[int]], dtype: str, max_context: int
     ) -> Path:
-        """Return the file of the maps to begin with: kept by a server, or fitted now."""
+        """Return the file of the closed-form maps: kept by a server, or fitted now."""
         settings = self._settings
         text = text_fingerprint(self._texts)
         kept: list[tuple[float, Path]] = []
@@ -270,14 +276,14 @@ class OfflineHealing:
                 model_fingerprint=self._fingerprint,
                 text_fingerprint=text,
                 group_size=layers_at_a_time(model.config.get_text_config().hidden_size),
-                on_fitted=lambda *c: self._progress.advance("Fitting the maps to begin with", *c),
+                on_fitted=lambda *c: self._progress.advance("Fitting the closed-form maps", *c),
             )
         save_maps(maps, path)
         return path
 
 
 class _Loaded:
-    """The model, the windows of token ids to train and to judge on, and the maps to begin with."""
+    """The model, the windows of token ids to train and to judge on, and the closed-form maps."""
 
     def __init__(
         self,

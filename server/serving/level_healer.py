@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pruning.repair import HealingStep, RepairError
 from pruning.repair.healing_job import HealingJob
-from server.calibration.healed_store import HealedStore, Outcome, Training
+from server.calibration.healed_store import HEALED_NAMES, HealedStore, Outcome, Training
 from server.calibration.healing import HealedLevels
 from server.calibration.healing_process import heal_beside
 from server.engine.base import EngineDead
@@ -16,18 +16,18 @@ from server.errors import Unavailable
 from server.serving.service import Service
 from server.serving.service_state import State
 
-# Times that an engine may die while healed maps are measured in it.
+# Times that an engine may die while the result of a training is measured in it.
 _MAX_TRIES = 3
 
 logger = logging.getLogger(__name__)
 
-# Returns the training of maps for these skipped layers, with the file that it writes them to and
-# the one that keeps its state.
+# Returns the training for these skipped layers, with the file that it writes its result to and the
+# one that keeps its state.
 JobOf = Callable[[tuple[int, ...], Path, Path], HealingJob]
 
 
 class LevelHealer:
-    """Trains maps for the levels in use, one set of skipped layers after the other.
+    """Trains maps or gated MLPs for the levels in use, one set of skipped layers after the other.
 
     What is better on held-out text is put in force and kept.
     """
@@ -63,23 +63,23 @@ class LevelHealer:
                 logger.warning("healing for %s has failed: %s", name, error)
 
     async def _heal(self, skipped: tuple[int, ...], name: str) -> None:
+        what = HEALED_NAMES[self._training.kind]
         outcome = self._store.outcome(skipped, self._training)
         if outcome is not None:
-            logger.info(
-                "healing for %s was done before: %s", name, outcome.problem or "its maps are kept"
-            )
+            came_to = outcome.problem or f"the {what} are kept"
+            logger.info("healing for %s was done before: %s", name, came_to)
             return
         trained = self._store.candidate(skipped, self._training)
         if trained is None:
             trained = await self._trained(skipped, name)
         problem = await self._installed(skipped, trained)
         if problem is None:
-            logger.info("healed maps of %s are not used: no level skips these layers now", name)
+            logger.info("%s of %s are not used: no level skips these layers now", what, name)
             return
         if problem:
-            logger.warning("healed maps of %s are not used: %s", name, problem)
+            logger.warning("%s of %s are not used: %s", what, name, problem)
         else:
-            logger.info("healed maps of %s are in force", name)
+            logger.info("%s of %s are in force", what, name)
         self._store.save_outcome(skipped, self._training, Outcome(problem))
         trained.unlink(missing_ok=True)
 
@@ -100,7 +100,7 @@ class LevelHealer:
         return out
 
     async def _installed(self, skipped: tuple[int, ...], trained: Path) -> str | None:
-        """Return what is not better with these maps, empty where they are in force now.
+        """Return what is not better with what was trained, empty where it is in force now.
 
         None: no level skips the layers any more.
         """

@@ -1,4 +1,4 @@
-"""A server that heals its level while it serves, and has the maps at its next start."""
+"""A server that heals its level while it serves, and has what was trained at its next start."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from pruning.plan import Plan
-from pruning.repair import load_maps
+from pruning.repair import GatedMlps, load_maps, load_stand_ins
 from server.engine.base import LayerSelection
 from server.rpc.generated.fathom.v1 import inference_pb2
 from tests.conftest import data_path
 from tests.e2e.calls import greedy_request
-from tests.e2e.running_server import RunningServer, running_server, until
+from tests.e2e.running_server import RunningServer, flags, running_server, until
+from tests.fathom_command import fathom_in_process
 from tests.server.engine.elastic import reference
 
 PROMPT = "Once upon a time, there was a little"
@@ -51,15 +52,19 @@ def server(directory: Path, stories_model: Path) -> Iterator[RunningServer]:
         yield server
 
 
-def tokens(server: RunningServer) -> list[int]:
+def tokens(server: RunningServer, depth: int = 3) -> list[int]:
     with server.client() as client:
-        return list(client.generate(greedy_request(PROMPT, NUM_TOKENS, depth=3)).token_ids)
+        return list(client.generate(greedy_request(PROMPT, NUM_TOKENS, depth=depth)).token_ids)
 
 
-def expected(server: RunningServer, stories_model: Path, maps: Path) -> list[int]:
-    """Return what transformers generates with these maps."""
+def plan_file(server: RunningServer) -> Path:
     (plan,) = server.state_directory.glob("plan-*.json")
-    skipped = tuple(sorted(Plan.load(plan).skipped(3)))
+    return plan
+
+
+def expected(server: RunningServer, stories_model: Path, kept: Path, depth: int = 3) -> list[int]:
+    """Return what transformers generates with these maps or gated MLPs."""
+    skipped = tuple(sorted(Plan.load(plan_file(server)).skipped(depth)))
     with server.client() as client:
         prompt = list(client.tokenize(inference_pb2.TokenizeRequest(text=PROMPT)).ids)
     with torch.inference_mode():
@@ -68,7 +73,7 @@ def expected(server: RunningServer, stories_model: Path, maps: Path) -> list[int
             prompt,
             NUM_TOKENS,
             LayerSelection(skipped, skipped),
-            load_maps(maps).layers,
+            load_stand_ins(kept).layers,
         )
 
 
@@ -106,16 +111,52 @@ def test_an_engine_that_is_killed_serves_the_healed_level_again(server: RunningS
     assert tokens(server) == before
 
 
-def test_the_next_start_has_the_maps(
+def test_the_next_start_has_the_maps_and_mlps_that_were_trained_meanwhile(
     server: RunningServer, directory: Path, stories_model: Path, tmp_path: Path
 ) -> None:
     before = tokens(server)
     state = server.copy_state(tmp_path)
-    changed = {**settings(directory, stories_model), "state_dir": state}
+    changed = {
+        **settings(directory, stories_model),
+        "state_dir": state,
+        "levels": "dense=5,fast=3,near=4",
+        "plan": plan_file(server),
+    }
+    mlps = gated_mlps(changed)
     with running_server(tmp_path / "second", **changed) as again:
         assert f"healed maps of 3 of 5 layers: {state}" in again.log
+        assert f"gated MLPs of 4 of 5 layers: {mlps}" in again.log
+        assert tokens(again, depth=4) == expected(server, stories_model, mlps, depth=4)
         assert tokens(again) == before
         until(
-            lambda: "healing for 3 of 5 layers was done before: its maps are kept" in again.log,
+            lambda: "healing for 3 of 5 layers was done before: the healed maps are" in again.log,
             lambda: f"not done before:\n{again.log}",
         )
+
+
+def gated_mlps(changed: dict[str, object]) -> Path:
+    """Train MLPs for the level near by ``fathom heal``; return the file that keeps them.
+
+    They have further to go than maps, so they are given more stories.
+    """
+    stories = json.loads(data_path("text/tinystories_1000.json").read_text("utf-8"))
+    more = Path(str(changed["calibration"])).with_name("more.json")
+    more.write_text(json.dumps(stories[:250]))
+    options = {name: changed[name] for name in ("model", "quality_text", "plan", "state_dir")}
+    options |= {
+        "calibration": more,
+        "calibration_tokens": 60_000,
+        "dtype": "float32",
+        "depth": 4,
+        "kind": "gated-mlp",
+        "intermediate_size": 128,
+        "steps": 160,
+    }
+    result = fathom_in_process("heal", *flags(options))
+    assert result.returncode == 0, result.stderr
+    (path,) = (
+        path
+        for path in Path(str(changed["state_dir"])).glob("healed-*.safetensors")
+        if isinstance(load_stand_ins(path), GatedMlps)
+    )
+    return path

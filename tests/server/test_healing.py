@@ -1,4 +1,4 @@
-"""Healed maps at a start and while serving, with a toy engine."""
+"""Healed maps and gated MLPs at a start and while serving, with a toy engine."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ import torch
 from pruning.probes import Choosing, Probes, Writing
 from pruning.quality import Quality
 from pruning.repair import (
+    GatedMlps,
     Healing,
     HealingStep,
     LayerMap,
     RepairError,
     RepairMaps,
-    load_maps,
+    load_stand_ins,
     maps_fingerprint,
+    save_gated_mlps,
     save_maps,
+    summarize_maps,
 )
 from pruning.repair.healing_job import HealingJob
 from server.calibration.healed_store import HealedStore
@@ -32,6 +35,7 @@ from server.depth.levels import DepthPair, LevelSpec
 from server.depth.policy import DepthPolicy
 from server.engine.base import EngineDead, LayerSelection, ProgressCallback
 from server.startup import Startup
+from tests.gated_mlps import random_mlps
 from tests.server.calibration.repairing_engine import RepairingEngine
 from tests.server.rpc.toy_engine import NUM_LAYERS, ToyEngine
 from tests.server.test_startup import Start
@@ -40,11 +44,14 @@ FAST, GENERATIVE, OTHER = DepthPair(4, 4), DepthPair(4, 8), DepthPair(5, 5)
 
 
 class HealingEngine(RepairingEngine):
-    """A toy that keeps several maps; healed ones leave ``healed`` of what closed-form ones lose."""
+    """A toy that keeps several files of stand-ins.
 
-    def __init__(self, healed: float = 0.5) -> None:
+    Of what closed-form maps lose, healed ones leave ``healed``, gated MLPs ``gated``.
+    """
+
+    def __init__(self, healed: float = 0.5, gated: float = 0.5) -> None:
         super().__init__()
-        self.healed = healed
+        self.healed, self.gated = healed, gated
         self.paths: dict[str, Path] = {}
         self.num_deaths = 0
 
@@ -53,7 +60,7 @@ class HealingEngine(RepairingEngine):
 
     async def install_repair(self, path: Path) -> str:
         fingerprint = maps_fingerprint(path)
-        load_maps(path)
+        load_stand_ins(path)
         self.paths[fingerprint] = path
         return fingerprint
 
@@ -70,18 +77,27 @@ class HealingEngine(RepairingEngine):
         return [
             replace(
                 quality,
-                kl_nats=(quality.kl_nats or 0.0) * self.healed,
-                perplexity=quality.perplexity * (self.healed + 1) / 2,
+                kl_nats=(quality.kl_nats or 0.0) * left,
+                perplexity=quality.perplexity * (left + 1) / 2,
             )
-            if self._is_healed(layers)
-            else quality
-            for layers, quality in zip(selections, qualities, strict=True)
+            for left, quality in zip(map(self._left, selections), qualities, strict=True)
         ]
+
+    def _left(self, layers: LayerSelection) -> float:
+        if not self._is_healed(layers):
+            return 1.0
+        kind = summarize_maps(self.paths[str(layers.repair)]).healing_kind
+        return self.gated if kind == "gated-mlp" else self.healed
 
     def _is_healed(self, layers: LayerSelection) -> bool:
         return (
-            layers.repair is not None and load_maps(self.paths[layers.repair]).healing is not None
+            layers.repair is not None
+            and load_stand_ins(self.paths[layers.repair]).healing is not None
         )
+
+
+def gated_mlps(skipped: tuple[int, ...]) -> GatedMlps:
+    return random_mlps(skipped, num_layers=NUM_LAYERS, hidden_size=4, model="sha256:model")
 
 
 def healed_maps(skipped: tuple[int, ...]) -> RepairMaps:
@@ -283,7 +299,10 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[HealingJob]:
         jobs.append(job)
         assert callable(on_step)
         on_step(HealingStep(20, 60, 0.5, 0.4))
-        save_maps(healed_maps(tuple(job.skipped)), Path(job.out))
+        if job.kind == "gated-mlp":
+            save_gated_mlps(gated_mlps(tuple(job.skipped)), Path(job.out))
+        else:
+            save_maps(healed_maps(tuple(job.skipped)), Path(job.out))
 
     monkeypatch.setattr("server.serving.level_healer.heal_beside", heal)
     return jobs
@@ -325,6 +344,59 @@ async def test_levels_are_healed_after_the_start(
     await again.startup.healer.run()
     assert len(trained) == 1
     await again.service.close()
+
+
+async def test_levels_get_gated_mlps_where_these_are_better_than_their_maps(
+    tmp_path: Path, trained: list[HealingJob], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    skipped = await skipped_by_the_plan(tmp_path)
+    settings = {"heal": "true", "heal_kind": "gated-mlp", "heal_intermediate_size": "8"}
+    started = Started(tmp_path, HealingEngine(gated=0.4), **settings)
+    maps = started.store.path_of(skipped)
+    save_maps(healed_maps(skipped), maps)
+    policy = await started.run()
+    assert policy.healed == {skipped: maps_fingerprint(maps)}
+    assert started.startup.healer is not None
+    await started.startup.healer.run()
+    [job] = trained
+    assert (job.skipped, job.kind, job.intermediate_size) == (skipped, "gated-mlp", 8)
+    assert maps_fingerprint(Path(str(job.closed_form))) == policy.repair
+    assert "gated MLPs of 4 of 8 layers are in force" in caplog.text
+    mlps = started.store.path_of(skipped, "gated-mlp")
+    after = started.policy
+    assert after.healed == {skipped: maps_fingerprint(mlps)}
+    for pair in (FAST, GENERATIVE):
+        assert after.selection(pair).repair == maps_fingerprint(mlps)
+        kl = after.qualities[pair].kl_nats
+        assert kl == pytest.approx(0.8 * (policy.qualities[pair].kl_nats or 0.0))
+    await started.startup.healer.run()
+    assert len(trained) == 1, "it was done before"
+    assert "was done before: the gated MLPs are kept" in caplog.text
+    await started.service.close()
+
+    again = Started(tmp_path, engine := HealingEngine(gated=0.4))
+    assert await again.run() == after
+    assert engine.num_steps == 0
+    await again.service.close()
+
+    mlps.write_bytes(mlps.read_bytes()[:-1])
+    third = Started(tmp_path, HealingEngine(gated=0.4))
+    assert (await third.run()).healed == policy.healed, "the maps are left"
+    assert f"gated MLPs are not used: {mlps}: truncated" in caplog.text
+    await third.service.close()
+
+
+async def test_kept_mlps_that_are_no_better_than_maps_are_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    skipped = await skipped_by_the_plan(tmp_path)
+    started = Started(tmp_path, HealingEngine(gated=0.6))
+    save_maps(healed_maps(skipped), maps := started.store.path_of(skipped))
+    save_gated_mlps(gated_mlps(skipped), started.store.path_of(skipped, "gated-mlp"))
+    assert (await started.run()).healed == {skipped: maps_fingerprint(maps)}
+    assert "gated MLPs of 4 of 8 layers are not used: perplexity" in caplog.text
+    await started.service.close()
 
 
 async def test_what_is_no_better_is_not_put_in_force(

@@ -64,7 +64,10 @@ KINDS: dict[str, tuple[Make, dict[str, Any]]] = {
         state_keys.transformers_repair_key,
         {"model": "m", "tokenizer": "t", "dtype": "float32", "max_context": 64, **TEXT},
     ),
-    "healed": (state_keys.healed_key, {"model": "m", "skipped": [1, 2]}),
+    "healed": (
+        state_keys.healed_key,
+        {"model": "m", "skipped": [1, 2], "kind": "gated-mlp"},
+    ),
     "speed": (
         measured(state_keys.speed_key),
         {

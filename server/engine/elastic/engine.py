@@ -8,17 +8,18 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pruning.metrics import DensePassSums
 from pruning.plan import Plan
 from pruning.quality import Quality
 from pruning.repair import (
+    Healing,
     RepairError,
     check_fit_tokens,
     layers_at_a_time,
-    maps_fingerprint,
     split_windows,
+    summarize_maps,
 )
 from server.engine.arguments import check_kv_cache, refusal, wants_huge_pages
 from server.engine.base import (
@@ -78,6 +79,13 @@ _MEASURING_REQUESTS = 16
 logger = logging.getLogger(__name__)
 
 
+class _InstalledRepair(NamedTuple):
+    """A file of what stands in for skipped layers, and how it was trained; None: it was not."""
+
+    path: Path
+    healing: Healing | None
+
+
 class ElasticEngine:
     """Runs every depth of one model in one vLLM engine; see :class:`server.engine.base.Engine`."""
 
@@ -92,8 +100,8 @@ class ElasticEngine:
         self._model: ModelInfo | None = None
         self._numbers = itertools.count()
         self._measuring = asyncio.Lock()
-        # Files of the maps that requests may ask for, by fingerprint.
-        self._repairs: dict[str, Path] = {}
+        # What requests may ask to stand in for the layers that they skip, by fingerprint.
+        self._repairs: dict[str, _InstalledRepair] = {}
         self._vllm_config: VllmConfig | None = None
 
     async def start(self) -> None:
@@ -154,25 +162,27 @@ class ElasticEngine:
                 logger.warning("layers run uncompiled, which is slower: %s", problem)
 
     async def install_repair(self, path: Path) -> str:
-        """Let the maps in ``path`` stand in for the layers that a request skips.
+        """Let the maps or gated MLPs in ``path`` stand in for the layers that a request skips.
 
         Returns their fingerprint, which requests that want them carry in
         :attr:`LayerSelection.repair`. Requests may go on to ask for those that were installed
         before: requests with different maps share a batch. They are loaded again, from the same
-        file, after the engine's process has ended.
+        file, after the engine's process has ended. What was trained stands in for the layers that
+        it was trained for, as :meth:`pruning.repair.Healing.serves` says; a request with other
+        layers that asks for it is refused.
 
         Raises:
             RepairError: The maps are damaged, or do not fit the model.
             OSError: The file cannot be read.
         """
-        fingerprint = maps_fingerprint(path)
-        await self._load_stand_ins(path, fingerprint)
-        self._repairs[fingerprint] = path
-        return fingerprint
+        summary = summarize_maps(path)
+        await self._load_stand_ins(path, summary.fingerprint)
+        self._repairs[summary.fingerprint] = _InstalledRepair(path, summary.healing)
+        return summary.fingerprint
 
     async def _load_installed_repairs(self) -> None:
         """Load all installed maps into a new process; forget those that can be had no longer."""
-        for fingerprint, path in list(self._repairs.items()):
+        for fingerprint, (path, _) in list(self._repairs.items()):
             try:
                 await self._load_stand_ins(path, fingerprint)
             except (RepairError, OSError) as error:
@@ -186,10 +196,21 @@ class ElasticEngine:
         return fingerprint in self._repairs
 
     def _check_repair(self, layers: LayerSelection) -> None:
-        if layers.repair is not None and not self.has_repair(layers.repair):
+        if layers.repair is None:
+            return
+        installed = self._repairs.get(layers.repair)
+        if installed is None:
             raise FailedPrecondition(
                 f"repair: the layers are to be repaired by the maps {layers.repair}, but the "
                 f"engine has {', '.join(self._repairs) or 'none'}"
+            )
+        healing = installed.healing
+        if healing and not healing.serves(layers.prefill_skips, layers.decode_skips):
+            raise FailedPrecondition(
+                f"repair: {layers.repair} was trained for the skipped layers "
+                f"{list(healing.skipped)}, but the request skips {list(layers.prefill_skips)} for "
+                f"its prompt and {list(layers.decode_skips)} for what it generates; allowed: these "
+                "for both, or for one of them and none for the other"
             )
 
     async def shutdown(self) -> None:

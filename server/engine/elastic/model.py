@@ -134,7 +134,7 @@ class ElasticCausalLM:
         return cast(torch.dtype, next(self.model.norm.parameters()).dtype)
 
     def load_stand_ins(self, path: Path, fingerprint: str) -> None:
-        """Load repair maps beside the present ones; raises what :meth:`StandIns.read` does."""
+        """Load stand-ins beside the present ones; raises what :meth:`StandIns.read` does."""
         device = next(self.model.norm.parameters()).device
         stand_ins = self._stand_ins.read(path, fingerprint, self.stream_dtype, device)
         self._stand_ins.put(self.rows.add_repair(fingerprint, stand_ins), stand_ins)

@@ -25,9 +25,9 @@ class RowTable:
     ``prefill_active`` and ``decode_active``: [num_rows, num_layers] of bool, the layers that run
     prompt tokens and generated ones. ``num_context``: [num_rows], how many of the row's tokens
     are prompt. ``is_split``: [num_rows], whether prompt and generated tokens run different
-    layers. ``repair``: [num_rows], the number of the maps that do the work of skipped layers; 0:
-    none do. ``has_stand_in``: [1 + number of maps, num_layers], the layers that each have one
-    for. ``is_tracked``: whether a row tracker keeps this table.
+    layers. ``repair``: [num_rows], the number of the file whose stand-ins do the work of skipped
+    layers; 0: none do. ``has_stand_in``: [1 + number of files, num_layers], the layers that each
+    has one for. ``is_tracked``: whether a row tracker keeps this table.
     """
 
     def __init__(self, num_rows: int, num_layers: int) -> None:
@@ -42,7 +42,7 @@ class RowTable:
         self.is_tracked = False
 
     def add_repair(self, fingerprint: str, layers: Collection[int]) -> int:
-        """Return the number of the maps with this fingerprint, which are of ``layers``."""
+        """Return the number of the stand-ins with this fingerprint, which are of ``layers``."""
         number = self._numbers.setdefault(fingerprint, len(self._numbers) + 1)
         if number == len(self.has_stand_in):
             self.has_stand_in = np.vstack([self.has_stand_in, np.zeros_like(self.has_stand_in[:1])])

@@ -1,24 +1,42 @@
-"""What does the work of a layer for the tokens that skip it."""
+"""What does the work of layers for the tokens that skip them."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from pruning.repair import RepairError, load_maps, maps_fingerprint
+from pruning.repair import GatedMlp, GatedMlps, RepairError, load_stand_ins, maps_fingerprint
 
-# What is added to the stream in the place of layers: a repair map, or the product of some,
-# [hidden_size, hidden_size], of the model's type and on its device.
-StandIn = torch.Tensor
+
+class StandIn(Protocol):
+    """What is in the place of layers, in the model's type and on its device."""
+
+    def added(self, states: torch.Tensor, /) -> torch.Tensor:
+        """Return what it adds to the stream in front of the layers, [num_tokens, hidden_size]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearMap:
+    """A repair map, or the product of some: it adds x ``weight``, [hidden_size, hidden_size]."""
+
+    weight: torch.Tensor
+
+    def added(self, states: torch.Tensor, /) -> torch.Tensor:
+        return states @ self.weight
 
 
 class StandIns:
-    """The stand-ins of a model's layers, by the maps that they are of; none until some are loaded.
+    """The stand-ins of a model's layers, by the file that they are of; none until some are loaded.
 
-    The row table has a number for each file of maps.
+    The row table has a number for each file. A file of maps has one for each layer. One of gated
+    MLPs has one for each run of skipped layers, under the run's first layer, and nothing for the
+    others: there the stream passes by, and keys and values are made of what the MLP has left.
     """
 
     def __init__(self, num_layers: int, hidden_size: int) -> None:
@@ -31,37 +49,40 @@ class StandIns:
     def read(
         self, path: Path, fingerprint: str, dtype: torch.dtype, device: torch.device
     ) -> dict[int, StandIn]:
-        """Return the maps in ``path``, which have this fingerprint, by layer.
+        """Return the stand-ins in ``path``, which have this fingerprint, by layer.
 
-        Raises :class:`pruning.repair.RepairError` for maps that are damaged, that have been
+        Raises :class:`pruning.repair.RepairError` for those that are damaged, that have been
         replaced by others or that do not fit the model, and :class:`OSError` for a file that
         cannot be read.
         """
         if (found := maps_fingerprint(path)) != fingerprint:
             raise RepairError(f"{path}: found the maps {found}, allowed: {fingerprint}")
-        maps = load_maps(path)
-        maps.check_model(maps.model_fingerprint, self._num_layers, self._hidden_size)
-        by_layer = {
-            layer: stand_in.weight.to(device, dtype) for layer, stand_in in maps.layers.items()
-        }
-        for layer, weight in by_layer.items():
+        loaded = load_stand_ins(path)
+        loaded.check_model(loaded.model_fingerprint, self._num_layers, self._hidden_size)
+        by_layer: dict[int, StandIn] = {}
+        for layer, stand_in in loaded.layers.items():
+            weight = stand_in.weight.to(device, dtype)
+            is_mlp = isinstance(loaded, GatedMlps)
             if not bool(weight.isfinite().all()):
-                raise RepairError(f"{path}: layer {layer}: its map does not fit into {dtype}")
+                what = "MLP" if is_mlp else "map"
+                raise RepairError(f"{path}: layer {layer}: its {what} does not fit into {dtype}")
+            by_layer[layer] = GatedMlp(weight) if is_mlp else LinearMap(weight)
         return by_layer
 
     def put(self, number: int, by_layer: Mapping[int, StandIn]) -> None:
-        """Let these stand in for requests whose maps have this number."""
+        """Let these stand in for requests whose stand-ins have this number."""
         self._by_number[number] = by_layer
         for key in [key for key in self._products if key[0] == number]:
             del self._products[key]
 
     def of(self, number: int, layers: range) -> StandIn:
-        """Return what stands in for neighbouring layers, as one map.
+        """Return what stands in for neighbouring layers that each have a stand-in, as one.
 
         A decode step reads each map as a whole, so the product of several costs what one does.
         Every depth that a plan has adds at most one run of neighbouring layers to those of the
         depth above it. So the products that are kept, as many as there are layers, are all that
-        its depths need, and take no more memory than the maps.
+        its depths need, and take no more memory than the maps. MLPs are never neighbours: the
+        layers behind the first one of their run have none.
         """
         by_layer = self._by_number[number]
         if len(layers) == 1:
@@ -75,12 +96,16 @@ class StandIns:
         return self._products[key]
 
 
-def _product(maps: Sequence[torch.Tensor]) -> torch.Tensor:
+def _product(maps: Sequence[StandIn]) -> LinearMap:
     """Return P with x + x P = x (1 + M1) (1 + M2) ... for maps M1, M2, ..."""
-    product, *others = (each.float() for each in maps)
-    for each in others:
-        product = product + each + product @ each
-    return product.to(maps[0].dtype)
+    weights = []
+    for each in maps:
+        assert isinstance(each, LinearMap), "only maps are neighbours"
+        weights.append(each.weight)
+    product, *others = (weight.float() for weight in weights)
+    for other in others:
+        product = product + other + product @ other
+    return LinearMap(product.to(weights[0].dtype))
 
 
 def repair(
@@ -88,10 +113,10 @@ def repair(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply ``stand_ins`` one after the other to a stream of ``hidden + residual``.
 
-    Each turns the stream x into x + x M, and leaves ``(x M, x)``, as a layer leaves what it adds
-    and what it received.
+    Each leaves ``(what it adds to the stream, the stream)``, as a layer leaves what it adds and
+    what it received.
     """
     for stand_in in stand_ins:
         residual = hidden + residual
-        hidden = residual @ stand_in
+        hidden = stand_in.added(residual)
     return hidden, residual

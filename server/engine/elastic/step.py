@@ -48,8 +48,8 @@ class TokenSubset:
         metadata[layer_name], slots[layer_name] = self.metadata, self.slot_mapping
 
 
-class MapRun(NamedTuple):
-    """Maps of neighbouring layers that are applied as one: of which file, and of which layers."""
+class StandInRun(NamedTuple):
+    """Stand-ins of neighbouring layers that are applied as one: of which file and which layers."""
 
     number: int
     layers: range
@@ -94,7 +94,7 @@ class ElasticStep:
         self._any_active: Bools = np.asarray(self.spans.active.any(axis=0))
         runs = self.spans.run_starts
         self._any_run_ends = None if runs is None else np.asarray((runs >= 0).any(axis=0))
-        # Whether all spans have the same maps, or none, in the place of the same layers.
+        # Whether all spans have the same stand-ins, or none, in the place of the same layers.
         self._is_repaired_alike = runs is None or all(
             bool((each == each[:1]).all()) for each in (self.spans.repaired, runs)
         )
@@ -114,8 +114,8 @@ class ElasticStep:
             return Whole.NONE
         return self._subset(self.spans.active[:, layer])
 
-    def repaired_tokens(self, layer: int) -> list[tuple[MapRun, RepairedTokens]]:
-        """Return the tokens for which maps do the work of layers up to ``layer``, by these maps.
+    def repaired_tokens(self, layer: int) -> list[tuple[StandInRun, RepairedTokens]]:
+        """Return the tokens that stand-ins of layers up to ``layer`` are applied to, by these.
 
         No token comes twice.
         """
@@ -124,14 +124,14 @@ class ElasticStep:
         assert self.spans.run_starts is not None
         starts, numbers = self.spans.run_starts[:, layer], self.spans.repaired
         if self._is_repaired_alike:
-            run = MapRun(int(numbers[0]), range(int(starts[0]), layer + 1))
+            run = StandInRun(int(numbers[0]), range(int(starts[0]), layer + 1))
             return [(run, Whole.ALL)]
         runs = {
             pair for pair in zip(numbers.tolist(), starts.tolist(), strict=True) if pair[1] >= 0
         }
         return [
             (
-                MapRun(number, range(start, layer + 1)),
+                StandInRun(number, range(start, layer + 1)),
                 self._repaired((numbers == number) & (starts == start)),
             )
             for number, start in sorted(runs)

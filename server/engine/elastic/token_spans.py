@@ -24,10 +24,11 @@ class TokenSpans:
     ``rows``, ``starts``, ``stops``: [num_spans]. ``active``: [num_spans, num_layers], whether the
     span's tokens run the layer. ``kv_only``: [num_spans, num_layers], whether they skip the
     layer but write keys and values there; None if no span does in any layer. ``repaired``:
-    [num_spans], the number of the maps that do the work of the layers they skip, 0 where none do.
-    ``run_starts``: [num_spans, num_layers], the first layer of the run of skipped layers that ends
-    with this one and whose maps are applied here as one, -1 where none ends; None if no span has
-    maps. Keys and values need the stream in front of their layer, so a run ends there.
+    [num_spans], the number of the file whose stand-ins do the work of the layers they skip, 0
+    where none do. ``run_starts``: [num_spans, num_layers], the first layer of the run of layers
+    with stand-ins that ends with this one, where they are applied as one, -1 where none ends; None
+    if no span has any. Keys and values need the stream in front of their layer, so a run ends
+    there. A gated MLP is a run of its own, at the first of the layers that it stands in for.
     """
 
     rows: Ints

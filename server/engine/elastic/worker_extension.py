@@ -42,7 +42,7 @@ class ElasticWorkerExtension(WorkerExtension):
             return 0, _reason(error)
 
     def fathom_load_stand_ins(self, path: str, fingerprint: str) -> str:
-        """Load repair maps; return what is wrong with them, empty where nothing is."""
+        """Load stand-ins; return what is wrong with them, empty where nothing is."""
         try:
             self._elastic_model().load_stand_ins(Path(path), fingerprint)
         except (RepairError, OSError) as error:

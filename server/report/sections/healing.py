@@ -39,7 +39,12 @@ class Healing:
         lab.check_elastic()
         numbers["steps"], numbers["depths"] = steps, []
         settings = lab.settings.model_copy(
-            update={"heal_steps": steps, "state_dir": lab.directory.measurements}
+            update={
+                "heal_steps": steps,
+                "heal_kind": "maps",
+                "heal_intermediate_size": None,
+                "state_dir": lab.directory.measurements,
+            }
         )
         healing: OfflineHealing | None = None
         order = (await lab.ranking(BLOCK_INFLUENCE)).removal_order

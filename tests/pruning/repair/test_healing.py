@@ -232,7 +232,7 @@ def test_the_state_of_another_training_is_not_used(
     steps.clear()
     healed(model, windows[:30], None, steps=40, checkpoint=state, on_step=steps.append)
     assert steps[0].step == 0
-    assert "sha256: the maps are not what was written" in caplog.text
+    assert "sha256: its tensors are not what was written" in caplog.text
 
 
 def test_it_ends_early_without_gain(

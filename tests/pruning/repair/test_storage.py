@@ -1,4 +1,4 @@
-"""Files of maps: what is written is what is read, and nothing else is."""
+"""Files of maps and gated MLPs: what is written is what is read, and nothing else is."""
 
 from __future__ import annotations
 
@@ -7,18 +7,24 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pruning.repair import (
+    GatedMlp,
+    GatedMlps,
     Healing,
     LayerMap,
     RepairError,
     RepairMaps,
     load_maps,
+    load_stand_ins,
     maps_fingerprint,
+    save_gated_mlps,
     save_maps,
     summarize_maps,
 )
@@ -64,6 +70,7 @@ def test_the_header_alone_says_what_the_maps_are(maps: RepairMaps, path: Path) -
     assert summary.fingerprint == maps_fingerprint(path)
     assert (summary.num_bytes, summary.num_tokens) == (maps.num_bytes, maps.num_tokens)
     assert summary.unexplained == {layer: 0.25 * layer for layer in (0, 2, 11)}
+    assert (summary.healing, summary.healing_kind) == (None, None)
 
 
 @pytest.mark.parametrize("description", ["[]", "{", '{"format_version": 1}'])
@@ -148,6 +155,8 @@ def test_healed_maps_say_how_they_were_trained(maps: RepairMaps, tmp_path: Path)
     healed = replace(maps, healing=healing)
     save_maps(healed, tmp_path / "healed")
     assert load_maps(tmp_path / "healed").healing == healing
+    summary = summarize_maps(tmp_path / "healed")
+    assert (summary.healing, summary.healing_kind) == (healing, "maps")
     save_maps(replace(healed, healing=replace(healing, started_from=None)), tmp_path / "healed")
     assert load_maps(tmp_path / "healed").healing == replace(healing, started_from=None)
 
@@ -179,3 +188,133 @@ def test_what_makes_no_maps_is_refused(
 ) -> None:
     with pytest.raises(RepairError, match=re.escape(message)):
         replace(maps, layers={i: LayerMap(weight, 1.0, 0.5) for i, weight in layers.items()})
+
+
+@pytest.fixture
+def mlps() -> GatedMlps:
+    generator = torch.Generator().manual_seed(0)
+    return GatedMlps(
+        layers={first: GatedMlp(torch.randn(3, 5, 6, generator=generator)) for first in (1, 4, 11)},
+        num_layers=12,
+        model_fingerprint="sha256:aa",
+        text_fingerprint="sha256:bb",
+        num_tokens=1000,
+        healing=Healing((1, 2, 4, 11), None, 120, 80, 7, 0.5, 0.25),
+    )
+
+
+@pytest.fixture
+def mlps_path(mlps: GatedMlps, tmp_path: Path) -> Path:
+    path = tmp_path / "mlps.safetensors"
+    save_gated_mlps(mlps, path)
+    return path
+
+
+def test_round_trip_of_mlps(mlps: GatedMlps, mlps_path: Path) -> None:
+    loaded = load_stand_ins(mlps_path)
+    assert isinstance(loaded, GatedMlps)
+    assert loaded.layers.keys() == mlps.layers.keys()
+    for first, mlp in mlps.layers.items():
+        assert torch.equal(loaded.layers[first].weight, mlp.weight)
+    assert replace(loaded, layers=mlps.layers) == mlps
+    assert loaded.runs == [(1, 2), (4,), (11,)]
+    assert (loaded.intermediate_size, loaded.hidden_size) == (5, 6)
+    summary = summarize_maps(mlps_path)
+    assert summary.fingerprint == maps_fingerprint(mlps_path)
+    assert (summary.num_bytes, summary.num_tokens) == (4 * mlps.num_parameters, 1000)
+    assert summary.unexplained == {}
+    assert (summary.healing, summary.healing_kind) == (mlps.healing, "gated-mlp")
+
+
+def test_the_header_of_a_file_of_mlps_says_what_is_in_it(mlps_path: Path) -> None:
+    with safe_open(mlps_path, "pt") as file:
+        description = json.loads(file.metadata()["fathom_repair"])
+        names = set(file.keys())
+    assert (description["kind"], description["intermediate_size"]) == ("gated-mlp", 5)
+    assert (description["runs"], description["healing"]["skipped"]) == (
+        [[1, 2], [4], [11]],
+        [1, 2, 4, 11],
+    )
+    assert names == {f"layers.{first}.gated_mlp.weight" for first in (1, 4, 11)}
+
+
+def test_maps_are_told_from_mlps(path: Path, mlps_path: Path) -> None:
+    assert isinstance(load_stand_ins(path), RepairMaps)
+    with pytest.raises(
+        RepairError,
+        match=r"mlps\.safetensors: kind: found 'gated-mlp', allowed: closed-form, healed",
+    ):
+        load_maps(mlps_path)
+
+
+def test_other_weights_have_another_fingerprint(mlps: GatedMlps, mlps_path: Path) -> None:
+    before = maps_fingerprint(mlps_path)
+    mlps.layers[4].weight[1, 2, 3] += 1
+    save_gated_mlps(mlps, mlps_path)
+    assert maps_fingerprint(mlps_path) != before
+
+
+def test_every_truncation_and_every_flipped_bit_of_mlps_is_refused(mlps_path: Path) -> None:
+    data = mlps_path.read_bytes()
+    damaged = [data[:length] for length in range(0, len(data), 11)]
+    for offset in range(0, len(data), 7):
+        damaged.append(data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :])
+    for content in damaged:
+        mlps_path.write_bytes(content)
+        with pytest.raises(RepairError, match=re.escape(str(mlps_path))):
+            load_stand_ins(mlps_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"intermediate_size": 6}, "its description is damaged: it is not that of its MLPs"),
+        ({"runs": [[1], [4], [11]]}, "its description is damaged: it is not that of its MLPs"),
+        ({"runs": [[1, 2], [4]]}, "runs: got MLPs of the layers [1, 4], allowed: [1, 4, 11]"),
+        ({"runs": [[1, 2], [5], [11]]}, "its description is damaged: KeyError"),
+        ({"runs": 3}, "its description is damaged: TypeError"),
+        ({"healing": {}}, "its description is damaged: KeyError"),
+        ({"kind": "lora"}, "kind: found 'lora', allowed: closed-form, healed, gated-mlp"),
+        ({"kind": "healed"}, "its description is damaged: KeyError('layers')"),
+        ({"format_version": 3}, "format_version: found 3, allowed: 1, 2"),
+    ],
+)
+def test_a_description_that_is_not_that_of_the_mlps_is_refused(
+    mlps_path: Path, changes: dict[str, object], problem: str
+) -> None:
+    with safe_open(mlps_path, "pt") as file:
+        description = json.loads(file.metadata()["fathom_repair"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    content = write_tensors("fathom_repair", json.dumps(description | changes), tensors)
+    mlps_path.write_bytes(content)
+    with pytest.raises(RepairError, match=re.escape(f"{mlps_path}: {problem}")):
+        load_stand_ins(mlps_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"layers": {}}, "runs: got MLPs of the layers [], allowed: [1, 4, 11], the first of"),
+        ({"num_layers": 11}, "healing.skipped: got layer 11, allowed: 0 to 10"),
+        ({"num_tokens": 0}, "num_tokens: got 0, allowed: 1 or more"),
+        ({"weight": torch.ones(2, 5, 6)}, "layer 1: got an MLP of shape [2, 5, 6], allowed: [3, "),
+        ({"weight": torch.ones(3, 0, 6)}, "layer 1: got an MLP of shape [3, 0, 6], allowed: [3, "),
+        ({"weight": torch.ones(3, 4, 6)}, "layer 1: got an MLP of shape [3, 4, 6], allowed: [3, "),
+        ({"weight": torch.full((3, 5, 6), math.inf)}, "layer 1: its MLP holds a NaN or an"),
+    ],
+)
+def test_what_makes_no_mlps_is_refused(
+    mlps: GatedMlps, changes: dict[str, Any], problem: str
+) -> None:
+    if "weight" in changes:
+        changes = {"layers": {**mlps.layers, 1: GatedMlp(changes["weight"])}}
+    with pytest.raises(RepairError, match=re.escape(problem)):
+        replace(mlps, **changes)
+
+
+def test_mlps_of_another_model_are_refused(mlps: GatedMlps) -> None:
+    mlps.check_model("sha256:aa", 12, 6)
+    with pytest.raises(RepairError, match="num_layers: the MLPs are of a model with 12, allowed"):
+        mlps.check_model("sha256:aa", 8, 6)
+    with pytest.raises(RepairError, match="model_fingerprint: the MLPs are of a model with sha"):
+        mlps.check_model("sha256:cc", 12, 6)

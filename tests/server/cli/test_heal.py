@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pruning.quality import measure_quality
-from pruning.repair import load_maps, maps_fingerprint
+from pruning.repair import GatedMlps, load_maps, load_stand_ins, maps_fingerprint
 from tests.conftest import data_path
 from tests.fathom_command import FATHOM, environment, fathom_in_process
 from tests.pruning.surgery.exporting import plan_of
@@ -85,6 +85,33 @@ def test_what_is_better_is_kept(
     assert load_maps(path).healing == maps.healing
 
 
+def test_gated_mlps_that_are_better_are_kept(
+    arguments: list[str | Path], stories_model: Path, stories: list[str], tmp_path: Path
+) -> None:
+    given = [*arguments, "--depth", "2", "--kind", "gated-mlp", "--steps", "60"]
+    given += ["--intermediate-size", "256"]
+    result = fathom_in_process(*given)
+    assert result.returncode == 0, result.stderr
+    assert "gated MLPs" in result.stdout
+    [path] = healed_files(tmp_path)
+    assert f"Kept in {path}" in result.stdout.replace("\n", "")
+    mlps = load_stand_ins(path)
+    assert isinstance(mlps, GatedMlps)
+    assert (mlps.runs, mlps.intermediate_size) == ([(1, 2, 3)], 256)
+    [closed_form] = (tmp_path / "state").glob("repair-*.safetensors")
+
+    model = AutoModelForCausalLM.from_pretrained(stories_model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(stories_model)
+    windows = [torch.tensor(tokenizer(text).input_ids) for text in stories[800:820]]
+    before, after = (
+        measure_quality(model, windows, [(1, 2, 3)], stand_ins=layers)[0]
+        for layers in (load_maps(closed_form).layers, mlps.layers)
+    )
+    assert after.perplexity < before.perplexity
+    again = fathom_in_process(*given)
+    assert f"Trained before: kept in {path}" in again.stdout
+
+
 def test_what_is_not_better_is_not_kept(
     arguments: list[str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +176,8 @@ def test_a_ranking_is_measured_where_there_is_none(
         (["--depth", "5"], "depth: got 5, allowed: 1 to 4; where no layer is skipped, there is"),
         (["--levels", "dense=5,mixed=2/3"], "levels: none skips layers that one set of maps can"),
         (["--depth", "3", "--steps", "0"], "heal_steps: "),
+        (["--depth", "3", "--kind", "mlp"], "heal_kind: got 'mlp', allowed: maps, gated-mlp"),
+        (["--depth", "3", "--intermediate-size", "9"], "heal_intermediate_size: got 9, allowed: "),
         (["--depth", "3", "--quality-text", "short.json"], "quality_text: "),
         (["--depth", "3", "--calibration", "short.json"], "calibration: text: got "),
         (["--depth", "3", "--calibration", "some.json"], "heal: text: got "),

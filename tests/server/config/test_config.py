@@ -395,6 +395,19 @@ def test_healing_needs_repair_and_weights_that_pass_gradients_on() -> None:
     assert problems(repair="healed", heal=True, quantize="gptq-4bit") == [
         "heal: got True, allowed: false with 'quantize': quantized weights pass no gradients on"
     ]
+    gated = load_settings(
+        {"repair": "healed", "heal_kind": "gated-mlp", "heal_intermediate_size": "2048"}
+    )
+    assert (settings.heal_kind, settings.heal_intermediate_size) == ("maps", None)
+    assert (gated.heal_kind, gated.heal_intermediate_size) == ("gated-mlp", 2048)
+    assert problems(heal_intermediate_size=64) == [
+        "heal_intermediate_size: got 64, allowed: none unless 'heal_kind' is gated-mlp: maps have "
+        "no intermediate size"
+    ]
+    (problem,) = problems(heal_kind="mlp")
+    assert problem == "heal_kind: got 'mlp', allowed: maps, gated-mlp"
+    (problem,) = problems(heal_kind="gated-mlp", heal_intermediate_size=0)
+    assert problem.startswith("heal_intermediate_size: got 0, allowed: ")
     (problem,) = problems(repair="healed", heal_steps=0)
     assert problem.startswith("heal_steps: got 0, allowed: ")
 

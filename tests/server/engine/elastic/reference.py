@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from pruning.decoder import StandIn
 from pruning.metrics import DensePass
-from pruning.repair import LayerMap
 from server.engine.base import LayerSelection
 
 
@@ -61,15 +61,15 @@ def logits_with_skips(
     token_ids: Sequence[int],
     num_context: int,
     layers: LayerSelection,
-    maps: Mapping[int, LayerMap] | None = None,
+    stand_ins: Mapping[int, StandIn] | None = None,
 ) -> torch.Tensor:
     """Return logits [num_tokens, vocab_size] where each token skips the layers of its kind.
 
     No cache: every layer is run on all tokens, so that all of them have keys and values there,
     and its output is kept for those that run it. The others keep what they had, or get what
-    ``maps`` make of it.
+    ``stand_ins`` make of it.
     """
-    maps = {} if maps is None else maps
+    stand_ins = {} if stand_ins is None else stand_ins
     is_context = (torch.arange(len(token_ids)) < num_context)[None, :, None]
 
     def hook(index: int) -> Callable[..., torch.Tensor]:
@@ -78,7 +78,7 @@ def logits_with_skips(
             torch.tensor(index not in layers.prefill_skips),
             torch.tensor(index not in layers.decode_skips),
         )
-        stand_in = maps.get(index, lambda states: states)
+        stand_in = stand_ins.get(index, _unchanged)
         return lambda layer, args, output: torch.where(runs, output, stand_in(args[0]))
 
     with ExitStack() as hooks:
@@ -88,17 +88,21 @@ def logits_with_skips(
     return logits
 
 
+def _unchanged(states: torch.Tensor) -> torch.Tensor:
+    return states
+
+
 def generate_with_skips(
     model: Any,
     prompt_ids: Sequence[int],
     num_tokens: int,
     layers: LayerSelection,
-    maps: Mapping[int, LayerMap] | None = None,
+    stand_ins: Mapping[int, StandIn] | None = None,
 ) -> list[int]:
     """Return greedy tokens where prompt and generated tokens may skip different layers."""
     ids = list(prompt_ids)
     for _ in range(num_tokens):
-        logits = logits_with_skips(model, ids, len(prompt_ids), layers, maps)
+        logits = logits_with_skips(model, ids, len(prompt_ids), layers, stand_ins)
         ids.append(int(logits[-1].argmax()))
     return ids[len(prompt_ids) :]
 

@@ -1,4 +1,4 @@
-"""Greedy float32 tokens of the elastic engine with repair, against transformers with its maps."""
+"""Greedy float32 tokens of the elastic engine with repair, against transformers with the same."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ import psutil
 import pytest
 import torch
 
+from pruning.decoder import StandIn
 from pruning.quality import quality_of_windows, token_statistics
 from pruning.repair import (
+    GatedMlps,
     LayerMap,
     RepairError,
     RepairMaps,
@@ -26,11 +29,13 @@ from pruning.repair import (
     heal,
     load_maps,
     maps_fingerprint,
+    save_gated_mlps,
     save_maps,
 )
 from server.engine.base import LayerSelection
 from server.errors import FailedPrecondition
 from tests.conftest import data_path
+from tests.gated_mlps import random_mlps
 from tests.server.engine.elastic import reference
 from tests.server.engine.elastic.running_engine import RunningEngine, running_engine
 
@@ -92,17 +97,17 @@ def selection(prefill_depth: int, decode_depth: int, repair: str | None) -> Laye
 
 @dataclass(frozen=True)
 class Healed:
-    """Healed maps of the layers that a depth skips, and the file that they are in."""
+    """Healed maps or gated MLPs of some skipped layers, and the file that they are in."""
 
-    depth: int
-    maps: RepairMaps
+    skipped: tuple[int, ...]
+    stand_ins: RepairMaps | GatedMlps
     path: Path
 
     def selections(self) -> list[LayerSelection]:
-        """Return the selections that such maps serve."""
+        """Return the selections that they serve."""
         fingerprint = maps_fingerprint(self.path)
-        pairs = [(self.depth,) * 2, (self.depth, NUM_LAYERS), (NUM_LAYERS, self.depth)]
-        return [selection(*pair, fingerprint) for pair in pairs]
+        pairs = [(self.skipped, self.skipped), (self.skipped, ()), ((), self.skipped)]
+        return [LayerSelection(*pair, fingerprint) for pair in pairs]
 
 
 @pytest.fixture(scope="module")
@@ -130,16 +135,36 @@ def healed(
         )
         assert trained.healing is not None
         assert trained.healing.loss < trained.healing.first_loss
-        found.append(Healed(depth, trained, directory / f"{depth}.safetensors"))
+        path = directory / f"{depth}.safetensors"
+        found.append(Healed(trained.healing.skipped, trained, path))
         save_maps(trained, found[-1].path)
         engine.run(engine.engine.install_repair(found[-1].path))
     return found
 
 
 @pytest.fixture(scope="module")
-def maps_of(maps: RepairMaps, repair: str, healed: list[Healed]) -> dict[str | None, RepairMaps]:
-    of: dict[str | None, RepairMaps] = {repair: maps}
-    return of | {maps_fingerprint(each.path): each.maps for each in healed}
+def gated(
+    engine: RunningEngine, dense: Any, tmp_path_factory: pytest.TempPathFactory
+) -> list[Healed]:
+    """Gated MLPs of the layers of a depth that has healed maps, too, and of two runs of layers."""
+    directory = tmp_path_factory.mktemp("gated")
+    found = []
+    for skipped in ((2, 3), (0, 1, 3)):
+        mlps = random_mlps(skipped, num_layers=NUM_LAYERS, hidden_size=dense.config.hidden_size)
+        found.append(Healed(skipped, mlps, directory / f"{len(skipped)}.safetensors"))
+        save_gated_mlps(mlps, found[-1].path)
+        engine.run(engine.engine.install_repair(found[-1].path))
+    return found
+
+
+@pytest.fixture(scope="module")
+def stand_ins_of(
+    maps: RepairMaps, repair: str, healed: list[Healed], gated: list[Healed]
+) -> dict[str | None, Mapping[int, StandIn]]:
+    of: dict[str | None, Mapping[int, StandIn]] = {None: {}, repair: maps.layers}
+    for each in (*healed, *gated):
+        of[maps_fingerprint(each.path)] = each.stand_ins.layers
+    return of
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +174,10 @@ def cases(
     texts: list[str],
     repair: str,
     healed: list[Healed],
-    maps_of: dict[str | None, RepairMaps],
+    gated: list[Healed],
+    stand_ins_of: dict[str | None, Mapping[int, StandIn]],
 ) -> list[Case]:
-    """Every pair of depths with repair, every depth without, and those that healed maps serve.
+    """Every pair of depths with repair, every depth without, and those that what is trained serves.
 
     The tokens are those that transformers generates.
     """
@@ -159,17 +185,13 @@ def cases(
     depths = range(1, NUM_LAYERS + 1)
     selections = [selection(a, b, repair) for a, b in itertools.product(depths, repeat=2)]
     selections += [selection(depth, depth, None) for depth in depths]
-    selections += [layers for each in healed for layers in each.selections()]
+    selections += [layers for each in (*healed, *gated) for layers in each.selections()]
     return [
         Case(
             prompt,
             layers,
             reference.generate_with_skips(
-                dense,
-                prompt,
-                NUM_TOKENS,
-                layers,
-                maps_of[layers.repair].layers if layers.repair else None,
+                dense, prompt, NUM_TOKENS, layers, stand_ins_of[layers.repair]
             ),
         )
         for prompt, layers in zip(itertools.cycle(prompts), selections, strict=False)
@@ -187,13 +209,28 @@ def test_every_pair_of_depths_alone(engine: RunningEngine, cases: list[Case]) ->
         assert generated(engine, [case]) == [case.expected], case.layers
 
 
+def test_gated_mlps_make_a_difference(dense: Any, cases: list[Case], gated: list[Healed]) -> None:
+    """Or the tokens would not show whether they stood in."""
+    fingerprints = {maps_fingerprint(each.path) for each in gated}
+    with_mlps = [case for case in cases if case.layers.repair in fingerprints]
+    assert len(with_mlps) == 6
+    for case in with_mlps:
+        plain = replace(case.layers, repair=None)
+        skipped = reference.generate_with_skips(dense, case.prompt, NUM_TOKENS, plain)
+        assert skipped != case.expected, case.layers
+
+
 def test_all_mixed_in_one_batch(engine: RunningEngine, cases: list[Case]) -> None:
     shuffled = random.Random(0).sample(cases, len(cases))
     assert generated(engine, shuffled) == [case.expected for case in shuffled]
 
 
 def test_chunked_prefill_and_preemption(
-    stories_model: Path, path: Path, healed: list[Healed], cases: list[Case]
+    stories_model: Path,
+    path: Path,
+    healed: list[Healed],
+    gated: list[Healed],
+    cases: list[Case],
 ) -> None:
     """Prompts are cut into chunks, and requests that need more memory are recomputed."""
     settings = {
@@ -205,7 +242,7 @@ def test_chunked_prefill_and_preemption(
     with running_engine(
         stories_model, max_num_seqs=8, max_context=128, engine_args=settings
     ) as small:
-        for file in (path, *(each.path for each in healed)):
+        for file in (path, *(each.path for each in (*healed, *gated))):
             small.run(small.engine.install_repair(file))
         assert generated(small, cases) == [case.expected for case in cases]
 
@@ -214,6 +251,7 @@ def test_maps_are_loaded_again_after_a_crash(
     stories_model: Path,
     path: Path,
     healed: list[Healed],
+    gated: list[Healed],
     repair: str,
     cases: list[Case],
     tmp_path: Path,
@@ -223,7 +261,7 @@ def test_maps_are_loaded_again_after_a_crash(
     damaged = tmp_path / "damaged"
     damaged.write_bytes(healed[1].path.read_bytes())
     with running_engine(stories_model) as other:
-        for file in (path, healed[0].path, damaged):
+        for file in (path, healed[0].path, damaged, *(each.path for each in gated)):
             other.run(other.engine.install_repair(file))
         damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
         for process_id in other.engine.process_ids:
@@ -233,7 +271,7 @@ def test_maps_are_loaded_again_after_a_crash(
         other.run(other.engine.shutdown())
         other.run(other.engine.start())
         gone = maps_fingerprint(healed[1].path)
-        assert "damaged: sha256: the maps are not what was written" in caplog.text
+        assert "damaged: sha256: its tensors are not what was written" in caplog.text
         assert not other.engine.has_repair(gone)
         assert other.engine.has_repair(repair)
         kept = [case for case in cases if case.layers.repair != gone]
@@ -314,11 +352,12 @@ def test_quality_is_measured_with_repair(
     texts: list[str],
     repair: str,
     healed: list[Healed],
-    maps_of: dict[str | None, RepairMaps],
+    gated: list[Healed],
+    stand_ins_of: dict[str | None, Mapping[int, StandIn]],
 ) -> None:
     windows = [engine.engine.tokenize(text)[:96] for text in texts[:4]]
     selections = [selection(3, 3, repair), selection(3, 3, None), selection(2, 4, repair)]
-    selections += healed[0].selections()
+    selections += healed[0].selections() + gated[1].selections()
     measured = engine.run(
         engine.engine.measure_quality(windows, selections, lambda done, total: None)
     )
@@ -327,11 +366,7 @@ def test_quality_is_measured_with_repair(
         for window in windows:
             half = len(window) // 2
             logits = reference.logits_with_skips(
-                dense,
-                window,
-                half,
-                layers,
-                maps_of[layers.repair].layers if layers.repair else None,
+                dense, window, half, layers, stand_ins_of[layers.repair]
             )
             whole = reference.logits_with_skips(dense, window, half, LayerSelection())
             scored = slice(half - 1, len(window) - 1)
@@ -414,6 +449,25 @@ def test_maps_that_are_not_loaded_are_refused(engine: RunningEngine, repair: str
         engine.run(engine.engine.measure_quality([[1, 2, 3]], [layers], lambda *_: None))
 
 
+def test_what_was_trained_for_other_layers_is_refused(
+    engine: RunningEngine, healed: list[Healed], gated: list[Healed]
+) -> None:
+    for each in (healed[0], gated[0]):
+        fingerprint = maps_fingerprint(each.path)
+        for prefill, decode in (((2,), (2,)), ((2, 3), (3,)), ((), (1, 2, 3)), ((), ())):
+            layers = LayerSelection(prefill, decode, fingerprint)
+            problem = re.escape(
+                f"repair: {fingerprint} was trained for the skipped layers [2, 3], but the request "
+                f"skips {list(prefill)} for its prompt and {list(decode)} for what it generates"
+            )
+            with pytest.raises(FailedPrecondition, match=problem):
+                engine.generate([[1, 2, 3]], [layers], 1)
+            with pytest.raises(FailedPrecondition, match=problem):
+                engine.run(engine.engine.score("one", [1, 2, 3], 1, layers))
+            with pytest.raises(FailedPrecondition, match=problem):
+                engine.run(engine.engine.measure_quality([[1, 2, 3]], [layers], lambda *_: None))
+
+
 def test_maps_that_do_not_fit_leave_the_old_ones(
     engine: RunningEngine, path: Path, cases: list[Case], tmp_path: Path
 ) -> None:
@@ -424,9 +478,15 @@ def test_maps_that_do_not_fit_leave_the_old_ones(
     damaged = tmp_path / "damaged"
     data = path.read_bytes()
     damaged.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    mlps = tmp_path / "mlps"
+    save_gated_mlps(random_mlps((1, 2), num_layers=NUM_LAYERS, hidden_size=8), mlps)
+    deeper = tmp_path / "deeper"
+    save_gated_mlps(random_mlps((1, 6), num_layers=7, hidden_size=64), deeper)
     for file, problem in [
+        (mlps, "hidden_size: the MLPs are of a model with 8, allowed: 64"),
+        (deeper, "num_layers: the MLPs are of a model with 7, allowed: 5"),
         (foreign, "hidden_size: the maps are of a model with 8, allowed: 64"),
-        (damaged, "sha256: the maps are not what was written"),
+        (damaged, "sha256: its tensors are not what was written"),
     ]:
         with pytest.raises(RepairError, match=problem):
             engine.run(engine.engine.install_repair(file))

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,17 @@ import psutil
 import pytest
 import torch
 
+from pruning.decoder import StandIn
 from pruning.importance import measure_block_influence
 from pruning.metrics import dense_pass
-from pruning.repair import fit_repair, load_maps
+from pruning.repair import fit_repair, load_maps, save_gated_mlps
 from server.engine.base import EngineDead, GenerationRequest, LayerSelection, SamplingOptions
 from server.engine.elastic.engine import ElasticEngine
 from server.engine.elastic.engine_arguments import ElasticConfig
 from server.engine.ranks import Ranks
 from server.errors import InvalidArgument
 from tests.conftest import data_path
+from tests.gated_mlps import random_mlps
 from tests.server.engine.elastic import reference
 from tests.server.engine.elastic.running_engine import NAMESPACE, RunningEngine, running_engine
 
@@ -71,7 +73,7 @@ def test_there_is_a_process_for_each_rank(engine: RunningEngine) -> None:
 def test_pairs_of_depths_with_and_without_repair_in_one_batch(
     engine: RunningEngine, dense: Any, windows: list[list[int]], tmp_path: Path
 ) -> None:
-    """The maps are fitted by the two ranks together, and both apply them."""
+    """The maps are fitted by the two ranks together, and both apply them; MLPs, too."""
     path = tmp_path / "maps.safetensors"
     engine.run(
         engine.engine.fit_repair(
@@ -95,14 +97,22 @@ def test_pairs_of_depths_with_and_without_repair_in_one_batch(
         assert difference < 0.01 * layer_map.weight.norm(), layer
 
     repair = engine.run(engine.engine.install_repair(path))
+    mlps = random_mlps((1, 2, 4), num_layers=5, hidden_size=dense.config.hidden_size)
+    save_gated_mlps(mlps, tmp_path / "mlps.safetensors")
+    gated = engine.run(engine.engine.install_repair(tmp_path / "mlps.safetensors"))
+    stand_ins: dict[str | None, Mapping[int, StandIn]] = {
+        None: {},
+        repair: maps.layers,
+        gated: mlps.layers,
+    }
     depths = itertools.product((1, 3, 5), repeat=2)
     cases = [selection(a, b, how) for a, b in depths for how in (None, repair)]
+    skips = mlps.healing.skipped
+    cases += [LayerSelection(*pair, gated) for pair in ((skips, skips), (skips, ()), ((), skips))]
     prompts = [window[: 5 + 9 * number] for number, window in enumerate(windows[:6])]
     prompts = list(itertools.islice(itertools.cycle(prompts), len(cases)))
     assert engine.generate(prompts, cases, NUM_TOKENS) == [
-        reference.generate_with_skips(
-            dense, prompt, NUM_TOKENS, layers, maps.layers if layers.repair else None
-        )
+        reference.generate_with_skips(dense, prompt, NUM_TOKENS, layers, stand_ins[layers.repair])
         for prompt, layers in zip(prompts, cases, strict=True)
     ]
 

@@ -16,6 +16,7 @@ from server.engine.elastic.metadata_fields import FieldKind, fields_of
 from server.engine.elastic.payload import Payload
 from server.engine.elastic.residual_stream import Repair, ResidualStream
 from server.engine.elastic.row_table import RowTable
+from server.engine.elastic.stand_ins import LinearMap
 from server.engine.elastic.step import ElasticStep, TokenIndices, TokenSubset, Whole
 
 NUM_LAYERS = 4
@@ -163,7 +164,7 @@ def test_stand_ins_repair_the_tokens_that_skip_their_layer() -> None:
     stream = ResidualStream(run, torch.arange(5), torch.zeros(5, 1), torch.ones(5, 1))
     for layer in range(NUM_LAYERS):
         repairs = [
-            Repair(torch.tensor([[float(sum(run.layers))]]), tokens)
+            Repair(LinearMap(torch.tensor([[float(sum(run.layers))]])), tokens)
             for run, tokens in example.repaired_tokens(layer)
         ]
         stream.add(layer, example.active_tokens(layer), repairs)
@@ -212,7 +213,7 @@ def test_rows_are_repaired_by_the_maps_that_each_asks_for() -> None:
 
     assert repaired(1) == [(first, range(1, 2), [0])]
     assert repaired(2) == [(second, range(1, 3), [1])]
-    maps = {first: torch.tensor([[10.0]]), second: torch.tensor([[2.0]])}
+    maps = {number: LinearMap(torch.tensor([[x]])) for number, x in ((first, 10.0), (second, 2.0))}
     ran: list[tuple[list[int], list[int]]] = []
 
     def run(layers: Any, positions: Any, hidden: Any, residual: Any) -> Any:
@@ -227,6 +228,20 @@ def test_rows_are_repaired_by_the_maps_that_each_asks_for() -> None:
     assert ran == [([0], [0, 1, 2, 3, 4]), ([2], [0, 2, 3, 4]), ([3], [0, 1, 2, 3, 4])]
     # After layer 0 all are 2. Token 0 is eleven times that, token 1 three times.
     assert (hidden + residual).flatten().tolist() == [24, 7, 4, 4, 4]
+
+
+def test_a_gated_mlp_is_applied_in_front_of_its_run() -> None:
+    """It stands in for layers 1 and 2 of row B, under layer 1."""
+    table = RowTable(len(ROWS), NUM_LAYERS)
+    number = table.add_repair("sha256:mlps", [1])
+    for row, (skips, repair) in enumerate([((), None), ((1, 2), "sha256:mlps"), ((), None)]):
+        table.put(row, Payload(LayerSelection(skips, skips, repair)), range(2))
+    example = ElasticStep(PlainBuilder(), metadata(), table)
+    assert [example.repaired_tokens(layer) for layer in (0, 2, 3)] == [[], [], []]
+    [(run, repaired)] = example.repaired_tokens(1)
+    assert run == (number, range(1, 2))
+    assert isinstance(repaired, TokenIndices)
+    assert repaired.tokens.tolist() == [1]
 
 
 def test_rows_that_move_keep_their_repair() -> None:

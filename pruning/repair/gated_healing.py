@@ -1,0 +1,108 @@
+"""Healing by gated MLPs: the MLPs of one set of skipped layers, trained by distillation.
+
+It is the training of :mod:`pruning.repair.healing`: the same loss, tokens, optimizer and schedule,
+but for the learning rate. W_down begins with 0, so the training begins with a plain skip and needs
+no fit before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pruning.decoder import StandIn
+from pruning.repair.errors import RepairError
+from pruning.repair.folding import runs_of
+from pruning.repair.gated_mlp import NUM_MATRICES, GatedMlp, GatedMlps, equal_size
+from pruning.repair.healing import DEFAULT_STEPS, HealingStep, checked, distill, hidden_size_of
+from pruning.repair.maps import Healing
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# These weights begin at random, so they have further to go than maps in closed form.
+LEARNING_RATE = 1e-3
+
+
+def heal_gated(
+    model: nn.Module,
+    windows: Sequence[torch.Tensor],
+    skipped: Collection[int],
+    *,
+    intermediate_size: int | None = None,
+    model_fingerprint: str,
+    text_fingerprint: str,
+    steps: int = DEFAULT_STEPS,
+    seed: int = 0,
+    learning_rate: float | None = None,
+    checkpoint: Path | None = None,
+    layers: Sequence[nn.Module] | None = None,
+    on_step: Callable[[HealingStep], None] | None = None,
+) -> GatedMlps:
+    """Return MLPs of ``intermediate_size``, one for each run of ``skipped``, trained at once.
+
+    Without ``intermediate_size`` they get as many parameters as maps of these layers have
+    (:func:`equal_size`), without ``learning_rate`` :data:`LEARNING_RATE`. ``seed`` also decides
+    what W_gate and W_up begin with. All else is as in :func:`pruning.repair.healing.heal`, which
+    also says what is raised; :class:`RepairError` also for an ``intermediate_size`` below 1.
+    """
+    if intermediate_size is not None and intermediate_size < 1:
+        raise RepairError(f"intermediate_size: got {intermediate_size}, allowed: 1 or more")
+    decoder, fit, _ = checked(model, windows, skipped, steps, layers)
+    state = distill(
+        model,
+        windows,
+        skipped,
+        _first(model, skipped, intermediate_size, seed),
+        _stand_ins,
+        model_fingerprint=model_fingerprint,
+        steps=steps,
+        seed=seed,
+        learning_rate=LEARNING_RATE if learning_rate is None else learning_rate,
+        checkpoint=checkpoint,
+        layers=layers,
+        on_step=on_step,
+    )
+    return GatedMlps(
+        layers={layer: GatedMlp(weight.cpu()) for layer, weight in state.best.items()},
+        num_layers=len(decoder.layers),
+        model_fingerprint=model_fingerprint,
+        text_fingerprint=text_fingerprint,
+        num_tokens=sum(map(len, fit)),
+        healing=Healing(
+            skipped=tuple(sorted(skipped)),
+            started_from=None,
+            steps=steps,
+            num_steps_taken=state.step,
+            seed=seed,
+            first_loss=state.first_loss,
+            loss=state.best_loss,
+        ),
+    )
+
+
+def _stand_ins(weights: Mapping[int, torch.Tensor]) -> dict[int, StandIn]:
+    return {layer: GatedMlp(weight) for layer, weight in weights.items()}
+
+
+def _first(
+    model: nn.Module, skipped: Collection[int], intermediate_size: int | None, seed: int
+) -> dict[int, torch.Tensor]:
+    """Return weights that do nothing: W_down is 0, the others are random as in linear layers."""
+    import torch
+
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    hidden_size = hidden_size_of(model)
+    runs = runs_of(skipped)
+    size = intermediate_size or equal_size(len(skipped), len(runs), hidden_size)
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for run in runs:
+        weight = torch.randn(NUM_MATRICES, size, hidden_size, generator=generator)
+        weight /= math.sqrt(hidden_size)
+        weight[-1] = 0
+        weights[run[0]] = weight.to(embeddings.weight.device)
+    return weights
