@@ -33,6 +33,8 @@ from tests.server.rpc.toy_engine import NUM_LAYERS, ToyEngine
 
 # Another program may have it, and a test may not be allowed to.
 _NOT_TRIED = {("port", "65535"), ("metrics_port", "65535")}
+# What else must be set for a setting to be allowed.
+_WITH = {"heal_intermediate_size": {"heal_kind": "gated-mlp"}}
 
 
 def ends() -> Iterator[tuple[str, str]]:
@@ -75,7 +77,8 @@ async def test_the_server_serves(
     text.write_text("Once upon a time. " * 20)
     paths = {"model": stories_model, "state_dir": tmp_path, "calibration": text}
     flags = {key: str(path) for key, path in {**paths, "quality_text": text}.items()}
-    settings = load_settings({**flags, "port": "0", "metrics_port": "0", name: value})
+    flags |= {"port": "0", "metrics_port": "0", **_WITH.get(name, {})}
+    settings = load_settings({**flags, name: value})
     inputs = await asyncio.to_thread(read_inputs, settings)
     inputs = replace(
         inputs, num_layers=NUM_LAYERS, levels=tuple(map(spec_of, LEVELS)), default_level="fast"

@@ -230,7 +230,7 @@ def test_another_run_measures_nothing_again(reported: Reported, tmp_path: Path) 
 def test_what_is_damaged_is_reported_and_measured_anew(reported: Reported, tmp_path: Path) -> None:
     out = tmp_path / "copy"
     shutil.copytree(reported.out, out)
-    [kept] = (out / "measurements").glob("importance-*.json")
+    [kept] = (out / "measurements").glob("dense-pass-*.json")
     kept.write_text(kept.read_text("utf-8").replace("0.", "1.", 1))
     result = reported.again(out, "--budget-seconds", "0", "--section", "importance")
     assert result.returncode == 0, result.stderr
