@@ -131,7 +131,6 @@ async def _measure_round(
         session.report.rounds.append(
             {**labels, "event": "start", "start_seconds": time.perf_counter() - begin}
         )
-        # Plain vLLM serves a checkpoint of its depth, the elastic engine any depth.
         for depth, num_streams in itertools.product(depths, streams):
             work = setup.workload.streams(
                 num_streams, 1, depth=depth if labels["engine"] == "elastic" else None

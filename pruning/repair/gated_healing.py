@@ -16,8 +16,14 @@ from pruning.decoder import StandIn
 from pruning.repair.errors import RepairError
 from pruning.repair.folding import runs_of
 from pruning.repair.gated_mlp import NUM_MATRICES, GatedMlp, GatedMlps, equal_size
-from pruning.repair.healing import DEFAULT_STEPS, HealingStep, checked, distill, hidden_size_of
-from pruning.repair.maps import Healing
+from pruning.repair.healing import (
+    DEFAULT_STEPS,
+    HealingStep,
+    checked,
+    distill,
+    healing_of,
+    hidden_size_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -72,15 +78,7 @@ def heal_gated(
         model_fingerprint=model_fingerprint,
         text_fingerprint=text_fingerprint,
         num_tokens=sum(map(len, fit)),
-        healing=Healing(
-            skipped=tuple(sorted(skipped)),
-            started_from=None,
-            steps=steps,
-            num_steps_taken=state.step,
-            seed=seed,
-            first_loss=state.first_loss,
-            loss=state.best_loss,
-        ),
+        healing=healing_of(state, skipped, steps, seed),
     )
 
 

@@ -123,15 +123,7 @@ def heal(
         model_fingerprint=model_fingerprint,
         text_fingerprint=text_fingerprint,
         num_tokens=sum(map(len, fit)),
-        healing=Healing(
-            skipped=tuple(sorted(skipped)),
-            started_from=started_from,
-            steps=steps,
-            num_steps_taken=state.step,
-            seed=seed,
-            first_loss=state.first_loss,
-            loss=state.best_loss,
-        ),
+        healing=healing_of(state, skipped, steps, seed, started_from),
     )
 
 
@@ -184,6 +176,25 @@ def distill(
     if kept is not None:
         kept.remove()
     return state
+
+
+def healing_of(
+    state: TrainingState,
+    skipped: Collection[int],
+    steps: int,
+    seed: int,
+    started_from: str | None = None,
+) -> Healing:
+    """Return how the weights of ``state`` were trained, for the file that they are kept in."""
+    return Healing(
+        skipped=tuple(sorted(skipped)),
+        started_from=started_from,
+        steps=steps,
+        num_steps_taken=state.step,
+        seed=seed,
+        first_loss=state.first_loss,
+        loss=state.best_loss,
+    )
 
 
 def checked(

@@ -59,15 +59,15 @@ def own_text(
 
 
 def _write(settings: Settings, out: Path, tokens: int, length: int, seed: int) -> None:
+    from pruning.durable import replace_file
     from server.model.inputs import StartError
 
     if out.is_dir() or not out.parent.is_dir():
         raise StartError(f"OUT: got {str(out)!r}, allowed: a file in a directory that there is")
     with ProgressReport(Console(stderr=True)) as progress:
         texts = asyncio.run(_written(settings, tokens, length, seed, progress))
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    unfinished.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
-    unfinished.replace(out)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    replace_file(out, lines.encode())
     print(f"{len(texts)} documents written to {out}")
 
 
