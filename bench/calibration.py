@@ -33,7 +33,7 @@ from bench.statistics import Spread, paired_ratio
 from bench.subjects.base import prepare
 from bench.subjects.elastic import ElasticInProcess
 from bench.workload import Request
-from server.calibration.calibrator import WINDOW
+from server.calibration.text_windows import WINDOW
 from server.engine.base import LayerSelection
 
 TIME_TARGET = 1.1

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pruning.fingerprint import model_fingerprint, token_fingerprint
-from pruning.repair.healing import HealingStep
+from pruning.repair.distillation import HealingStep
 from pruning.repair.healing_job import HealingJob, run_job
 from pruning.transformers_model import load_model
 from server.telemetry.progress import ProgressReport

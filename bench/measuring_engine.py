@@ -10,7 +10,7 @@ import typer
 
 from bench.options import Options
 from bench.random_model import DTYPES
-from server.calibration.calibrator import text_windows
+from server.calibration.text_windows import text_windows
 from server.engine.arguments import DtypeName
 from server.engine.elastic.engine import ElasticEngine
 from server.engine.elastic.engine_arguments import ElasticConfig

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from pruning.plan import Plan
 from pruning.surgery import count_layers
-from server.calibration.calibrator import text_windows
+from server.calibration.text_windows import text_windows
 from server.config import Settings
 from server.engine.base import LayerSelection
 from server.engine.elastic.engine import ElasticEngine

@@ -35,7 +35,7 @@ from pruning.stability import (
     spearman,
 )
 from pruning.text import TextError
-from server.calibration.calibrator import WINDOW
+from server.calibration.text_windows import WINDOW
 from server.engine.elastic.engine import ElasticEngine
 from server.errors import InvalidArgument
 from server.model.demo.corpus import Part

@@ -8,12 +8,13 @@ gated MLPs can be trained in their place (:mod:`pruning.repair.gated_healing`).
 
 from __future__ import annotations
 
+from pruning.repair.distillation import HealingStep
 from pruning.repair.errors import RepairError
 from pruning.repair.fit import FittedMap, check_fit_tokens, fit_map, min_fit_tokens
 from pruning.repair.gated_healing import heal_gated
 from pruning.repair.gated_mlp import GatedMlp, GatedMlps
 from pruning.repair.gram import GramEstimator, layers_at_a_time
-from pruning.repair.healing import HealingStep, heal
+from pruning.repair.healing import heal
 from pruning.repair.maps import Healing, HealingKind, LayerMap, RepairMaps
 from pruning.repair.storage import (
     MapsSummary,

@@ -1,7 +1,7 @@
 """Healing by gated MLPs: the MLPs of one set of skipped layers, trained by distillation.
 
-It is the training of :mod:`pruning.repair.healing`: the same loss, tokens, optimizer and schedule,
-but for the learning rate. W_down begins with 0, so the training begins with a plain skip and needs
+The training is that of maps (:mod:`pruning.repair.healing`) with another learning rate: same loss,
+tokens, optimizer and schedule. W_down begins with 0, so it begins with a plain skip and needs
 no fit before it.
 """
 
@@ -10,20 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pruning.decoder import StandIn
+from pruning.repair.distillation import DEFAULT_STEPS, Distillation, HealingStep
 from pruning.repair.errors import RepairError
 from pruning.repair.folding import runs_of
 from pruning.repair.gated_mlp import NUM_MATRICES, GatedMlp, GatedMlps, equal_size
-from pruning.repair.healing import (
-    DEFAULT_STEPS,
-    HealingStep,
-    checked,
-    distill,
-    healing_of,
-    hidden_size_of,
-)
+from pruning.repair.healing import hidden_size_of
 
 if TYPE_CHECKING:
     import torch
@@ -57,28 +51,29 @@ def heal_gated(
     """
     if intermediate_size is not None and intermediate_size < 1:
         raise RepairError(f"intermediate_size: got {intermediate_size}, allowed: 1 or more")
-    decoder, fit, _ = checked(model, windows, skipped, steps, layers)
-    state = distill(
+    training = Distillation(
         model,
         windows,
         skipped,
-        _first(model, skipped, intermediate_size, seed),
-        _stand_ins,
         model_fingerprint=model_fingerprint,
         steps=steps,
         seed=seed,
-        learning_rate=LEARNING_RATE if learning_rate is None else learning_rate,
-        checkpoint=checkpoint,
         layers=layers,
-        on_step=on_step,
+    )
+    state = training.run(
+        _first(model, skipped, intermediate_size, seed, training.device),
+        _stand_ins,
+        LEARNING_RATE if learning_rate is None else learning_rate,
+        checkpoint,
+        on_step,
     )
     return GatedMlps(
         layers={layer: GatedMlp(weight.cpu()) for layer, weight in state.best.items()},
-        num_layers=len(decoder.layers),
+        num_layers=training.num_layers,
         model_fingerprint=model_fingerprint,
         text_fingerprint=text_fingerprint,
-        num_tokens=sum(map(len, fit)),
-        healing=healing_of(state, skipped, steps, seed),
+        num_tokens=training.num_tokens,
+        healing=training.healing(state),
     )
 
 
@@ -87,12 +82,15 @@ def _stand_ins(weights: Mapping[int, torch.Tensor]) -> dict[int, StandIn]:
 
 
 def _first(
-    model: nn.Module, skipped: Collection[int], intermediate_size: int | None, seed: int
+    model: nn.Module,
+    skipped: Collection[int],
+    intermediate_size: int | None,
+    seed: int,
+    device: torch.device,
 ) -> dict[int, torch.Tensor]:
     """Return weights that do nothing: W_down is 0, the others are random as in linear layers."""
     import torch
 
-    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     hidden_size = hidden_size_of(model)
     runs = runs_of(skipped)
     size = intermediate_size or equal_size(len(skipped), len(runs), hidden_size)
@@ -102,5 +100,5 @@ def _first(
         weight = torch.randn(NUM_MATRICES, size, hidden_size, generator=generator)
         weight /= math.sqrt(hidden_size)
         weight[-1] = 0
-        weights[run[0]] = weight.to(embeddings.weight.device)
+        weights[run[0]] = weight.to(device)
     return weights

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pruning.quality import Quality, measure_quality
+from pruning.repair.distillation import HealingStep
 from pruning.repair.gated_healing import heal_gated
 from pruning.repair.gated_mlp import GatedMlps
-from pruning.repair.healing import HealingStep, heal
+from pruning.repair.healing import heal
 from pruning.repair.maps import HealingKind, RepairMaps
 from pruning.repair.storage import load_maps, maps_fingerprint, save_gated_mlps, save_maps
 

@@ -18,8 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from pruning.repair.distillation import HealingStep
 from pruning.repair.errors import RepairError
-from pruning.repair.healing import HealingStep
 from pruning.repair.healing_job import HealingJob, run_job
 
 _NICENESS = 19

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 from pruning.fingerprint import text_fingerprint
 from pruning.importance import ImportanceError
@@ -19,42 +16,30 @@ from pruning.metrics.names import BLOCK_INFLUENCE, GREEDY_KL
 from pruning.plan import Plan
 from pruning.probes import Probes
 from pruning.quality import Quality, QualityError
-from pruning.text import TextError, token_windows
+from pruning.text import TextError
 from server.calibration.layer_search import LayerSearch, search_text_tokens
 from server.calibration.order_choice import OrderChoice
 from server.calibration.order_stability import OrderStability
 from server.calibration.probes import Prober
 from server.calibration.search_store import SearchStore
 from server.calibration.served_metrics import AUTO, find_metric, searches
+from server.calibration.speed_meter import SpeedMeter
+from server.calibration.text_windows import MIN_WINDOW, WINDOW, text_windows
 from server.config.depth import DEFAULT_SEARCH_TOKENS
 from server.depth.levels import DepthPair, LevelSpec
 from server.depth.policy import DepthPolicy, Speed
 from server.engine.base import (
     Engine,
-    GenerationRequest,
-    LayerSelection,
     RepairsLayers,
-    SamplingOptions,
     never_enough,
 )
 from server.errors import FailedPrecondition, InvalidArgument
-
-# The longest window of calibration and quality text, in tokens.
-WINDOW = 512
 
 # That of the text that a search compares layers on. It is little, so its windows are shorter, and
 # more documents are among them.
 _SEARCH_WINDOW = 256
 
-# The shortest window: a token, and one that it predicts.
-_MIN_WINDOW = 2
-_MIN_TOKENS_OF_TWO_WINDOWS = 2 * _MIN_WINDOW
-_NUM_CHARACTERS_SHOWN = 40
-
-NUM_STREAMS = 8
-_TOKENS_PER_STREAM = 32
-_PROMPT_TOKENS = 16
-_ROUNDS = 2
+_MIN_TOKENS_OF_TWO_WINDOWS = 2 * MIN_WINDOW
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +109,7 @@ class Calibrator:
         except TextError as error:
             raise FailedPrecondition(f"the held-out text: {error}") from None
         start = engine.tokenize("")
+        self._speed_meter = SpeedMeter(engine, self._held_out)
         self._prober = Prober(engine, [each[len(start) :] for each in self._held_out], start)
 
     async def measure_plan(
@@ -298,58 +284,11 @@ class Calibrator:
     async def measure_speed(
         self, policy: DepthPolicy, depths: Iterable[DepthPair], on_progress: OnProgress
     ) -> dict[DepthPair, Speed]:
-        """Measure the throughput of a small load at each of ``depths`` and, if it can be, dense.
+        """Measure the throughput at each of ``depths`` and, if it can be, dense.
 
-        The load is ``NUM_STREAMS`` greedy requests at a time, with prompts from the held-out
-        text. The depths take turns, so that a change of the machine's pace hits all of them,
-        and the best of their rounds counts: whatever else ran only slowed them.
+        The load is that of :class:`SpeedMeter`, with prompts from the held-out text.
         """
-        pairs = list(dict.fromkeys(depths))
-        if policy.can_have(policy.dense):
-            pairs = list(dict.fromkeys([policy.dense, *pairs]))
-            if len(pairs) == 1 and policy.dense in policy.speeds:
-                return {}
-        report = _report(on_progress, "speed")
-        best = dict.fromkeys(pairs, 0.0)
-        done = 0
-        for _ in range(_ROUNDS):
-            for pair in pairs:
-                rate = await self._tokens_per_second(policy.selection(pair))
-                best[pair] = max(best[pair], rate)
-                done += 1
-                report(done, _ROUNDS * len(pairs))
-        dense = best.get(policy.dense)
-        return {
-            pair: Speed(rate, None if dense is None else rate / dense, NUM_STREAMS)
-            for pair, rate in best.items()
-        }
-
-    async def _tokens_per_second(self, layers: LayerSelection) -> float:
-        prompts = [
-            self._held_out[stream % len(self._held_out)][:_PROMPT_TOKENS]
-            for stream in range(NUM_STREAMS)
-        ]
-        started = time.perf_counter()
-        tasks = [asyncio.create_task(self._count_tokens(prompt, layers)) for prompt in prompts]
-        try:
-            num_tokens = sum(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        return num_tokens / (time.perf_counter() - started)
-
-    async def _count_tokens(self, prompt_ids: Sequence[int], layers: LayerSelection) -> int:
-        room = self._engine.model.max_context - len(prompt_ids)
-        request = GenerationRequest(
-            request_id=f"speed-{uuid.uuid4().hex}",
-            prompt_ids=prompt_ids,
-            layers=layers,
-            sampling=SamplingOptions(
-                temperature=0.0, max_tokens=min(_TOKENS_PER_STREAM, room), ignore_eos=True
-            ),
-        )
-        return sum([len(delta.token_ids) async for delta in self._engine.generate(request)])
+        return await self._speed_meter.measure(policy, depths, _report(on_progress, "speed"))
 
     async def _layer_search(
         self, texts: Sequence[str], max_tokens: int, repair: str | None, on_progress: OnProgress
@@ -401,55 +340,6 @@ class Calibrator:
             vocab_size=model.vocab_size,
             window=window,
         )
-
-
-class Tokenize(Protocol):
-    """Turns a text into token ids, with the special ones of a text's beginning or without."""
-
-    def __call__(self, text: str, *, special_tokens: bool = True) -> list[int]: ...
-
-
-def text_windows(
-    tokenize: Tokenize,
-    texts: Iterable[str],
-    *,
-    max_context: int,
-    max_tokens: int,
-    vocab_size: int,
-    window: int = WINDOW,
-) -> list[list[int]]:
-    """Cut ``texts`` into windows, each of which begins as a text of its own would.
-
-    A window has at most ``window`` tokens, and one less than ``max_context``. Raises
-    :class:`TextError` where the texts have no tokens, where one has a token that is none of the
-    model's ``vocab_size``, and for a context too short for any window.
-    """
-    start = tokenize("")
-    longest = min(window, max_context - 1 - len(start), WINDOW - len(start))
-    if longest < _MIN_WINDOW:
-        needed = _MIN_WINDOW + len(start) + 1
-        raise TextError(
-            f"max_context: a context of {max_context} tokens holds no window of text, "
-            f"allowed: {needed} or more"
-        )
-
-    def documents() -> Iterator[list[int]]:
-        for number, text in enumerate(texts, start=1):
-            ids = tokenize(text, special_tokens=False)
-            if ids and max(ids) >= vocab_size:
-                raise TextError(
-                    f"text {number} ({text[:_NUM_CHARACTERS_SHOWN]!r}...) has the token "
-                    f"{max(ids)}, allowed: 0 to {vocab_size - 1}, the model's vocabulary; its "
-                    "tokenizer has more tokens than the model"
-                )
-            yield ids
-
-    if (first := max(start, default=0)) >= vocab_size:
-        raise TextError(
-            f"the tokenizer begins every text with the token {first}, allowed: 0 to "
-            f"{vocab_size - 1}, the model's vocabulary"
-        )
-    return [start + ids for ids in token_windows(documents(), longest, max_tokens, _MIN_WINDOW)]
 
 
 def _report(on_progress: OnProgress, phase: str) -> Callable[[int, int], None]:

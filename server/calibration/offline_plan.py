@@ -13,8 +13,8 @@ from pruning.fingerprint import text_fingerprint, tokenizer_fingerprint
 from pruning.metrics import METRICS, Evidence, measure_dense_pass
 from pruning.plan import Plan, PlanError
 from pruning.transformers_model import batches, load_model, load_tokenizer
-from server.calibration.calibrator import WINDOW, text_windows
 from server.calibration.policy_store import PlanFile
+from server.calibration.text_windows import WINDOW, text_windows
 from server.config import Settings
 from server.engine.arguments import cpu_dtype
 from server.state import StateDirectory

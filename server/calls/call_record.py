@@ -18,7 +18,7 @@ from server.calls.generation import (
     PromptInfo,
     RenderedPrompt,
 )
-from server.depth.policy import ServedDepth
+from server.depth.served_depth import ServedDepth
 from server.engine.base import FinishReason, GenerationDelta, SamplingOptions
 
 # Requests with longer ids are refused.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from server.depth.policy import DepthChoice, ServedDepth
+from server.depth.depth_choice import DepthChoice
+from server.depth.served_depth import ServedDepth
 from server.engine.base import FinishReason, GenerationDelta, SamplingOptions, TokenScore
 
 

@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic_settings import NoDecode
 
-from pruning.repair.healing import DEFAULT_STEPS
+from pruning.repair.distillation import DEFAULT_STEPS
 from pruning.repair.maps import HealingKind
 from server.config.errors import conflict, not_allowed
 from server.config.values import names_from, pairs_from

@@ -6,9 +6,10 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from server.depth.depth_choice import RequestKind
 from server.depth.depth_controller import Targets
 from server.depth.levels import Level
-from server.depth.policy import DepthPolicy, RequestKind
+from server.depth.policy import DepthPolicy
 from server.errors import InvalidArgument
 
 

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.depth.auto_rules import AutoRules, common_ladder, ladder, nearest, speedup
+from server.depth.depth_choice import RequestKind
 from server.depth.depth_controller import DepthController, Load
 from server.depth.levels import Level
-from server.depth.policy import DepthPolicy, RequestKind
+from server.depth.policy import DepthPolicy
 from server.depth.sliding_window import SlidingWindow
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -12,42 +11,19 @@ from typing import Any
 from pruning.plan import Plan
 from pruning.probes import Probes
 from pruning.quality import Quality
+from server.depth.depth_choice import (
+    Auto,
+    DepthChoice,
+    Layers,
+    NamedLevel,
+    PruneRatio,
+    RequestKind,
+)
 from server.depth.levels import DepthPair, Level, LevelSpec, check_levels, layers_of, spec_of
 from server.depth.repair import StandIn
+from server.depth.served_depth import Reason, ServedDepth
 from server.engine.base import LayerSelection
 from server.errors import FailedPrecondition, InvalidArgument, UnknownLevel
-
-
-@dataclass(frozen=True, slots=True)
-class Layers:
-    """A depth as a number of layers."""
-
-    num_layers: int
-
-
-@dataclass(frozen=True, slots=True)
-class PruneRatio:
-    """A depth as the share of layers to skip."""
-
-    ratio: float
-
-
-@dataclass(frozen=True, slots=True)
-class NamedLevel:
-    """The depths of the level of that name."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Auto:
-    """The server chooses.
-
-    It loses at most ``max_quality_loss``: perplexity divided by that of the dense model, minus 1.
-    """
-
-    max_quality_loss: float | None = None
-
 
 _ONE_DEPTH = "dedicated engines run the same layers for the prompt and for generated tokens"
 
@@ -62,41 +38,6 @@ def healable_layers(
     """
     skipped = {prefill_skips, decode_skips} - {()}
     return skipped.pop() if len(skipped) == 1 else None
-
-
-# None is a request that names no depth.
-DepthChoice = Layers | PruneRatio | NamedLevel | Auto | None
-
-
-class RequestKind(enum.Enum):
-    """What a request asks the model for: to write, or to say how likely given tokens are."""
-
-    GENERATE = "generate"
-    SCORE = "score"
-
-
-class Reason(enum.Enum):
-    """Why a request is served at its depth."""
-
-    REQUESTED = "requested"
-    DEFAULT = "default"
-    AUTO = "auto"
-    DEGRADED = "degraded"
-
-
-@dataclass(frozen=True, slots=True)
-class ServedDepth:
-    """The depth that a request is served at, in layers, why, and what stands in for the others."""
-
-    prefill_layers: int
-    decode_layers: int
-    reason: Reason
-    stand_in: StandIn = StandIn.NONE
-
-    @property
-    def stand_in_name(self) -> str | None:
-        """What stands in, as the settings write it; None where nothing does."""
-        return None if self.stand_in is StandIn.NONE else self.stand_in.value
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,6 @@ from pruning.repair import (
 from pruning.repair.healing_job import HealingJob, HealingReport, run_job
 from pruning.surgery import SurgeryError, count_layers
 from pruning.text import TextError
-from server.calibration.calibrator import WINDOW
 from server.calibration.healed_store import HealedStore, Outcome, Training
 from server.calibration.healing import what_is_not_better
 from server.calibration.offline_plan import (
@@ -40,6 +39,7 @@ from server.calibration.offline_plan import (
     measuring_windows,
 )
 from server.calibration.served_metrics import searches
+from server.calibration.text_windows import WINDOW
 from server.config import Settings
 from server.depth.policy import healable_layers
 from server.file_hashes import FileHashes

@@ -28,7 +28,7 @@ from pruning.quantization import (
 )
 from pruning.surgery.companions import companions_fingerprint
 from pruning.transformers_model import load_tokenizer
-from server.calibration.calibrator import WINDOW, text_windows
+from server.calibration.text_windows import WINDOW, text_windows
 from server.config import Settings
 from server.engine.quantized_checkpoint import serving_problem
 from server.errors import InvalidArgument

@@ -12,7 +12,7 @@ from vllm.exceptions import GenerationError
 
 from server.calls.call_record import CallRecord
 from server.calls.generation import FinishInfo, Generation, GenerationEvent, Prompt, PromptInfo
-from server.depth.policy import ServedDepth
+from server.depth.served_depth import ServedDepth
 from server.engine.base import SamplingOptions
 from server.errors import FathomError
 from server.openai.depth_names import Depths

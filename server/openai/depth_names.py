@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from server.depth.policy import Auto, DepthChoice, Layers, NamedLevel, PruneRatio
+from server.depth.depth_choice import Auto, DepthChoice, Layers, NamedLevel, PruneRatio
 from server.errors import InvalidArgument
 from server.openai.failures import UnknownModel
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from server.depth.depth_choice import Auto, DepthChoice, NamedLevel
 from server.depth.levels import DepthPair
-from server.depth.policy import Auto, DepthChoice, DepthPolicy, NamedLevel
+from server.depth.policy import DepthPolicy
 from server.openai.failures import UnknownModel
 from server.serving.service import Service
 

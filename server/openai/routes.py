@@ -19,7 +19,7 @@ from vllm.exceptions import VLLMClientError
 
 from server.calls.call_record import current_call
 from server.calls.generation import ChatPrompt, Prompt, RenderedPrompt, TextPrompt, TokenPrompt
-from server.depth.policy import ServedDepth
+from server.depth.served_depth import ServedDepth
 from server.errors import InvalidArgument
 from server.openai import body as bodies
 from server.openai.call import Call, Refused, set_current

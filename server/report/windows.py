@@ -9,7 +9,7 @@ from typing import Any
 from pruning.checkpoint import CheckpointError, read_config
 from pruning.text import TextError
 from pruning.transformers_model import load_tokenizer
-from server.calibration.calibrator import WINDOW, text_windows
+from server.calibration.text_windows import WINDOW, text_windows
 from server.config import Settings
 from server.model.inputs import StartError, refused_as
 from server.report.subject import Subject

@@ -11,9 +11,11 @@ from pruning.quality import Quality
 from server.calibration.calibrator import Progress
 from server.calls.generation import FinishInfo, PromptInfo
 from server.depth.auto_rules import AutoRules, ladder
+from server.depth.depth_choice import RequestKind
 from server.depth.levels import DepthPair, Level
-from server.depth.policy import DepthPolicy, Reason, RequestKind, ServedDepth, Speed
+from server.depth.policy import DepthPolicy, Speed
 from server.depth.repair import RepairStatus, StandIn
+from server.depth.served_depth import Reason, ServedDepth
 from server.engine.base import FinishReason, GenerationDelta, ModelInfo, TokenScore
 from server.rpc.generated.fathom.v1 import common_pb2, control_pb2, inference_pb2
 from server.serving.service_state import State, Status

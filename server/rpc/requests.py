@@ -22,8 +22,8 @@ from server.calls.generation import (
     TokenPrompt,
 )
 from server.depth.auto_rules import AutoRules
+from server.depth.depth_choice import Auto, DepthChoice, Layers, NamedLevel, PruneRatio
 from server.depth.levels import LevelSpec
-from server.depth.policy import Auto, DepthChoice, Layers, NamedLevel, PruneRatio
 from server.engine.base import SamplingOptions, Structure, StructureKind
 from server.errors import InvalidArgument
 from server.rpc.generated.fathom.v1 import common_pb2, control_pb2, inference_pb2

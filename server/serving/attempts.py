@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from server.depth.policy import ServedDepth
 from server.depth.repair import StandIn
+from server.depth.served_depth import ServedDepth
 from server.engine.base import Engine, EngineDead, LayerSelection, RepairsLayers
 from server.errors import Unavailable
 from server.serving.admission import Admitted

@@ -18,7 +18,8 @@ from server.calls.generation import (
     ScoringResult,
 )
 from server.depth.autodepth import AutoDepth
-from server.depth.policy import Reason, RequestKind, ServedDepth
+from server.depth.depth_choice import RequestKind
+from server.depth.served_depth import Reason, ServedDepth
 from server.engine.base import (
     EVERYONE,
     CacheNamespace,

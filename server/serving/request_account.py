@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from server.depth.autodepth import AutoDepth
-from server.depth.policy import ServedDepth
+from server.depth.served_depth import ServedDepth
 from server.serving.admission import Admission, Admitted
 from server.serving.fair_queue import Slot
 from server.telemetry.metrics import Metrics

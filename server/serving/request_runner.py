@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from server.calls.generation import FinishInfo, GenerationEvent, Timings
-from server.depth.policy import ServedDepth
+from server.depth.served_depth import ServedDepth
 from server.engine.base import Engine, EngineDead, GenerationDelta, GenerationRequest
 from server.serving.attempts import Attempts, without_lost_repair
 from server.serving.output_buffer import OutputBuffer

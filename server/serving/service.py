@@ -18,7 +18,8 @@ from server.calibration.repair_renewal import RepairRenewal
 from server.calibration.repairer import Repairer
 from server.depth.auto_rules import AutoRules, check_rules, ladder
 from server.depth.autodepth import AutoDepth
-from server.depth.policy import DepthPolicy, RequestKind
+from server.depth.depth_choice import RequestKind
+from server.depth.policy import DepthPolicy
 from server.depth.repair import RepairStatus
 from server.engine.base import Engine, EngineDead, LoadInfo, ModelInfo
 from server.serving.admission import Admission

@@ -18,8 +18,9 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from server.depth.policy import DepthPolicy, Reason
+from server.depth.policy import DepthPolicy
 from server.depth.repair import RepairStatus
+from server.depth.served_depth import Reason
 from server.depth.sliding_window import SlidingWindow
 from server.engine.base import LayerSelection, LoadInfo
 from server.telemetry.probe_gauges import probe_gauges

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from server.access.authenticator import bearer_token
 from server.access.host_header import host_name, names_this_machine
-from server.depth.policy import DepthChoice, Layers, NamedLevel
+from server.depth.depth_choice import DepthChoice, Layers, NamedLevel
 from server.errors import (
     DeadlineTooSoon,
     FathomError,

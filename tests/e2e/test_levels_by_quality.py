@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from server.calibration.calibrator import text_windows
+from server.calibration.text_windows import text_windows
 from server.model.demo.corpus import Part, documents
 from server.model.source import DEMO_MODEL
 from server.rpc.client import Client

@@ -26,7 +26,8 @@ from pruning.repair import (
     heal,
     split_windows,
 )
-from pruning.repair.healing import EVALUATE_EVERY, LEARNING_RATE, PATIENCE, divergence
+from pruning.repair.distillation import EVALUATE_EVERY, PATIENCE, divergence
+from pruning.repair.healing import LEARNING_RATE
 from tests.architectures import ARCHITECTURES, Architecture, make_model
 from tests.conftest import data_path
 

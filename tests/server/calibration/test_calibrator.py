@@ -13,8 +13,9 @@ from pruning.metrics import METRICS, DensePassSums
 from pruning.plan import Plan
 from pruning.quality import Quality
 from pruning.text import TextError
-from server.calibration.calibrator import WINDOW, Calibrator, Progress, text_windows
+from server.calibration.calibrator import Calibrator, Progress
 from server.calibration.order_stability import OrderStability
+from server.calibration.text_windows import WINDOW, text_windows
 from server.depth.levels import DepthPair
 from server.depth.policy import DepthPolicy
 from server.engine.base import IsEnough, LayerSelection, ProgressCallback, never_enough

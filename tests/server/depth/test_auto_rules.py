@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from pruning.probes import Choosing, Probes, Writing
 from pruning.quality import Quality
 from server.depth.auto_rules import AutoRules, common_ladder, ladder, nearest
+from server.depth.depth_choice import RequestKind
 from server.depth.levels import DepthPair, Level
-from server.depth.policy import DepthPolicy, RequestKind
+from server.depth.policy import DepthPolicy
 from tests.server.depth.test_policy import plan
 
 GENERATE, SCORE = RequestKind.GENERATE, RequestKind.SCORE

@@ -11,19 +11,10 @@ from hypothesis import strategies as st
 
 from pruning.plan import Plan
 from pruning.quality import Quality
+from server.depth.depth_choice import Auto, DepthChoice, Layers, NamedLevel, PruneRatio, RequestKind
 from server.depth.levels import DepthPair, Level
-from server.depth.policy import (
-    Auto,
-    DepthChoice,
-    DepthPolicy,
-    Layers,
-    NamedLevel,
-    PruneRatio,
-    Reason,
-    RequestKind,
-    ServedDepth,
-    Speed,
-)
+from server.depth.policy import DepthPolicy, Speed
+from server.depth.served_depth import Reason, ServedDepth
 from server.engine.base import LayerSelection
 from server.errors import FailedPrecondition, FathomError, InvalidArgument, UnknownLevel
 

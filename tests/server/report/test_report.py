@@ -20,7 +20,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pruning.decoder import find_decoder, without_layers
-from server.calibration.calibrator import text_windows
+from server.calibration.text_windows import text_windows
 from server.engine.elastic.engine import ElasticEngine
 from server.model.demo.corpus import Part, documents
 from server.report.report import OUT_OF_TIME

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from server.depth.policy import Reason, ServedDepth
+from server.depth.served_depth import Reason, ServedDepth
 from server.engine.base import GenerationDelta, TokenScore
 from server.rpc import replies
 from server.rpc.generated.fathom.v1 import inference_pb2

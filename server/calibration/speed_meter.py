@@ -1,0 +1,87 @@
+"""Measures how fast depths are with the engine that serves them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+
+from server.depth.levels import DepthPair
+from server.depth.policy import DepthPolicy, Speed
+from server.engine.base import Engine, GenerationRequest, LayerSelection, SamplingOptions
+
+NUM_STREAMS = 8
+_TOKENS_PER_STREAM = 32
+_PROMPT_TOKENS = 16
+_ROUNDS = 2
+
+
+class SpeedMeter:
+    """Runs a small load at one depth after the other.
+
+    The load is ``NUM_STREAMS`` greedy requests at a time. The depths take turns, so that a change
+    of the machine's pace hits all of them, and the best of their rounds counts: whatever else ran
+    only slowed them.
+    """
+
+    def __init__(self, engine: Engine, windows: Sequence[Sequence[int]]) -> None:
+        """Take prompts from the beginnings of ``windows`` of token ids, of which there is one."""
+        self._engine = engine
+        self._windows = windows
+
+    async def measure(
+        self,
+        policy: DepthPolicy,
+        depths: Iterable[DepthPair],
+        progress: Callable[[int, int], None],
+    ) -> dict[DepthPair, Speed]:
+        """Measure the throughput at each of ``depths`` and, if it can be, dense.
+
+        Nothing is measured where that would be dense alone, and its speed is known.
+        """
+        pairs = list(dict.fromkeys(depths))
+        if policy.can_have(policy.dense):
+            pairs = list(dict.fromkeys([policy.dense, *pairs]))
+            if len(pairs) == 1 and policy.dense in policy.speeds:
+                return {}
+        best = dict.fromkeys(pairs, 0.0)
+        done = 0
+        for _ in range(_ROUNDS):
+            for pair in pairs:
+                rate = await self._tokens_per_second(policy.selection(pair))
+                best[pair] = max(best[pair], rate)
+                done += 1
+                progress(done, _ROUNDS * len(pairs))
+        dense = best.get(policy.dense)
+        return {
+            pair: Speed(rate, None if dense is None else rate / dense, NUM_STREAMS)
+            for pair, rate in best.items()
+        }
+
+    async def _tokens_per_second(self, layers: LayerSelection) -> float:
+        prompts = [
+            self._windows[stream % len(self._windows)][:_PROMPT_TOKENS]
+            for stream in range(NUM_STREAMS)
+        ]
+        started = time.perf_counter()
+        tasks = [asyncio.create_task(self._count_tokens(prompt, layers)) for prompt in prompts]
+        try:
+            num_tokens = sum(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return num_tokens / (time.perf_counter() - started)
+
+    async def _count_tokens(self, prompt_ids: Sequence[int], layers: LayerSelection) -> int:
+        room = self._engine.model.max_context - len(prompt_ids)
+        request = GenerationRequest(
+            request_id=f"speed-{uuid.uuid4().hex}",
+            prompt_ids=prompt_ids,
+            layers=layers,
+            sampling=SamplingOptions(
+                temperature=0.0, max_tokens=min(_TOKENS_PER_STREAM, room), ignore_eos=True
+            ),
+        )
+        return sum([len(delta.token_ids) async for delta in self._engine.generate(request)])
