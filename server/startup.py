@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +17,14 @@ from pruning.repair import RepairError
 from pruning.repair.healing_job import HealingJob
 from pruning.surgery import SurgeryError
 from pruning.text import TextError
+from pruning.transformers_model import load_tokenizer
 from server.calibration.calibrator import Calibrator, Progress
 from server.calibration.healed_store import HealedStore, Training
 from server.calibration.healing import HealedLevels
 from server.calibration.measuring_steps import MeasuringSteps
 from server.calibration.offline_plan import kept_plan
+from server.calibration.own_text import OwnText
+from server.calibration.own_text_store import LENGTH, SEED
 from server.calibration.policy_store import PolicyStore
 from server.calibration.repairer import InstalledRepair, Repairer
 from server.calibration.served_metrics import AUTO, searches
@@ -33,7 +36,7 @@ from server.depth.levels import DepthPair
 from server.depth.policy import DepthPolicy
 from server.depth.repair import Repair, RepairStatus, StandIn
 from server.engine.base import Engine, EngineDead, RepairsLayers
-from server.model.inputs import Inputs, refused_as
+from server.model.inputs import Inputs, own_text_store, refused_as
 from server.model.quantized import QuantizedModel
 from server.serving.level_healer import LevelHealer
 from server.serving.service import Service
@@ -87,6 +90,8 @@ class Startup:
         if self._inputs.quantized is not None:
             self._inputs = await self._quantize(self._inputs.quantized)
         await self._load_model()
+        if self._inputs.texts is None:
+            self._inputs = replace(self._inputs, texts=await self._own_texts())
         with refused_as("model"), refused_as("the engine has died while measuring", EngineDead):
             calibrator, store = self._calibrator(), self._policy_store()
             specs = self._inputs.levels
@@ -152,6 +157,26 @@ class Startup:
         ):
             await self._engine.start()
 
+    async def _own_texts(self) -> Sequence[str]:
+        """Return text that the model has written, or writes now, to rank its layers on."""
+        settings, inputs = self._settings, self._inputs
+
+        async def write() -> list[str]:
+            directory = inputs.source.directory
+            tokenizer = load_tokenizer(directory, trust=settings.trust_remote_code)
+            return await OwnText(self._engine, tokenizer).documents(
+                settings.calibration_tokens,
+                min(LENGTH, self._engine.model.max_context),
+                SEED,
+                lambda *tokens: self._progress.advance(
+                    "Writing text to rank the layers on", *tokens
+                ),
+            )
+
+        store = own_text_store(settings, inputs.fingerprint, inputs.tokenizer)
+        with self._service.phase("text"), refused_as("calibration", CheckpointError, EngineDead):
+            return await store.kept_or_written(write)
+
     async def _plan(
         self, calibrator: Calibrator, store: PolicyStore, repair: Repair | None
     ) -> Plan:
@@ -164,7 +189,7 @@ class Startup:
                 inputs, settings = self._inputs, self._settings
                 metric = None if settings.metric == AUTO else settings.metric
                 plan = kept_plan(
-                    settings, inputs.fingerprint, inputs.tokenizer, inputs.texts, metric
+                    settings, inputs.fingerprint, inputs.tokenizer, self._texts, metric
                 )
             fingerprint = None if repair is None else repair.fingerprint
             return plan or await store.plan(
@@ -218,6 +243,12 @@ class Startup:
             logger.warning("the search for the layers to leave out has counted on repair")
         return policy, status
 
+    @property
+    def _texts(self) -> Sequence[str]:
+        """The texts to rank the layers on, once there are some."""
+        assert self._inputs.texts is not None
+        return self._inputs.texts
+
     def _healed_levels(self, calibrator: Calibrator, store: PolicyStore) -> HealedLevels | None:
         if self._settings.repair != "healed":
             return None
@@ -251,7 +282,7 @@ class Startup:
                 dtype=dtype,
                 trust_remote_code=settings.trust_remote_code,
                 model_fingerprint=inputs.fingerprint,
-                text_fingerprint=text_fingerprint(inputs.texts),
+                text_fingerprint=text_fingerprint(self._texts),
                 skipped=skipped,
                 closed_form=str(closed_form.path),
                 windows=windows,
@@ -313,7 +344,7 @@ class Startup:
             model_fingerprint=inputs.fingerprint,
             tokenizer_fingerprint=inputs.tokenizer,
             versions=measuring_versions(),
-            texts=inputs.texts,
+            texts=self._texts,
             max_tokens=settings.calibration_tokens,
             held_out_texts=inputs.held_out_texts,
             max_held_out_tokens=settings.quality_tokens,
@@ -346,7 +377,7 @@ class Startup:
             fingerprint=inputs.fingerprint,
             tokenizer=inputs.tokenizer,
             num_layers=inputs.num_layers,
-            texts=inputs.texts,
+            texts=self._texts,
             held_out_texts=inputs.held_out_texts,
         )
 

@@ -7,6 +7,7 @@ its key, or is compared when the entry is read:
 |---|---|---|
 | ``hash-*`` | SHA-256 of one file | path, size, times and inode of the file |
 | ``plan-*`` | ranking of the layers | model, tokenizer, calibration text and number of tokens, metric, data type, context, vLLM's arguments, the depths of levels if it may end early; one by a search also on the tokens that it may run and on repair, the better one of two also on the held-out text and the levels; one that transformers has measured does not depend on vLLM's arguments |
+| ``own-text-*`` | text that the model has written | model, tokenizer, number of tokens, length of a document, seed |
 | ``search-*`` | divergence from the dense model, by the layers that are left out | model, tokenizer, token ids of the text, repair maps, data type, context, vLLM's arguments |
 | ``quality-*`` | perplexity and the like, by the layers that are left out | as a plan, with the held-out text |
 | ``probes-*`` | how depths write and choose, by the layers that are left out | as quality |
@@ -41,6 +42,7 @@ _HASH, _PLAN, _SEARCH, _QUALITY, _PROBES, _REPAIR, _SPEED, _QUANTIZED, _CHECKPOI
     {"method": method} for method in (1, 2, 1, 2, 2, 1, 1, 3, 1)
 )
 _HEALED = {"method": 1}
+_OWN_TEXT = {"method": 1}
 _MAPS = "maps"
 
 
@@ -90,6 +92,18 @@ def plan_key(
         "metric": metric,
         "search_tokens": search_tokens,
         "repair": repair,
+    }
+
+
+def own_text_key(*, model: str, tokenizer: str, num_tokens: int, length: int, seed: int) -> Key:
+    """Return the key of text that a model has written."""
+    return {
+        **_OWN_TEXT,
+        "model": model,
+        "tokenizer": tokenizer,
+        "num_tokens": num_tokens,
+        "length": length,
+        "seed": seed,
     }
 
 

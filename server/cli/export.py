@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from server.cli.offline import run_offline
+from server.cli.offline_options import Config, Model, Revision
 from server.config import Settings, load_settings
 from server.telemetry.progress import ProgressReport
 
@@ -52,14 +53,9 @@ def export(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier export.")
     ] = False,
-    config: Annotated[str | None, typer.Option(help="YAML file with settings.")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="As for 'fathom serve'; none: the demo model."),
-    ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a Hub model.")
-    ] = None,
+    config: Config = None,
+    model: Model = None,
+    revision: Revision = None,
     plan: Annotated[
         str | None, typer.Option(help="Plan file that says which layers are removed first.")
     ] = None,
@@ -233,7 +229,7 @@ def _export(
                 chosen = plan_of_base(chosen, source.directory, fingerprint)
         else:
             with refused_as("calibration", TextError):
-                texts = calibration_texts(settings)
+                texts = calibration_texts(settings, source.directory)
             with refused_as("model", CheckpointError):
                 tokenizer = tokenizer_fingerprint(source.directory)
             # LaCo chooses the layers itself, so any ranking will do.
@@ -260,7 +256,8 @@ def _export(
         repair, collapse = None, None
         if method != _SKIP:
             with refused_as("calibration", TextError):
-                fitted_on, measured_on = calibration_texts(settings), held_out_texts(settings)
+                fitted_on = calibration_texts(settings, source.directory)
+                measured_on = held_out_texts(settings)
         if method == _LACO:
             with refused_as("layers cannot be merged", CollapseError, QualityError, ValueError):
                 collapse = collapsed_model(

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from server.cli.offline import run_offline
+from server.cli.offline_options import Config, Dtype, Model, Revision, TrustRemoteCode
 from server.config import Settings, load_settings
 from server.telemetry.progress import ProgressReport
 
@@ -40,13 +41,9 @@ def heal(
     seed: Annotated[
         str | None, typer.Option(help="Seed of the order of the text.", metavar="NUMBER")
     ] = None,
-    config: Annotated[str | None, typer.Option(help="YAML file with settings.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="As for 'fathom serve'; none: the demo model.")
-    ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a Hub model.")
-    ] = None,
+    config: Config = None,
+    model: Model = None,
+    revision: Revision = None,
     levels: Annotated[
         str | None, typer.Option(help="As for 'fathom serve'.", metavar="NAME=DEPTH,...")
     ] = None,
@@ -68,14 +65,11 @@ def heal(
     quality_tokens: Annotated[
         str | None, typer.Option(help="Tokens of it to judge on.", metavar="NUMBER")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="As for 'fathom serve'.")] = None,
+    dtype: Dtype = None,
     state_dir: Annotated[
         str | None, typer.Option(help="Directory that keeps the result.", metavar="PATH")
     ] = None,
-    trust_remote_code: Annotated[
-        bool | None,
-        typer.Option("--trust-remote-code", help="Let code that comes with the model run."),
-    ] = None,
+    trust_remote_code: TrustRemoteCode = None,
 ) -> None:
     """Train what stands in for the layers which a depth skips: maps, or gated MLPs.
 

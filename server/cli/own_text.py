@@ -11,14 +11,13 @@ import typer
 from rich.console import Console
 
 from server.cli.offline import run_offline
+from server.cli.offline_options import Config, Dtype, ModelArgument, Revision, TrustRemoteCode
 from server.config import Settings, load_settings
 from server.telemetry.progress import ProgressReport
 
 
 def own_text(
-    model: Annotated[
-        str, typer.Argument(help="As for 'fathom serve': a directory, demo, smollm2 or a Hub id.")
-    ],
+    model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="File to write, JSON lines with a text each.")],
     tokens: Annotated[
         int, typer.Option(help="Tokens to write.", min=256, metavar="NUMBER")
@@ -27,18 +26,13 @@ def own_text(
         int, typer.Option(help="Tokens of each document, at most.", min=32, metavar="NUMBER")
     ] = 512,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, metavar="NUMBER")] = 0,
-    config: Annotated[str | None, typer.Option(help="YAML file with settings.")] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a Hub model.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="As for 'fathom serve'.")] = None,
+    config: Config = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
     state_dir: Annotated[
         str | None, typer.Option(help="Directory that keeps compiled layers.", metavar="PATH")
     ] = None,
-    trust_remote_code: Annotated[
-        bool | None,
-        typer.Option("--trust-remote-code", help="Let code that comes with the model run."),
-    ] = None,
+    trust_remote_code: TrustRemoteCode = None,
 ) -> None:
     """Have a model write text, to calibrate on where no text of your users is at hand.
 

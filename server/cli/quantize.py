@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from server.cli.offline import run_offline
+from server.cli.offline_options import Config, Revision
 from server.config import Settings, load_settings
 from server.telemetry.progress import ProgressReport
 
@@ -37,10 +38,8 @@ def quantize(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier quantization.")
     ] = False,
-    config: Annotated[str | None, typer.Option(help="YAML file with settings.")] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a Hub model.")
-    ] = None,
+    config: Config = None,
+    revision: Revision = None,
     calibration: Annotated[
         str | None, typer.Option(help="Text to calibrate on, as for 'fathom serve'.")
     ] = None,
@@ -93,7 +92,7 @@ def _quantize(settings: Settings, out: Path, overwrite: bool) -> None:
         quantization = checked_quantization(settings, source.directory)
     assert quantization is not None
     with refused_as("calibration", TextError):
-        texts = calibration_texts(settings)
+        texts = calibration_texts(settings, source.directory)
     with refused_as("calibration", TextError), refused_as("model", CheckpointError):
         windows = calibration_windows(settings, source.directory, texts)
         warn_if_not_served_here(quantization, source.directory)

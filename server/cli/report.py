@@ -12,15 +12,14 @@ import typer
 from rich.console import Console
 
 from server.cli.offline import run_offline
+from server.cli.offline_options import Config, Dtype, ModelArgument, Revision, TrustRemoteCode
 from server.cli.problems import report_problem
 from server.config import Settings, load_settings
 from server.telemetry.progress import ProgressReport
 
 
 def report(
-    model: Annotated[
-        str, typer.Argument(help="As for 'fathom serve': a directory, demo, smollm2 or a Hub id.")
-    ],
+    model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="Directory of the report, new or an earlier one's.")],
     section: Annotated[
         list[str] | None,
@@ -47,10 +46,8 @@ def report(
             help="Steps of each training of maps; 0: no healing.", min=0, metavar="NUMBER"
         ),
     ] = 0,
-    config: Annotated[str | None, typer.Option(help="YAML file with settings.")] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a Hub model.")
-    ] = None,
+    config: Config = None,
+    revision: Revision = None,
     calibration: Annotated[
         str | None, typer.Option(help="Text to rank the layers on, as for 'fathom serve'.")
     ] = None,
@@ -66,15 +63,12 @@ def report(
     search_tokens: Annotated[
         str | None, typer.Option(help="Tokens that a search may run.", metavar="NUMBER")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="As for 'fathom serve'.")] = None,
+    dtype: Dtype = None,
     state_dir: Annotated[
         str | None,
         typer.Option(help="Directory that keeps compiled layers and hashes.", metavar="PATH"),
     ] = None,
-    trust_remote_code: Annotated[
-        bool | None,
-        typer.Option("--trust-remote-code", help="Let code that comes with the model run."),
-    ] = None,
+    trust_remote_code: TrustRemoteCode = None,
 ) -> None:
     """Measure the experiments of the ShortGPT paper on a model, and write a page of them.
 

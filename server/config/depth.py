@@ -126,7 +126,8 @@ class DepthSettings(BaseModel):
     calibration: str | None = Field(
         None,
         description="Text to rank the layers on: a file, a directory, JSON lines or a Hugging "
-        "Face dataset; none: the documentation of Python's standard library.",
+        "Face dataset; own: what the model writes itself at the first start, kept in `state_dir`; "
+        "none: the documentation of Python's standard library.",
     )
     calibration_tokens: Annotated[int, Ge(64)] = Field(
         32768, description="Tokens of that text to rank the layers on."
@@ -186,8 +187,9 @@ class DepthSettings(BaseModel):
     )
     quality_text: str | None = Field(
         None,
-        description="Text to measure quality on, as for `calibration`; none: a part of the "
-        "standard library's documentation that neither calibration nor the demo model has seen.",
+        description="Text to measure quality on: a file, a directory, JSON lines or a Hugging Face "
+        "dataset; none: a part of the standard library's documentation that neither calibration "
+        "nor the demo model has seen.",
     )
     quality_tokens: Annotated[int, Ge(64)] = Field(
         8192, description="Tokens of that text to measure quality on."

@@ -72,7 +72,7 @@ class Exporter:
         assert collapse is None, "layers are merged before they are quantized"
         if Order(self._settings.order) is Order.PRUNE_THEN_QUANTIZE:
             return self._prune_then_quantize(out, plan, depth, on_work, overwrite)
-        texts = calibration_texts(self._settings)
+        texts = calibration_texts(self._settings, self._source.directory)
         model = QuantizedModel(
             self._settings, self._source, self._fingerprint, texts, self._quantization
         )
@@ -109,7 +109,7 @@ class Exporter:
         self, out: Path, plan: Plan, depth: int, on_work: OnWork, overwrite: bool
     ) -> Export:
         assert self._quantization is not None
-        texts = calibration_texts(self._settings)
+        texts = calibration_texts(self._settings, self._source.directory)
         return prune_then_quantize(
             self._source.directory,
             out,

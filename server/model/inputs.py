@@ -21,6 +21,7 @@ from pruning.plan import Plan, PlanError
 from pruning.quantization import Order, QuantizationError, plan_of_base
 from pruning.surgery import SurgeryError, count_layers
 from pruning.text import TextError, load_texts
+from server.calibration.own_text_store import OwnTextStore
 from server.config import Settings
 from server.depth.auto_rules import AutoRules
 from server.depth.levels import (
@@ -45,6 +46,10 @@ from server.model.source import ModelSource, find_model
 _CHARACTERS_PER_TOKEN = 16
 
 
+# The value of the setting ``calibration`` for text that the model writes.
+OWN_TEXT = "own"
+
+
 class StartError(Exception):
     """The server cannot start like this; one line that names the setting and what is allowed."""
 
@@ -62,7 +67,8 @@ class Inputs:
     default_level: str
     # None: to be made.
     plan: Plan | None
-    texts: Sequence[str]
+    # None: the model is to write them, once it has been loaded.
+    texts: Sequence[str] | None
     held_out_texts: Sequence[str]
     # None: the model is served as it is.
     quantized: QuantizedModel | None = None
@@ -91,11 +97,15 @@ def read_inputs(settings: Settings) -> Inputs:
     with refused_as("levels"):
         levels, default_level = chosen_levels(settings, num_layers)
     with refused_as("calibration", TextError):
-        texts = calibration_texts(settings)
+        texts = (
+            own_text_store(settings, fingerprint, tokenizer).kept()
+            if _is_to_be_written(settings)
+            else calibration_texts(settings, source.directory)
+        )
     with refused_as("state_dir", CheckpointError):
         if settings.quantize is not None or settings.engine == "dedicated":
             _check_path(settings.state_dir)  # checkpoints are made there
-    quantized = _quantized(settings, source, fingerprint, texts)
+    quantized = None if texts is None else _quantized(settings, source, fingerprint, texts)
     plan = None
     if settings.plan is not None:
         with refused_as("plan", PlanError, OSError):
@@ -186,9 +196,44 @@ def auto_rules(settings: Settings) -> AutoRules:
     )
 
 
-def calibration_texts(settings: Settings) -> Sequence[str]:
-    """Return the texts to rank the layers on; raises :class:`TextError` where there are none."""
-    return _texts(settings.calibration, Part.CALIBRATION, settings.calibration_tokens)
+def calibration_texts(settings: Settings, directory: Path) -> Sequence[str]:
+    """Return the texts to rank the layers on; raises :class:`TextError` where there are none.
+
+    The model in ``directory`` may have written them.
+    """
+    if not _is_own_text(settings):
+        return _texts(settings.calibration, Part.CALIBRATION, settings.calibration_tokens)
+    fingerprint = model_fingerprint(directory, FileHashes(settings.state_dir))
+    kept = own_text_store(settings, fingerprint, tokenizer_fingerprint(directory)).kept()
+    if kept is None:
+        raise TextError(
+            f"got {OWN_TEXT!r}, but {settings.state_dir} has no {settings.calibration_tokens} "
+            "tokens that this model has written; allowed: a file, which 'fathom own-text' writes, "
+            f"or {OWN_TEXT!r} once 'fathom serve' has started with it on the elastic engine, "
+            "without quantize"
+        )
+    return kept
+
+
+def own_text_store(settings: Settings, fingerprint: str, tokenizer: str) -> OwnTextStore:
+    """Return what keeps the text that the model writes; the arguments are fingerprints."""
+    return OwnTextStore(
+        settings.state_dir,
+        model=fingerprint,
+        tokenizer=tokenizer,
+        num_tokens=settings.calibration_tokens,
+    )
+
+
+def _is_to_be_written(settings: Settings) -> bool:
+    """Return whether the model of a server writes its calibration text, if it has not before."""
+    can_write = settings.engine == "elastic" and settings.quantize is None
+    return can_write and _is_own_text(settings)
+
+
+def _is_own_text(settings: Settings) -> bool:
+    """A file or directory of that name comes first, as with the names of models."""
+    return settings.calibration == OWN_TEXT and not Path(OWN_TEXT).exists()
 
 
 def held_out_texts(settings: Settings) -> Sequence[str]:

@@ -81,7 +81,7 @@ class OfflineHealing:
             self._fingerprint = model_fingerprint(self._directory, FileHashes(settings.state_dir))
             self.num_layers = count_layers(self._directory)
         with refused_as("calibration", TextError):
-            self._texts = calibration_texts(settings)
+            self._texts = calibration_texts(settings, self._directory)
         with refused_as("quality_text", TextError):
             self._held_out_texts = held_out_texts(settings)
         self._store = HealedStore(settings.state_dir, self._fingerprint, self.num_layers)

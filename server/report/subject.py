@@ -73,7 +73,7 @@ def find_subject(settings: Settings) -> Subject:
     except UnsupportedArchitecture as error:
         not_elastic = str(error)
     with refused_as("calibration", TextError):
-        texts = calibration_texts(settings)
+        texts = calibration_texts(settings, directory)
     with refused_as("quality_text", TextError):
         measured_on = held_out_texts(settings)
     return Subject(

@@ -168,7 +168,7 @@ def test_plan_that_a_server_keeps_is_found(
     stories_model: Path, plan: Plan, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = load_settings({"model": str(stories_model), "state_dir": str(tmp_path)})
-    texts = calibration_texts(settings)
+    texts = calibration_texts(settings, stories_model)
     state, fingerprint = StateDirectory(tmp_path), plan.model_fingerprint
     wanted = replace(
         plan,

@@ -127,7 +127,7 @@ def test_the_plan_of_a_metric(
         plan_of(stories_model, ORDER),
         metric="greedy_kl",
         other_scores={"greedy_kl": (0.5,) * 5},
-        text_fingerprint=text_fingerprint(calibration_texts(settings)),
+        text_fingerprint=text_fingerprint(calibration_texts(settings, stories_model)),
         tokenizer_fingerprint=tokenizer_fingerprint(stories_model),
         created_at=1.0,
     )

@@ -43,7 +43,7 @@ def quantized_model(settings: Settings) -> QuantizedModel:
     source = find_model(settings.model)
     quantization = checked_quantization(settings, source.directory)
     assert quantization is not None
-    texts = calibration_texts(settings)
+    texts = calibration_texts(settings, source.directory)
     fingerprint = model_fingerprint(source.directory)
     return QuantizedModel(settings, source, fingerprint, texts, quantization)
 
