@@ -13,9 +13,8 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import typer
 
 from bench.options import Options, option, pruned_depths
@@ -37,6 +36,9 @@ from server.calibration.offline_plan import measuring_windows
 from server.errors import InvalidArgument
 from server.model.demo.corpus import Part
 from server.model.source import find_model
+
+if TYPE_CHECKING:
+    import torch
 
 # Speed is measured on random weights by default, quality cannot be.
 EXPORTED_MODELS = {"random": None, "demo": None}
@@ -77,6 +79,8 @@ def measure(options: ExportMethodsOptions) -> Session:
         raise typer.BadParameter(str(error)) from None
     num_layers = int(config["num_hidden_layers"])
     depths = pruned_depths(options.depths, num_layers, [max(1, num_layers * 3 // 4)])
+    import torch  # here to keep the help of all benchmarks quick
+
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     session = Session("export_methods", options, {"name": source.name, "dtype": "float32"})
@@ -101,6 +105,8 @@ class _Methods:
         fitted_on: Sequence[str],
         held_out: dict[str, Sequence[str]],
     ) -> None:
+        import torch
+
         self._session = session
         self._directory = directory
         self._model = load_model(directory, "float32", trust=False)

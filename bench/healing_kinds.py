@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import typer
 
 from bench.export_methods import EXPORTED_MODELS
@@ -33,6 +32,9 @@ from server.calibration.offline_plan import measuring_windows
 from server.errors import InvalidArgument
 from server.model.demo.corpus import Part
 from server.model.source import find_model
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ def measure(options: HealingKindsOptions) -> Session:
     except (CheckpointError, InvalidArgument, TextError) as error:
         raise typer.BadParameter(str(error)) from None
     depths = pruned_depths(options.depths, num_layers, [max(1, num_layers * 3 // 4)])
+    import torch  # here to keep the help of all benchmarks quick
+
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     session = Session("healing_kinds", options, {"name": source.name, "dtype": "float32"})

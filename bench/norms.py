@@ -9,30 +9,24 @@ on text that was not trained on.
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import typer
-from torch import nn
-from torch.nn import functional
-from transformers import AutoTokenizer
 
 from bench.options import Options, option
 from bench.plots import save_lines
 from bench.session import Session
 from server.model.demo.corpus import Part, documents
+from server.model.source import DEMO_MODEL
 
-_DEMO_MODEL = Path(__file__).parents[1] / "server" / "model" / "demo"
 _NAMES = {True: "pre-norm", False: "post-norm"}
 _NUM_HELD_OUT_TOKENS = 1 << 16
 _NUM_HELD_OUT_WINDOWS = 32
-_WARM_UP_SHARE = 0.1
 # A layer whose cosine is above this one leaves the stream nearly as it was.
 _NEARLY_UNCHANGED = 0.9
 
@@ -68,67 +62,27 @@ class NormsOptions(Options):
             )
 
 
-class TinyModel(nn.Module):
-    """A language model with learned positions; ``pre_norm`` says where its layers' norms are."""
-
-    def __init__(self, options: NormsOptions, vocab_size: int, *, pre_norm: bool) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(vocab_size, options.hidden)
-        self.positions = nn.Embedding(options.window, options.hidden)
-        for table in (self.embedding, self.positions):
-            nn.init.normal_(table.weight, std=0.02)
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                options.hidden,
-                options.heads,
-                options.intermediate,
-                dropout=0.0,
-                activation="gelu",
-                batch_first=True,
-                norm_first=pre_norm,
-            )
-            for _ in range(options.layers)
-        )
-        self.norm = nn.LayerNorm(options.hidden)
-
-    def streams(self, ids: torch.Tensor, skipped: int | None = None) -> list[torch.Tensor]:
-        """Return the residual stream before each layer and after the last one.
-
-        ``ids`` is [batch, length], each stream [batch, length, hidden]. The layer ``skipped``
-        passes the stream on as it is.
-        """
-        length = ids.shape[1]
-        mask = nn.Transformer.generate_square_subsequent_mask(length)
-        streams = [self.embedding(ids) + self.positions.weight[:length]]
-        for number, layer in enumerate(self.layers):
-            stream = streams[-1]
-            if number != skipped:
-                stream = layer(stream, src_mask=mask, is_causal=True)
-            streams.append(stream)
-        return streams
-
-    def loss(self, windows: torch.Tensor, skipped: int | None = None) -> torch.Tensor:
-        """Return the mean negative log-likelihood in nats of all tokens but the first of each."""
-        last = self.streams(windows[:, :-1], skipped)[-1]
-        logits = functional.linear(self.norm(last), self.embedding.weight)
-        return functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
-
-
 def run(options: NormsOptions) -> None:
     measure(options)
 
 
 def measure(options: NormsOptions) -> Session:
+    # Imported here to keep the other benchmarks' help quick.
+    import torch
+
+    from bench.tiny_model import TinyModel, look, tokens_of, train, windows_of, without_one
+    from pruning.transformers_model import load_tokenizer
+
     session = Session("norms", options, {"layers": options.layers, "hidden": options.hidden})
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     with session.progress as progress:
         with progress.working("Reading the text"):
-            tokenizer = AutoTokenizer.from_pretrained(_DEMO_MODEL)
+            tokenizer = load_tokenizer(DEMO_MODEL, trust=False)
             num_tokens = options.steps * options.batch_size * (options.window + 1)
-            trained_on = _tokens(tokenizer, documents([Part.TRAINING]), num_tokens)
-            held_out = _windows(
-                _tokens(tokenizer, documents([Part.HELD_OUT]), _NUM_HELD_OUT_TOKENS),
+            trained_on = tokens_of(tokenizer, documents([Part.TRAINING]), num_tokens)
+            held_out = windows_of(
+                tokens_of(tokenizer, documents([Part.HELD_OUT]), _NUM_HELD_OUT_TOKENS),
                 _NUM_HELD_OUT_WINDOWS,
                 options.window,
                 torch.Generator().manual_seed(options.seed),
@@ -143,44 +97,11 @@ def measure(options: NormsOptions) -> Session:
                 progress.advance(
                     f"Training, {name}", done * options.steps + step, len(_NAMES) * options.steps
                 )
-            session.report.rounds[-1] |= _without_one(model, held_out)
+            session.report.rounds[-1] |= without_one(model, held_out)
     session.report.summary += [_summary(session.report.rounds, name) for name in _NAMES.values()]
     session.report.notes.append(paragraph(session.report.summary, options.steps))
     session.finish(lambda stem: _plot(session, stem))
     return session
-
-
-def train(model: TinyModel, tokens: torch.Tensor, options: NormsOptions) -> Iterator[int]:
-    """Yield the number of steps done: 0 before the first, then after each one.
-
-    The learning rate rises for a tenth of the steps, which post-norm models need, and then falls
-    along a cosine. Both models see the same windows of ``tokens`` in the same order.
-    """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.1)
-    generator = torch.Generator().manual_seed(options.seed)
-    warm_up = max(1, round(_WARM_UP_SHARE * options.steps))
-    yield 0
-    for step in range(options.steps):
-        cosine = 0.5 * (1 + math.cos(math.pi * step / options.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = options.learning_rate * min((step + 1) / warm_up, cosine)
-        loss = model.loss(_windows(tokens, options.batch_size, options.window, generator))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        yield step + 1
-
-
-@torch.no_grad()
-def look(model: TinyModel, windows: torch.Tensor) -> dict[str, Any]:
-    """Return the loss, and for each layer the mean over tokens of cos(stream before, after)."""
-    streams = model.streams(windows[:, :-1])
-    cosines = [
-        float(functional.cosine_similarity(before, after, dim=-1).mean())
-        for before, after in itertools.pairwise(streams)
-    ]
-    return {"loss": float(model.loss(windows)), "cosines": cosines}
 
 
 def paragraph(rows: Sequence[dict[str, Any]], steps: int) -> str:
@@ -199,14 +120,6 @@ def paragraph(rows: Sequence[dict[str, Any]], steps: int) -> str:
         f"the layer that turns the stream least adds {cheap['loss_added']:.3f} nats to the "
         f"{cheap['norm']} model and {dear['loss_added']:.3f} to the {dear['norm']} one."
     )
-
-
-def _without_one(model: TinyModel, windows: torch.Tensor) -> dict[str, Any]:
-    """Return the layer that turns the stream least, and the loss without it."""
-    cosines = look(model, windows)["cosines"]
-    layer = cosines.index(max(cosines))
-    with torch.no_grad():
-        return {"most_redundant": layer, "loss_without": float(model.loss(windows, layer))}
 
 
 def _summary(rounds: Sequence[dict[str, Any]], norm: str) -> dict[str, Any]:
@@ -242,21 +155,3 @@ def _plot(session: Session, stem: Path) -> None:
         title=f"{session.report.model['layers']} layers, one seed, norms before or after",
         dashed=[line for line in lines if line.endswith("lowest layer")],
     )
-
-
-def _tokens(tokenizer: Any, texts: Iterable[str], num_tokens: int) -> torch.Tensor:
-    """Return the first ``num_tokens`` tokens of ``texts``, or all where there are fewer."""
-    ids: list[int] = []
-    for text in texts:
-        if len(ids) >= num_tokens:
-            break
-        ids += tokenizer(text, verbose=False)["input_ids"]  # longer than its context
-    return torch.tensor(ids)
-
-
-def _windows(
-    tokens: torch.Tensor, number: int, length: int, generator: torch.Generator
-) -> torch.Tensor:
-    """Return windows [number, length + 1] from random places of ``tokens``."""
-    starts = torch.randint(len(tokens) - length, (number, 1), generator=generator)
-    return tokens[starts + torch.arange(length + 1)]

@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional
 
 from bench.cli import run
-from bench.norms import NormsOptions, TinyModel, look, paragraph
+from bench.norms import NormsOptions, paragraph
+from bench.tiny_model import TinyModel, look
 
 TINY = ("--layers", "3", "--hidden", "32", "--intermediate", "64", "--heads", "2", "--threads", "1")
 

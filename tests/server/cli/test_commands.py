@@ -15,7 +15,16 @@ from tests.fathom_command import FATHOM, environment, fathom, free_ports
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["serve", "--help"], ["--version"], ["generate", "x"], ["health"]]
+    "arguments",
+    [
+        ["--help"],
+        ["serve", "--help"],
+        ["bench", "--help"],
+        ["report", "--help"],
+        ["--version"],
+        ["generate", "x"],
+        ["health"],
+    ],
 )
 def test_light_commands_load_no_heavy_packages(arguments: list[str]) -> None:
     script = f"""
