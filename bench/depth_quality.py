@@ -35,7 +35,7 @@ from server.engine.base import LayerSelection
 from server.engine.elastic.engine import ElasticEngine
 from server.errors import InvalidArgument
 from server.evaluation.multiple_choice import Question, accuracy, load_questions
-from server.model.demo.corpus import Part
+from server.model.demo_corpus import Part
 from server.telemetry.progress import ProgressReport
 
 _SHARES = (0.9, 0.8, 2 / 3)

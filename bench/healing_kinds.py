@@ -30,7 +30,7 @@ from pruning.text import TextError
 from pruning.transformers_model import batches, load_model, load_tokenizer
 from server.calibration.offline_plan import measuring_windows
 from server.errors import InvalidArgument
-from server.model.demo.corpus import Part
+from server.model.demo_corpus import Part
 from server.model.source import find_model
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ import typer
 from bench.options import Options, option
 from bench.plots import save_lines
 from bench.session import Session
-from server.model.demo.corpus import Part, documents
+from server.model.demo_corpus import Part, documents
 from server.model.source import DEMO_MODEL
 
 _NAMES = {True: "pre-norm", False: "post-norm"}

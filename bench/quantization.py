@@ -31,7 +31,7 @@ from server.config import Settings
 from server.engine.base import LayerSelection
 from server.engine.elastic.engine import ElasticEngine
 from server.engine.elastic.engine_arguments import ElasticConfig
-from server.model.demo.corpus import Part, documents
+from server.model.demo_corpus import Part, documents
 from server.model.source import DEMO_MODEL
 
 _FATHOM = Path(sys.executable).parent / "fathom"

@@ -38,7 +38,7 @@ from pruning.text import TextError
 from server.calibration.text_windows import WINDOW
 from server.engine.elastic.engine import ElasticEngine
 from server.errors import InvalidArgument
-from server.model.demo.corpus import Part
+from server.model.demo_corpus import Part
 
 _RANDOM, _DOCUMENTATION = "random", "documentation"
 _METRICS = tuple(name for name, metric in METRICS.items() if metric.need is Need.DENSE_PASS)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pruning.text import load_texts
-from server.model.demo.corpus import Part, documents
+from server.model.demo_corpus import Part, documents
 
 _CHARACTERS_PER_TOKEN = 16
 

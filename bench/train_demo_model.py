@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from server.model.demo.corpus import Part, documents
+from server.model.demo_corpus import Part, documents
 
 END_OF_TEXT = "<|endoftext|>"
 CHAT_TEMPLATE = (

@@ -40,7 +40,7 @@ def test_wheel_holds_the_packages_with_their_data(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert packed == files
-    assert "server/model/demo/corpus.py" in packed
+    assert "server/model/demo/model.safetensors" in packed
     assert "server/rpc/generated/fathom/v1/inference_pb2.py" in packed
 
 

@@ -38,7 +38,7 @@ from server.engine.quantized_checkpoint import check_loadable, experts_problem
 from server.errors import FathomError, InvalidArgument
 from server.file_hashes import FileHashes
 from server.model.companions import check_companions
-from server.model.demo.corpus import Part, documents
+from server.model.demo_corpus import Part, documents
 from server.model.quantized import QuantizedModel, checked_quantization
 from server.model.source import ModelSource, find_model
 

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from server.calibration.text_windows import text_windows
-from server.model.demo.corpus import Part, documents
+from server.model.demo_corpus import Part, documents
 from server.model.source import DEMO_MODEL
 from server.rpc.client import Client
 from server.rpc.generated.fathom.v1 import common_pb2, control_pb2, inference_pb2

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pruning.decoder import find_decoder, without_layers
 from server.calibration.text_windows import text_windows
 from server.engine.elastic.engine import ElasticEngine
-from server.model.demo.corpus import Part, documents
+from server.model.demo_corpus import Part, documents
 from server.report.report import OUT_OF_TIME
 from server.report.sections import SECTIONS
 from tests.e2e.browser import browser

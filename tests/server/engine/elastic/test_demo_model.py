@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.train_demo_model import bits_per_character
 from server.engine.base import LayerSelection
-from server.model.demo.corpus import Part, documents
+from server.model.demo_corpus import Part, documents
 from tests.server.engine.elastic import reference
 from tests.server.engine.elastic.running_engine import running_engine
 
