@@ -9,7 +9,8 @@ from server.engine.pace import Gate
 
 # How soon a gap is noticed.
 _POLL_SECONDS = 0.05
-# A part of a measurement waits no longer than this. A measurement has some hundred parts at most.
+# A part of a measurement waits no longer than this. A measurement has some hundred parts at most,
+# probes of two depths and dense about eight hundred.
 _PATIENCE_SECONDS = 2.0
 
 

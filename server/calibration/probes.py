@@ -28,6 +28,7 @@ from server.engine.base import (
     ProgressCallback,
     SamplingOptions,
 )
+from server.engine.pace import present_gate
 
 # The design of the probes: whoever changes it raises the method number of their entries in
 # server/state_keys.py.
@@ -230,11 +231,17 @@ class _Counter:
 
 
 async def _at_most_at_once(requests: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Run the requests, a few at a time; return their results in order."""
-    slots = asyncio.Semaphore(_MEASURING_REQUESTS)
+    """Run the requests, a few at a time; return their results in order.
+
+    Each is a part of a measurement, and one after the other waits for the gate where there is one.
+    """
+    slots, turn, gate = asyncio.Semaphore(_MEASURING_REQUESTS), asyncio.Lock(), present_gate()
 
     async def run(request: Coroutine[Any, Any, T]) -> T:
         async with slots:
+            if gate is not None:
+                async with turn:
+                    await gate()
             return await request
 
     tasks = [asyncio.create_task(run(request)) for request in requests]

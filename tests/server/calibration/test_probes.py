@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import random
@@ -13,6 +14,7 @@ from pruning.probes import Continuations, Probes, choices, choosing, passages, p
 from server.calibration import probes as design
 from server.calibration.probes import Prober
 from server.engine.base import EngineDead, LayerSelection, ModelInfo
+from server.engine.pace import measuring_after
 from tests.server.rpc.toy_engine import BOS, MODEL, ToyEngine, expected_tokens, logprob
 
 DENSE = LayerSelection()
@@ -94,6 +96,25 @@ async def test_against_a_direct_computation(engine: ToyEngine) -> None:
     assert engine.max_running == 16, "the rest of the batch is left to clients"
     assert {request.cache_namespace for request in engine.requests} == {None}
     assert set(engine.score_namespaces) == {None}
+
+
+async def test_each_request_waits_for_its_turn_beside_those_of_clients(engine: ToyEngine) -> None:
+    opened = asyncio.Semaphore(0)
+    seen: list[tuple[int, int]] = []
+    prober = Prober(engine, windows(), [BOS])
+    with measuring_after(opened.acquire):
+        run = asyncio.create_task(
+            prober.run([PRUNED], lambda *each: seen.append(each), has_dense=True)
+        )
+    for number in range(3):
+        while len(seen) < number:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.05)
+        assert len(engine.requests) == len(seen) == number, "the next one waits"
+        opened.release()
+    for _ in range(2 * (2 * 16 + 4 * len(ITEMS))):
+        opened.release()
+    assert await run == [expected(PRUNED)]
 
 
 async def test_the_dense_model_is_measured_once(engine: ToyEngine) -> None:
