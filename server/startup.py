@@ -324,7 +324,7 @@ class Startup:
         possible = sorted(filter(policy.can_have, pairs))
         with self._service.phase("quality"):
             policy = with_found_levels(policy.with_measurements(*store.kept(policy, possible)))
-        for phase in ("probes", "speed"):
+        for phase in ("speed", "probes"):
             with self._service.phase(phase):
                 pass  # A start that finds all of it kept shows these phases as well.
         while (step := steps.next(policy)) is not None:

@@ -40,9 +40,9 @@ class MeasuringSteps:
     """Says what a policy lacks, and measures it.
 
     First comes the quality of dense and of the levels, among them those that are searched for by
-    their quality; then how they write and choose, as do depths that levels are searched for at by
-    that; then their speed; then what can wait: the search
-    for optional levels of the prompt, and quality at every other depth, if that is wanted.
+    their quality; then how depths write and choose that levels are searched for at by that; then
+    the levels' speed; then what can wait: how the levels write and choose, the search for optional
+    levels of the prompt, and quality at every other depth, if that is wanted.
     """
 
     def __init__(
@@ -130,15 +130,20 @@ class MeasuringSteps:
             if policy.num_layers <= _MAX_LAYERS_AT_ONCE:
                 needed = _missing([*needed, *every], policy.qualities)
             yield Step("quality", needed)
-        to_probe = dict.fromkeys([*levels, *search.missing_probes])
-        if unprobed := tuple(pair for pair in to_probe if not policy.is_probed(pair)):
-            yield Step("probes", unprobed)
+        if probes := _unprobed(policy, search.missing_probes):
+            yield Step("probes", probes)
         if untimed := _missing(levels, policy.speeds):
             yield Step("speed", untimed)
+        if probes := _unprobed(policy, levels):
+            yield Step("probes", probes, can_wait=True)
         if prompts := _missing(search.missing_that_can_wait, policy.qualities):
             yield Step("quality", prompts, can_wait=True)
         if others := _missing(every, {*policy.qualities, *needed}):
             yield Step("quality", others, can_wait=True)
+
+
+def _unprobed(policy: DepthPolicy, depths: Iterable[DepthPair]) -> tuple[DepthPair, ...]:
+    return tuple(pair for pair in dict.fromkeys(depths) if not policy.is_probed(pair))
 
 
 def _missing(depths: Iterable[DepthPair], measured: Container[DepthPair]) -> tuple[DepthPair, ...]:

@@ -35,7 +35,7 @@ async def test_it_comes_into_force_while_serving_and_is_there_at_the_next_start(
     await start.startup.run()
     status = start.service.status()
     assert (status.repair.wanted, status.repair.in_force) == (StandIn.CLOSED_FORM, None)
-    assert (status.repair.problem, status.unmeasured) == ("", ("repair",))
+    assert (status.repair.problem, status.unmeasured) == ("", ("repair", "probes of dense, fast"))
     policy = start.service.policy
     assert policy.repair is None
 
@@ -92,7 +92,8 @@ async def test_an_engine_that_cannot_repair_has_none(tmp_path: Path) -> None:
     start = start_of(tmp_path, ToyEngine())
     await start.startup.run()
     status = start.service.status()
-    assert (status.repair.wanted, status.unmeasured) == (StandIn.NONE, ())
+    probes = "probes of dense, fast"
+    assert (status.repair.wanted, status.unmeasured) == (StandIn.NONE, (probes,))
     await start.service.close()
 
 

@@ -81,10 +81,14 @@ async def test_a_start_measures_what_is_not_kept(start: Start, tmp_path: Path) -
     assert start.service.state is State.SERVING
     policy = start.service.policy
     assert policy.default_level == "fast"
-    assert {level.depths for level in LEVELS} <= policy.qualities.keys() & policy.speeds.keys()
-    assert {level.depths for level in LEVELS} <= policy.probes.keys()
-    phases = ["engine", "plan", "quality", "probes", "speed"]
+    depths = {level.depths for level in LEVELS}
+    assert depths <= policy.qualities.keys() & policy.speeds.keys()
+    assert not policy.probes, "they can wait"
+    phases = ["engine", "plan", "quality", "speed", "probes"]
     assert list(start.service.status().startup_seconds) == phases
+    await until(lambda: not start.service.status().unmeasured)
+    policy = start.service.policy
+    assert depths <= policy.probes.keys()
 
     again = Start(tmp_path)
     await again.startup.run()
@@ -417,7 +421,8 @@ async def test_a_start_waits_for_the_levels_alone(tmp_path: Path) -> None:
     start = late_start(tmp_path, startup_seconds="1000")
     await start.startup.run()
     assert levels_of(start) == FOUND
-    assert start.service.status().unmeasured == ("level prompt",)
+    pending = ("level prompt", "probes of dense, fast, turbo")
+    assert start.service.status().unmeasured == pending
     await until(lambda: not start.service.status().unmeasured)
     assert levels_of(start) == FOUND, "the toy is nothing without its prompt"
     await start.service.close()

@@ -100,9 +100,13 @@ async def test_against_a_direct_computation(engine: ToyEngine) -> None:
 
 async def test_each_request_waits_for_its_turn_beside_those_of_clients(engine: ToyEngine) -> None:
     opened = asyncio.Semaphore(0)
+
+    async def gate() -> None:
+        await opened.acquire()
+
     seen: list[tuple[int, int]] = []
     prober = Prober(engine, windows(), [BOS])
-    with measuring_after(opened.acquire):
+    with measuring_after(gate):
         run = asyncio.create_task(
             prober.run([PRUNED], lambda *each: seen.append(each), has_dense=True)
         )

@@ -130,7 +130,7 @@ async def test_levels_are_probed(starting: Deployment) -> None:
     ]
     assert steps == [(i, len(steps)) for i in range(1, len(steps) + 1)]
     phases = dict.fromkeys(event.progress.phase for event in events)
-    assert list(phases) == ["importance", "quality", "probes", "speed"]
+    assert list(phases) == ["importance", "quality", "speed", "probes"]
 
     model = (await client.inference.GetModel(inference_pb2.GetModelRequest())).model
     policy = starting.service.policy

@@ -19,6 +19,7 @@ from server.rpc.server import RpcServer
 from server.serving.service import Service
 from tests.server.calibration.repairing_engine import RepairingEngine
 from tests.server.rpc.conftest import failure, message_of
+from tests.server.rpc.credentials import until
 from tests.server.rpc.toy_engine import NUM_LAYERS
 from tests.server.test_startup import Start
 
@@ -107,6 +108,7 @@ async def test_maps_that_an_engine_cannot_load_again(
     server: Repaired, caplog: pytest.LogCaptureFixture, is_deleted: bool
 ) -> None:
     caplog.set_level(logging.INFO)
+    await until(lambda: not server.service.status().unmeasured)
     before = server.service.policy
     fast = DepthPair(4, 4)
     server.engine.fit_gate.clear()
@@ -149,6 +151,7 @@ async def test_maps_that_an_engine_cannot_load_again(
     server.engine.fit_gate.set()
     await server.until_in_force(CLOSED_FORM)
     assert server.engine.num_fits == 2
+    await until(lambda: not server.service.status().unmeasured)
     assert server.service.policy == before
     assert (await server.status()).repair_problem == ""
     assert server.value("fathom_repair_up") == 1
