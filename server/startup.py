@@ -166,7 +166,7 @@ class Startup:
             tokenizer = load_tokenizer(directory, trust=settings.trust_remote_code)
             return await OwnText(self._engine, tokenizer).documents(
                 settings.calibration_tokens,
-                min(LENGTH, self._engine.model.max_context),
+                LENGTH,
                 SEED,
                 lambda *tokens: self._progress.advance(
                     "Writing text to rank the layers on", *tokens

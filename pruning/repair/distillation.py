@@ -110,6 +110,8 @@ class Distillation:
         self._seed = seed
         embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
         self.device: torch.device = embeddings.weight.device
+        config: Any = model.config
+        self.hidden_size = int(config.get_text_config().hidden_size)
         self.num_layers = len(decoder.layers)
         self.num_tokens = num_tokens
 

@@ -17,7 +17,6 @@ from pruning.repair.distillation import DEFAULT_STEPS, Distillation, HealingStep
 from pruning.repair.errors import RepairError
 from pruning.repair.folding import runs_of
 from pruning.repair.gated_mlp import NUM_MATRICES, GatedMlp, GatedMlps, equal_size
-from pruning.repair.healing import hidden_size_of
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +60,7 @@ def heal_gated(
         layers=layers,
     )
     state = training.run(
-        _first(model, skipped, intermediate_size, seed, training.device),
+        _first(training, skipped, intermediate_size, seed),
         _stand_ins,
         LEARNING_RATE if learning_rate is None else learning_rate,
         checkpoint,
@@ -82,16 +81,12 @@ def _stand_ins(weights: Mapping[int, torch.Tensor]) -> dict[int, StandIn]:
 
 
 def _first(
-    model: nn.Module,
-    skipped: Collection[int],
-    intermediate_size: int | None,
-    seed: int,
-    device: torch.device,
+    training: Distillation, skipped: Collection[int], intermediate_size: int | None, seed: int
 ) -> dict[int, torch.Tensor]:
     """Return weights that do nothing: W_down is 0, the others are random as in linear layers."""
     import torch
 
-    hidden_size = hidden_size_of(model)
+    hidden_size = training.hidden_size
     runs = runs_of(skipped)
     size = intermediate_size or equal_size(len(skipped), len(runs), hidden_size)
     generator = torch.Generator().manual_seed(seed)
@@ -100,5 +95,5 @@ def _first(
         weight = torch.randn(NUM_MATRICES, size, hidden_size, generator=generator)
         weight /= math.sqrt(hidden_size)
         weight[-1] = 0
-        weights[run[0]] = weight.to(device)
+        weights[run[0]] = weight.to(training.device)
     return weights

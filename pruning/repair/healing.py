@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pruning.decoder import StandIn
 from pruning.repair.distillation import DEFAULT_STEPS, Distillation, HealingStep
@@ -57,7 +57,7 @@ def heal(
         seed=seed,
         layers=layers,
     )
-    first = _first_maps(model, sorted(skipped), closed_form, training.device)
+    first = _first_maps(training, sorted(skipped), closed_form)
     state = training.run(first, stand_ins, LEARNING_RATE, checkpoint, on_step)
     return RepairMaps(
         layers={
@@ -86,14 +86,11 @@ def stand_ins(maps: Mapping[int, torch.Tensor]) -> dict[int, StandIn]:
 
 
 def _first_maps(
-    model: nn.Module,
-    skipped: Sequence[int],
-    closed_form: RepairMaps | None,
-    device: torch.device,
+    training: Distillation, skipped: Sequence[int], closed_form: RepairMaps | None
 ) -> dict[int, torch.Tensor]:
     import torch
 
-    hidden_size = hidden_size_of(model)
+    hidden_size, device = training.hidden_size, training.device
     if closed_form is None:
         return {layer: torch.zeros(hidden_size, hidden_size, device=device) for layer in skipped}
     if missing := [layer for layer in skipped if layer not in closed_form.layers]:
@@ -107,9 +104,3 @@ def _first_maps(
         layer: closed_form.layers[layer].weight.detach().to(device, torch.float32, copy=True)
         for layer in skipped
     }
-
-
-def hidden_size_of(model: nn.Module) -> int:
-    """Return the width of the residual stream."""
-    config: Any = model.config
-    return int(config.get_text_config().hidden_size)

@@ -78,9 +78,11 @@ class OwnText:
     ) -> list[str]:
         """Return documents of at most ``max_length`` tokens, ``num_tokens`` or more in all.
 
-        They are sampled at temperature 1, document i with the seed ``seed + i``. A model that ends
-        most of them at once may write less. Raises :class:`FailedPrecondition` if it ends all.
+        None is longer than the model's context. They are sampled at temperature 1, document i with
+        the seed ``seed + i``. A model that ends most of them at once may write less. Raises
+        :class:`FailedPrecondition` if it ends all.
         """
+        max_length = min(max_length, self._engine.model.max_context)
         documents: list[list[int]] = []
         written = number = 0
 

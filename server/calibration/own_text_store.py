@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from server.calibration.text_windows import WINDOW
 from server.state import JsonEntry, StateDirectory
 from server.state_keys import own_text_key
 
-# Tokens of a document, at most: as many as a window of calibration text has.
-LENGTH = 512
+# Tokens of a document, at most.
+LENGTH = WINDOW
 SEED = 0
 _KIND = "own-text"
 

@@ -26,7 +26,7 @@ class SpeedMeter:
     """
 
     def __init__(self, engine: Engine, windows: Sequence[Sequence[int]]) -> None:
-        """Take prompts from the beginnings of ``windows`` of token ids, of which there is one."""
+        """Take prompts from the beginnings of ``windows`` of token ids, at least one."""
         self._engine = engine
         self._windows = windows
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from server.calibration.own_text_store import LENGTH, SEED
 from server.cli.offline import run_offline
 from server.cli.offline_options import Config, Dtype, ModelArgument, Revision, TrustRemoteCode
 from server.config import Settings, load_settings
@@ -24,8 +25,10 @@ def own_text(
     ] = 32768,
     length: Annotated[
         int, typer.Option(help="Tokens of each document, at most.", min=32, metavar="NUMBER")
-    ] = 512,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, metavar="NUMBER")] = 0,
+    ] = LENGTH,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the sampling.", min=0, metavar="NUMBER")
+    ] = SEED,
     config: Config = None,
     revision: Revision = None,
     dtype: Dtype = None,
@@ -88,7 +91,6 @@ async def _written(
         await engine.start()
     try:
         with refused_as("model"):
-            length = min(length, engine.model.max_context)
 
             def report(done: int, total: int) -> None:
                 progress.advance("Writing", done, total)
