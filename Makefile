@@ -33,6 +33,10 @@ ATHERIS := atheris>=3,<4
 KEY := $(EXTRA)-$(shell cksum pyproject.toml | cut -d' ' -f1)
 INSTALLED := $(VENV)/.installed-$(KEY)
 INSTALLED_DEV := $(VENV)/.installed-dev-$(KEY)
+# lm-evaluation-harness has an environment of its own, which has the packages of the other, too: a
+# server's processes would import what comes with the harness, wherever they find it.
+EVALUATION := $(VENV)/evaluation
+SITE_PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install -qq --progress-bar off --no-compile
 # pip compiles one file after the other, a minute of it. Some packages carry files that are not
@@ -133,5 +137,10 @@ $(INSTALLED_DEV): $(INSTALLED)
 ifeq ($(EXTRA),cpu)
 	@$(PIP) uninstall -qq -y $(NOT_ON_CPU)
 endif
+	@$(VENV)/bin/python -m venv --clear --without-pip $(EVALUATION)
+	@$(VENV)/bin/python $(SITE_PACKAGES) \
+		>"$$($(EVALUATION)/bin/python $(SITE_PACKAGES))/packages-of-the-server.pth"
+	@$(PIP) --python $(EVALUATION)/bin/python install -qq --progress-bar off --no-compile \
+		-e '.[eval]'
 	@$(COMPILE)
 	@touch $@

@@ -21,6 +21,8 @@ from server.cli import main
 # How long a command may take before a test gives up; none is meant to take that long.
 PATIENCE = 240.0
 FATHOM = Path(sys.executable).with_name("fathom")
+# The programs of the environment that has lm-evaluation-harness, which servers do without.
+EVALUATION = Path(sys.prefix) / "evaluation" / "bin"
 
 # Ports below those that the kernel gives to connections, a thousand for each worker of a run;
 # another run on this machine most likely begins elsewhere.

@@ -20,7 +20,7 @@ from server.rpc.client import CallError
 from server.rpc.generated.fathom.v1 import common_pb2, inference_pb2
 from tests.conftest import data_path
 from tests.e2e.running_server import RunningServer, running_server
-from tests.fathom_command import PATIENCE, environment, free_ports
+from tests.fathom_command import EVALUATION, PATIENCE, environment, free_ports
 
 PROMPT = "Return the"
 MODEL = "fathom-demo"
@@ -321,11 +321,10 @@ main(parser.parse_args())
 """
 
 
-def run(command: list[str], directory: Path) -> str:
-    """Run a program of the environment with no network, and return what it prints."""
-    programs = Path(sys.executable).parent
+def run(command: list[str | Path], directory: Path) -> str:
+    """Run a program with no network, and return what it prints."""
     result = subprocess.run(
-        [str(programs / command[0]), *command[1:]],
+        command,
         env=environment(
             OPENAI_API_KEY="none",
             HF_HOME=str(directory / "hf"),
@@ -345,7 +344,7 @@ def run(command: list[str], directory: Path) -> str:
 def test_vllm_bench_serve(both: Both, tmp_path: Path) -> None:
     run(
         [
-            "python", "-c", BENCH_SERVE, "--backend", "openai", "--model", f"{MODEL}:fast",
+            sys.executable, "-c", BENCH_SERVE, "--backend", "openai", "--model", f"{MODEL}:fast",
             "--base-url", both.url.removesuffix("/v1"), "--tokenizer", str(DEMO_MODEL),
             "--dataset-name", "random", "--num-prompts", "8", "--random-input-len", "16",
             "--random-output-len", "8", "--save-result", "--result-filename", "result.json",
@@ -366,7 +365,7 @@ def test_the_evaluation_harness_over_http(both: Both, tmp_path: Path) -> None:
     )
     run(
         [
-            "lm_eval", "--model", "local-completions", "--model_args", arguments,
+            EVALUATION / "lm_eval", "--model", "local-completions", "--model_args", arguments,
             "--tasks", "copa.yaml", "--limit", "4", "--output_path", "found.json",
         ],
         tmp_path,
@@ -376,8 +375,8 @@ def test_the_evaluation_harness_over_http(both: Both, tmp_path: Path) -> None:
     found = tmp_path / "over_grpc.json"
     run(
         [
-            "fathom", "eval", "--address", both.server.address, "--level", "fast", "--tasks",
-            "copa", "--data", str(data_path("mcq")), "--limit", "4", "--output", str(found),
+            EVALUATION / "fathom", "eval", "--address", both.server.address, "--level", "fast",
+            "--tasks", "copa", "--data", data_path("mcq"), "--limit", "4", "--output", found,
             "--no-retention",
         ],
         tmp_path,
