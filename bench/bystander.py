@@ -284,4 +284,4 @@ def _plot(session: Session, stem: Path) -> None:
     bars = {
         row["request"]: {"longest gap": row["longest_gap_ms"]} for row in session.report.summary
     }
-    save_bars(stem, bars, x_label="milliseconds", title=str(session.report.model["name"]))
+    save_bars(stem, bars, x_label="milliseconds", title=session.title)

@@ -266,5 +266,6 @@ def _plot(session: Session, stem: Path) -> None:
         lines,
         x_label="depth",
         y_label="perplexity / dense",
-        title=str(session.report.model["name"]),
+        title=session.title,
+        log_y=True,
     )

@@ -201,6 +201,7 @@ def _plot(session: Session, stem: Path, num_layers: int) -> None:
         lines,
         x_label="depth",
         y_label="perplexity / dense",
-        title=str(session.report.model["name"]),
+        title=session.title,
+        log_y=True,
         dashed=["LinearPatch, whole stream", "skip, the layers of LaCo"],
     )

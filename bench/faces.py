@@ -131,4 +131,4 @@ def _plot(session: Session, stem: Path) -> None:
         f"{row['server']}, {row['streams']}x": {"tokens/s": row["tokens_per_second"]}
         for row in session.report.summary
     }
-    save_bars(stem, bars, x_label="tokens/s", title=str(session.report.model["name"]))
+    save_bars(stem, bars, x_label="tokens/s", title=session.title)

@@ -179,5 +179,5 @@ def _plot(session: Session, stem: Path) -> None:
         lines,
         x_label="mean load, as a share of what the first replicas do at full depth",
         y_label="requests within the target, %",
-        title=str(session.report.model["name"]),
+        title=session.title,
     )

@@ -187,5 +187,5 @@ def _plot(session: Session, stem: Path) -> None:
         },
         x_label="training step",
         y_label="KL from the dense model on windows held out of the training, nats",
-        title=str(session.report.model["name"]),
+        title=session.title,
     )

@@ -17,7 +17,8 @@ from pruning.fingerprint import model_fingerprint
 from pruning.plan import Plan
 from pruning.surgery import export_checkpoint
 from server.engine.base import LayerSelection
-from server.model.source import DEMO_MODEL
+from server.errors import InvalidArgument
+from server.model.source import find_model
 
 _MIB = 1 << 20
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -99,14 +100,15 @@ def prepare_model(options: Options) -> BenchModel:
             except ValueError as error:
                 raise typer.BadParameter(str(error)) from None
             name, directory = made.name, made.save(work_dir)
-        case "demo":
-            name, directory = "demo", DEMO_MODEL
-        case path:
-            name, directory = Path(path).name, Path(path)
-            if not (directory / "config.json").is_file():
-                raise typer.BadParameter(
-                    f"--model: got {path!r}, allowed: random, demo or a checkpoint directory"
-                )
+        case given:
+            try:
+                source = find_model(None if given == "demo" else given)
+            except InvalidArgument as error:
+                raise typer.BadParameter(f"--{error}") from None
+            if not (source.directory / "config.json").is_file():
+                allowed = "a directory with a checkpoint"
+                raise typer.BadParameter(f"--model: got {given!r}, allowed: {allowed}")
+            name, directory = source.name, source.directory
     config = read_config(directory)
     fingerprint = model_fingerprint(directory)
     plan = positional_plan(config["num_hidden_layers"], fingerprint)

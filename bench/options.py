@@ -25,7 +25,7 @@ def option(default: Any, help: str) -> Any:
 class Options:
     """The options of all benchmarks; lists are numbers separated by commas."""
 
-    model: str = option("random", "random, demo, or a checkpoint directory.")
+    model: str = option("random", "random, demo, smollm2, a checkpoint directory or a Hub id.")
     layers: int = option(24, "Layers of the random model.")
     hidden: int = option(1024, "Hidden size of the random model.")
     intermediate: int = option(2816, "Width of the random model's feed-forward layers.")

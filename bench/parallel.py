@@ -236,4 +236,4 @@ def _plot(session: Session, stem: Path) -> None:
         }
         for row in session.report.summary
     }
-    save_bars(stem, bars, x_label="tokens/s", title=str(session.report.model["name"]))
+    save_bars(stem, bars, x_label="tokens/s", title=session.title)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from server.report.matplotlib_check import check_matplotlib
+from server.report.plots import use_log
 
 
 def save_lines(
@@ -17,20 +18,27 @@ def save_lines(
     y_label: str,
     title: str,
     dashed: Sequence[str] = (),
-    bottom: float = 0,
+    bottom: float | None = 0,
+    log_x: bool = False,
+    log_y: bool = False,
 ) -> list[Path]:
     """Plot each line's y by x, those named in ``dashed`` without marks; return the files.
 
-    The y axis begins at ``bottom``.
+    The y axis begins at ``bottom``, or a little below the least y if that is None.
     """
     figure, axes = _figure(title, x_label, y_label)
     for name, points in lines.items():
         xs = sorted(points)
         style = {"linestyle": "--"} if name in dashed else {"marker": "o"}
         axes.plot(xs, [points[x] for x in xs], label=name, **style)
-    axes.set_ylim(bottom=bottom)
+    if bottom is not None and not log_y:
+        axes.set_ylim(bottom=bottom)
+    if log_x:
+        use_log(axes.xaxis)
+    if log_y:
+        use_log(axes.yaxis)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize="small")
     return _save(figure, stem)
 
 

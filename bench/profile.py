@@ -261,4 +261,4 @@ def _plot(session: Session, stem: Path) -> None:
         if "seconds_by_part" in each
     }
     if bars:
-        save_bars(stem, bars, x_label="ms per step", title=str(session.report.model["name"]))
+        save_bars(stem, bars, x_label="ms per step", title=session.title)

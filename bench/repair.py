@@ -146,5 +146,5 @@ def _plot(session: Session, stem: Path, full: int) -> None:
         lines,
         x_label="depth",
         y_label="tokens/s with repair / without",
-        title=str(session.report.model["name"]),
+        title=session.title,
     )

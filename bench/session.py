@@ -46,6 +46,11 @@ class Session:
         self._max_disturbance = options.max_disturbance
         self.progress = ProgressReport(Console(stderr=True))
 
+    @property
+    def title(self) -> str:
+        """What plots are headed with: the model, without the directory that it is in."""
+        return Path(self.report.model["name"]).name
+
     async def measure(
         self,
         work: Callable[[], Awaitable[Load]],

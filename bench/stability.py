@@ -178,13 +178,16 @@ def _plot(session: Session, stem: Path) -> None:
         if row["compared_with"] == f"all of {row['text']}":
             line = lines.setdefault(f"{row['text']}, {row['metric']}", {})
             line[float(row["tokens"])] = row["spearman"][0]
+    first = session.report.rounds[0]["metric"]
     save_lines(
         stem,
         lines,
         x_label="tokens",
         y_label="rank correlation with all of the text",
-        title=str(session.report.model["name"]),
-        bottom=-1,
+        title=session.title,
+        dashed=[name for name in lines if not name.endswith(f", {first}")],
+        bottom=None,
+        log_x=True,
     )
 
 

@@ -115,4 +115,4 @@ def _plot(session: Session, stem: Path) -> None:
         }
         rest = row["serving_s"] - sum(phases.values())
         bars[row["start"]] = {"process and imports": max(0.0, rest), **phases}
-    save_bars(stem, bars, x_label="seconds", title=str(session.report.model["name"]))
+    save_bars(stem, bars, x_label="seconds", title=session.title)

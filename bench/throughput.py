@@ -215,6 +215,6 @@ def _plot(
         lines,
         x_label="depth, layers",
         y_label="tokens/s, relative to full depth",
-        title=str(session.report.model["name"]),
+        title=session.title,
         dashed=dashed,
     )
