@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,20 @@ class Plot:
 
 
 Block = Paragraph | Table | Plot
+
+
+def not_measured(missing: Iterable[tuple[str, str]]) -> list[Paragraph]:
+    """Return a paragraph for each reason, with the names of all that it keeps from being measured.
+
+    ``missing`` has a name and a reason each.
+    """
+    names: dict[str, list[str]] = {}
+    for name, why in missing:
+        names.setdefault(why, []).append(name)
+    return [
+        Paragraph(f"Not measured: {', '.join(those)}; because {why}.")
+        for why, those in names.items()
+    ]
 
 
 def number(value: float | None, digits: int = 3) -> str:

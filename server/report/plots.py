@@ -41,23 +41,31 @@ _STYLE = {
 _SIZE_INCHES = (6.2, 3.7)
 _DPI = 150
 _FEW_DECADES = 1e3
+# The highest value, divided by the lowest, below which there are at most two ticks.
+_FEW_TICKS = 5.0
 _ID = re.compile(r'(\bid="|url\(#|href="#)')
 
 
 def use_log(axis: Any, *, linear_below: float | None = None) -> None:
     """Make ``axis`` logarithmic, with plain numbers at its ticks, once all has been drawn.
 
-    ``linear_below``: around 0 it is linear up to this value; None: all values are above 0.
+    It stays linear where its values are too close to each other for ticks at 1, 2, 5, 10 and so
+    on. ``linear_below``: around 0 it is linear up to this value; None: all values are above 0.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+    low, high = axis.get_view_interval()
     set_scale = getattr(axis.axes, f"set_{axis.axis_name}scale")
     if linear_below is None:
+        if high < _FEW_TICKS * max(low, 0.0):
+            return
         set_scale("log")
         low, high = axis.get_view_interval()
         steps = (1.0, 2.0, 5.0) if high / low < _FEW_DECADES else (1.0,)
         axis.set_major_locator(LogLocator(subs=steps))
     else:
+        if max(-low, high) < _FEW_TICKS * linear_below:
+            return
         set_scale("symlog", linthresh=linear_below)
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())

@@ -17,7 +17,7 @@ from pruning.metrics.names import (
     SINGLE_REMOVAL_KL,
 )
 from server.engine.base import LayerSelection
-from server.report.blocks import Block, Paragraph, Plot, Table, number
+from server.report.blocks import Block, Plot, Table, not_measured, number
 from server.report.lab import Lab
 from server.report.not_possible import NotPossible
 from server.report.plots import use_log
@@ -140,13 +140,10 @@ class DepthQuality:
         blocks += _tables(rows, numbers)
         if numbers["critical"]:
             blocks += _critical_blocks(numbers["critical"])
-        blocks += [
-            Paragraph(
-                f"Not measured: {NAMES[each['metric']]}"
-                f"{' with repair' if each['repair'] else ''}, because {each['why']}."
-            )
+        blocks += not_measured(
+            (NAMES[each["metric"]] + (" with repair" if each["repair"] else ""), each["why"])
             for each in numbers["missing"]
-        ]
+        )
         return blocks
 
 
@@ -169,6 +166,7 @@ def _critical_blocks(steps: list[dict[str, Any]]) -> list[Block]:
     def draw(figure: Any, axes: Any) -> None:
         axes.bar([step["depth"] for step in steps], [step["cost"] for step in steps], color="C3")
         axes.invert_xaxis()
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("depth after the removal")
         axes.set_ylabel("ln(perplexity) gained by the step")
         axes.grid(axis="x", visible=False)

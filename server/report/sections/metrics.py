@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from server.engine.base import LayerSelection
-from server.report.blocks import Block, Paragraph, Table, number
+from server.report.blocks import Block, Table, not_measured, number
 from server.report.lab import Lab
 from server.report.not_possible import NotPossible
 from server.report.rank_correlation import spearman
@@ -48,10 +48,7 @@ class Metrics:
         }
         num_layers = len(next(iter(places.values())))
         return [
-            *[
-                Paragraph(f"Not measured: {NAMES[metric]}, because {why}.")
-                for metric, why in numbers["missing"].items()
-            ],
+            *not_measured((NAMES[metric], why) for metric, why in numbers["missing"].items()),
             Table(
                 ("Metric", "Spearman with the loss of single layers", "First five to go"),
                 [

@@ -7,7 +7,7 @@ from typing import Any
 
 from pruning.metrics.names import BLOCK_INFLUENCE, GREEDY_KL
 from server.engine.base import LayerSelection
-from server.report.blocks import Block, Paragraph, Plot, Table, percent
+from server.report.blocks import Block, Plot, Table, not_measured, percent
 from server.report.lab import Lab
 from server.report.levels import found_policy
 from server.report.not_possible import NotPossible
@@ -106,10 +106,7 @@ class Tasks:
                 axes.legend()
 
         return [
-            *[
-                Paragraph(f"Not measured: {each['order']}, because {each['why']}.")
-                for each in numbers["missing"]
-            ],
+            *not_measured((each["order"], each["why"]) for each in numbers["missing"]),
             Plot("tasks", "Mean accuracy against the share of layers that are left out", draw),
             Table(
                 ("Order", "Level", "Prefill", "Decode", *numbers["files"], "Mean", "Retention"),
