@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,19 +13,14 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-import torch
 from markupsafe import escape
-from torch.nn.functional import cosine_similarity, cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pruning.decoder import find_decoder, without_layers
-from server.calibration.text_windows import text_windows
 from server.engine.elastic.engine import ElasticEngine
-from server.model.demo_corpus import Part, documents
 from server.report.report import OUT_OF_TIME
 from server.report.sections import SECTIONS
 from tests.e2e.browser import browser
 from tests.fathom_command import fathom, fathom_in_process
+from tests.server.report.reference import Reference
 
 CALIBRATION_TOKENS, QUALITY_TOKENS = 1024, 512
 SETTINGS: tuple[str, ...] = (
@@ -92,60 +86,6 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Reported:
     return made
 
 
-class Reference:
-    """The demo model as transformers runs it, with nothing of what the report measures with."""
-
-    def __init__(self, directory: Path) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-        self.layers = find_decoder(self.model).layers
-        self._tokenizer = AutoTokenizer.from_pretrained(directory)
-
-    def windows(self, part: Part, num_tokens: int) -> list[torch.Tensor]:
-        def tokenize(text: str, *, special_tokens: bool = True) -> list[int]:
-            encoded = self._tokenizer(text, add_special_tokens=special_tokens, verbose=False)
-            return list(encoded.input_ids)
-
-        windows = text_windows(
-            tokenize,
-            list(documents([part])),
-            max_context=self.model.config.max_position_embeddings,
-            max_tokens=num_tokens,
-            vocab_size=self.model.config.vocab_size,
-        )
-        return [torch.tensor([window]) for window in windows]
-
-    @torch.inference_mode()
-    def influence(self) -> list[float]:
-        similarities: list[list[torch.Tensor]] = [[] for _ in self.layers]
-        handles = []
-        for layer, module in enumerate(self.layers):
-
-            def hook(_: Any, args: Any, kwargs: Any, output: Any, layer: int = layer) -> None:
-                before = args[0] if args else kwargs["hidden_states"]
-                after = output[0] if isinstance(output, tuple) else output
-                similarities[layer].append(cosine_similarity(before, after, dim=-1).flatten())
-
-            handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        for window in self.windows(Part.CALIBRATION, CALIBRATION_TOKENS):
-            self.model(window)
-        for handle in handles:
-            handle.remove()
-        return [1 - float(torch.cat(each).double().mean()) for each in similarities]
-
-    @torch.inference_mode()
-    def perplexity(self, skipped: Sequence[int]) -> float:
-        """Return that of the second half of each window, which the engine scores."""
-        losses = []
-        for window in self.windows(Part.HELD_OUT, QUALITY_TOKENS):
-            with without_layers(self.layers, skipped):
-                logits = self.model(window).logits[0]
-            half = window.shape[1] // 2
-            losses.append(
-                cross_entropy(logits[half - 1 : -1], window[0, half:], reduction="none").double()
-            )
-        return math.exp(float(torch.cat(losses).mean()))
-
-
 @pytest.fixture(scope="module")
 def reference(demo_model: Path) -> Reference:
     return Reference(demo_model)
@@ -153,7 +93,7 @@ def reference(demo_model: Path) -> Reference:
 
 def test_block_influence_is_that_of_transformers(reported: Reported, reference: Reference) -> None:
     numbers = reported.numbers["importance"]["numbers"]
-    expected = reference.influence()
+    expected = reference.influence(CALIBRATION_TOKENS)
     assert [row["score"] for row in numbers["layers"]] == pytest.approx(expected, rel=1e-4)
     assert numbers["removal_order"] == sorted(range(16), key=lambda layer: expected[layer])
 
@@ -161,16 +101,22 @@ def test_block_influence_is_that_of_transformers(reported: Reported, reference: 
 def test_perplexities_are_those_of_transformers(reported: Reported, reference: Reference) -> None:
     singles = reported.numbers["single-removal"]["numbers"]
     depths = reported.numbers["depth"]["numbers"]
-    assert singles["dense_perplexity"] == pytest.approx(reference.perplexity([]), rel=1e-4)
+    assert singles["dense_perplexity"] == pytest.approx(
+        reference.perplexity([], QUALITY_TOKENS), rel=1e-4
+    )
     assert [row["layer"] for row in singles["layers"]] == list(range(16))
     for layer in (0, 7, 15):
         row = singles["layers"][layer]
-        assert row["perplexity"] == pytest.approx(reference.perplexity([layer]), rel=1e-4)
+        assert row["perplexity"] == pytest.approx(
+            reference.perplexity([layer], QUALITY_TOKENS), rel=1e-4
+        )
     rows = [row for row in depths["rows"] if not row["repair"] and row["depth"] == 8]
     assert {row["metric"] for row in rows} >= {"block_influence", "greedy_kl", "angular_distance"}
     for row in rows:
         assert len(row["skipped"]) == 8
-        assert row["perplexity"] == pytest.approx(reference.perplexity(row["skipped"]), rel=1e-4)
+        assert row["perplexity"] == pytest.approx(
+            reference.perplexity(row["skipped"], QUALITY_TOKENS), rel=1e-4
+        )
 
 
 def test_the_dearest_step_is_among_the_critical_layers(reported: Reported) -> None:
