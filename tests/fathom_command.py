@@ -16,13 +16,15 @@ from itertools import cycle, islice
 from pathlib import Path
 from unittest.mock import patch
 
+import pytest
+
 from server.cli import main
 
 # How long a command may take before a test gives up; none is meant to take that long.
 PATIENCE = 240.0
 FATHOM = Path(sys.executable).with_name("fathom")
 # The programs of the environment that has lm-evaluation-harness, which servers do without.
-EVALUATION = Path(sys.prefix) / "evaluation" / "bin"
+_EVALUATION = Path(sys.prefix) / "evaluation" / "bin"
 
 # Ports below those that the kernel gives to connections, a thousand for each worker of a run;
 # another run on this machine most likely begins elsewhere.
@@ -30,6 +32,14 @@ _WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 _FIRST_PORT = 12_000 + 1_000 * (_WORKER % 20)
 _START = random.randrange(1_000)
 _ports = cycle(_FIRST_PORT + (_START + number) % 1_000 for number in range(1_000))
+
+
+def evaluation_program(name: str) -> Path:
+    """Return a program that comes with lm-evaluation-harness; without it the test is skipped."""
+    program = _EVALUATION / name
+    if not program.exists():
+        pytest.skip(f"{program} is absent; make setup installs it")
+    return program
 
 
 def fathom(

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import data_path
 from tests.e2e.running_server import PATIENCE, RunningServer
-from tests.fathom_command import EVALUATION, environment
+from tests.fathom_command import environment, evaluation_program
 
 
 def evaluated(
@@ -19,7 +19,15 @@ def evaluated(
     """Return what the command prints, and its file."""
     output = directory / "results.json"
     result = subprocess.run(
-        [EVALUATION / "fathom", "eval", "--data", data_path("mcq"), "--output", output, *arguments],
+        [
+            evaluation_program("fathom"),
+            "eval",
+            "--data",
+            data_path("mcq"),
+            "--output",
+            output,
+            *arguments,
+        ],
         env=environment(
             FATHOM_ADDRESS=server.address,
             HF_HOME=str(directory / "hf"),

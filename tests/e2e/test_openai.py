@@ -20,7 +20,7 @@ from server.rpc.client import CallError
 from server.rpc.generated.fathom.v1 import common_pb2, inference_pb2
 from tests.conftest import data_path
 from tests.e2e.running_server import RunningServer, running_server
-from tests.fathom_command import EVALUATION, PATIENCE, environment, free_ports
+from tests.fathom_command import PATIENCE, environment, evaluation_program, free_ports
 
 PROMPT = "Return the"
 MODEL = "fathom-demo"
@@ -365,8 +365,9 @@ def test_the_evaluation_harness_over_http(both: Both, tmp_path: Path) -> None:
     )
     run(
         [
-            EVALUATION / "lm_eval", "--model", "local-completions", "--model_args", arguments,
-            "--tasks", "copa.yaml", "--limit", "4", "--output_path", "found.json",
+            evaluation_program("lm_eval"), "--model", "local-completions",
+            "--model_args", arguments, "--tasks", "copa.yaml", "--limit", "4",
+            "--output_path", "found.json",
         ],
         tmp_path,
     )  # fmt: skip
@@ -375,9 +376,9 @@ def test_the_evaluation_harness_over_http(both: Both, tmp_path: Path) -> None:
     found = tmp_path / "over_grpc.json"
     run(
         [
-            EVALUATION / "fathom", "eval", "--address", both.server.address, "--level", "fast",
-            "--tasks", "copa", "--data", data_path("mcq"), "--limit", "4", "--output", found,
-            "--no-retention",
+            evaluation_program("fathom"), "eval", "--address", both.server.address,
+            "--level", "fast", "--tasks", "copa", "--data", data_path("mcq"), "--limit", "4",
+            "--output", found, "--no-retention",
         ],
         tmp_path,
     )  # fmt: skip
