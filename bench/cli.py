@@ -27,6 +27,10 @@ from bench import (
 )
 from bench.options import command
 from bench.subjects.server_process import ServerFailed
+from pruning.collapse import CollapseError
+from pruning.quality import QualityError
+from pruning.repair import RepairError
+from pruning.text import TextError
 from server.cli.connection import with_connection
 from server.cli.problems import report_problem
 from server.report.matplotlib_check import MatplotlibMissing
@@ -57,12 +61,16 @@ app.command("fleet")(with_connection(command(fleet.FleetBenchOptions, fleet.run)
 app.command("profile")(command(profile.ProfileOptions, profile.run))
 
 
+# What comes of too little text.
+_NOT_MEASURABLE = (CollapseError, QualityError, RepairError, TextError)
+
+
 def run(arguments: list[str]) -> None:
     """Run one benchmark; exit with code 0 whatever it finds, 1 if it could not measure."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("server.telemetry.progress").setLevel(logging.INFO)
     try:
         app(args=arguments, prog_name="fathom bench")
-    except (MatplotlibMissing, ServerFailed, CallError) as error:
+    except (CallError, MatplotlibMissing, ServerFailed, *_NOT_MEASURABLE) as error:
         report_problem(str(error))
         sys.exit(1)

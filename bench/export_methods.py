@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +94,9 @@ def measure(options: ExportMethodsOptions) -> Session:
     return session
 
 
+_MEASURED = ("perplexity", "perplexity_stderr", "num_tokens")
+
+
 class _Methods:
     """The model, the texts, and the rows that are measured."""
 
@@ -170,7 +173,8 @@ class _Methods:
                 (quality,) = measure_quality(
                     model or self._model, windows, [removed], stand_ins=stand_ins
                 )
-                row[f"text {text}"] = asdict(quality)
+                # The rest compares with all layers, whose weights may be those of the method.
+                row[f"text {text}"] = {name: getattr(quality, name) for name in _MEASURED}
         self._session.report.rounds.append(row)
         return row
 

@@ -7,6 +7,7 @@ import pytest
 
 from bench.cli import run
 
+DEMO = ("--model", "demo")
 TINY = (
     *("--layers", "4", "--hidden", "128", "--intermediate", "192", "--heads", "4"),
     *("--kv-heads", "2", "--vocabulary", "512", "--rounds", "2"),
@@ -42,6 +43,18 @@ TINY = (
         (["export-methods", "--model", "demo", "--depths", "16"], "allowed: less than 16"),
         (["export-methods", "--model", "./nowhere"], "model: got './nowhere'"),
         (["export-methods", "--calibration-tokens", "0"], "--calibration-tokens: allowed"),
+        (
+            [
+                "export-methods",
+                "--model",
+                "demo",
+                "--calibration-tokens",
+                "256",
+                "--text-tokens",
+                "64",
+            ],
+            "allowed: 2 or more, for a standard error",
+        ),
         (["healing-kinds", "--model", "demo", "--depths", "16"], "allowed: less than 16"),
         (["healing-kinds", "--steps", "0"], "--steps: allowed: 1 or more"),
         (["healing-kinds", "--intermediate-size", "-1"], "--intermediate-size: allowed: 0"),
