@@ -204,5 +204,4 @@ def _plot(session: Session, stem: Path) -> None:
         row["method"]: {"seconds": row["seconds_per_million_tokens"]}
         for row in session.report.summary
     }
-    title = session.title
-    save_bars(stem, bars, x_label="seconds per million tokens", title=title)
+    save_bars(stem, bars, x_label="seconds per million tokens", title=session.title)

@@ -85,7 +85,7 @@ async def measure(options: DepthQualityOptions) -> Session:
     if options.heal_steps and not options.repair:
         raise typer.BadParameter("--heal-steps: maps are trained from those of --repair")
     engine = measuring_engine(options, source)
-    session = Session("depth_quality", options, {"name": source.name, "dtype": options.dtype})
+    session = Session("depth_quality", options, {"name": source.title, "dtype": options.dtype})
     with session.progress as progress, tempfile.TemporaryDirectory() as directory:
         with progress.working("Starting the engine"):
             await engine.start()

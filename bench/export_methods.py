@@ -83,7 +83,7 @@ def measure(options: ExportMethodsOptions) -> Session:
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    session = Session("export_methods", options, {"name": source.name, "dtype": "float32"})
+    session = Session("export_methods", options, {"name": source.title, "dtype": "float32"})
     measured = _Methods(session, source.directory, options, fitted_on, held_out)
     with session.progress:
         measured.add("dense", num_layers, ())

@@ -82,7 +82,7 @@ def measure(options: HealingKindsOptions) -> Session:
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    session = Session("healing_kinds", options, {"name": source.name, "dtype": "float32"})
+    session = Session("healing_kinds", options, {"name": source.title, "dtype": "float32"})
     model = load_model(source.directory, "float32", trust=False)
     tokenizer = load_tokenizer(source.directory, trust=False)
 

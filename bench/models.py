@@ -108,7 +108,7 @@ def prepare_model(options: Options) -> BenchModel:
             if not (source.directory / "config.json").is_file():
                 allowed = "a directory with a checkpoint"
                 raise typer.BadParameter(f"--model: got {given!r}, allowed: {allowed}")
-            name, directory = source.name, source.directory
+            name, directory = source.title, source.directory
     config = read_config(directory)
     fingerprint = model_fingerprint(directory)
     plan = positional_plan(config["num_hidden_layers"], fingerprint)

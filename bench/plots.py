@@ -18,21 +18,21 @@ def save_lines(
     y_label: str,
     title: str,
     dashed: Sequence[str] = (),
-    bottom: float | None = 0,
+    from_zero: bool = True,
     log_x: bool = False,
     log_y: bool = False,
 ) -> list[Path]:
     """Plot each line's y by x, those named in ``dashed`` without marks; return the files.
 
-    The y axis begins at ``bottom``, or a little below the least y if that is None.
+    The y axis begins at 0 or, if not ``from_zero`` or logarithmic, a little below the least y.
     """
     figure, axes = _figure(title, x_label, y_label)
     for name, points in lines.items():
         xs = sorted(points)
         style = {"linestyle": "--"} if name in dashed else {"marker": "o"}
         axes.plot(xs, [points[x] for x in xs], label=name, **style)
-    if bottom is not None and not log_y:
-        axes.set_ylim(bottom=bottom)
+    if from_zero and not log_y:
+        axes.set_ylim(bottom=0)
     if log_x:
         use_log(axes.xaxis)
     if log_y:

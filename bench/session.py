@@ -48,8 +48,8 @@ class Session:
 
     @property
     def title(self) -> str:
-        """What plots are headed with: the model, without the directory that it is in."""
-        return Path(self.report.model["name"]).name
+        """What plots are headed with: the model."""
+        return str(self.report.model["name"])
 
     async def measure(
         self,

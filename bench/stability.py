@@ -71,7 +71,7 @@ async def measure(options: StabilityOptions) -> Session:
     except (InvalidArgument, TextError) as error:
         raise typer.BadParameter(str(error)) from None
     engine = measuring_engine(options, source)
-    session = Session("stability", options, {"name": source.name, "dtype": options.dtype})
+    session = Session("stability", options, {"name": source.title, "dtype": options.dtype})
     measured: dict[str, list[DensePassSums]] = {}
     with session.progress as progress:
         with progress.working("Starting the engine"):
@@ -186,7 +186,7 @@ def _plot(session: Session, stem: Path) -> None:
         y_label="rank correlation with all of the text",
         title=session.title,
         dashed=[name for name in lines if not name.endswith(f", {first}")],
-        bottom=None,
+        from_zero=False,
         log_x=True,
     )
 

@@ -32,6 +32,12 @@ class ModelSource:
     directory: Path
     name: str
 
+    @property
+    def title(self) -> str:
+        """The name for readers: of a directory, its last part."""
+        is_directory = Path(self.name).expanduser() == self.directory
+        return self.directory.resolve().name if is_directory else self.name
+
     def max_context(self) -> int:
         """Return an upper bound of the context in tokens, from the checkpoint's configuration."""
         config = read_config(self.directory)

@@ -41,16 +41,9 @@ class Subject:
     def directory(self) -> Path:
         return self.source.directory
 
-    @property
-    def _title(self) -> str:
-        """The name of the model; of a directory, its last part."""
-        name = self.source.name
-        is_directory = Path(name).expanduser() == self.directory
-        return self.directory.resolve().name if is_directory else name
-
     def describe(self) -> dict[str, Any]:
         return {
-            "name": self._title,
+            "name": self.source.title,
             "fingerprint": self.fingerprint,
             "architecture": self.architecture,
             "num_layers": self.num_layers,
