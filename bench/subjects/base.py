@@ -23,6 +23,10 @@ from server.engine.arguments import (
 from server.engine.elastic.engine_arguments import ElasticConfig
 from server.engine.ranks import ONE_PROCESS, Ranks
 
+# vLLM refuses to start where less of a GPU is free, whatever the size of the KV cache, and engines
+# that are compared wait beside each other.
+_GPU_MEMORY_SHARE = 0.05
+
 # Chooses one of vLLM's two model runners on a GPU; the elastic engine sets it for itself.
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 _GIVEN_RUNNER = os.environ.get(_RUNNER)
@@ -54,15 +58,20 @@ class EngineSettings:
             "tensor_parallel_size": self.ranks.tensor_parallel_size,
             "pipeline_parallel_size": self.ranks.pipeline_parallel_size,
         }
-        if self.ranks == ONE_PROCESS and not describe_hardware()["gpus"]:
+        if describe_hardware()["gpus"]:
+            arguments["gpu_memory_utilization"] = _GPU_MEMORY_SHARE
+        elif self.ranks == ONE_PROCESS:
             arguments["distributed_executor_backend"] = IN_PROCESS_EXECUTOR
         return arguments
 
     def fathom_engine_args(self) -> dict[str, Any]:
         """Return the settings that Fathom has no setting of its own for, as its ``engine_args``."""
         arguments = self.vllm_arguments()
-        shared = ("kv_cache_memory_bytes", "enable_prefix_caching")
-        return {**{name: arguments[name] for name in shared}, **self.engine_args}
+        shared = ("kv_cache_memory_bytes", "enable_prefix_caching", "gpu_memory_utilization")
+        return {
+            **{name: arguments[name] for name in shared if name in arguments},
+            **self.engine_args,
+        }
 
     def elastic_config(self) -> ElasticConfig:
         return ElasticConfig(

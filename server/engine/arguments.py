@@ -222,6 +222,8 @@ def prepare_environment() -> None:
         "VLLM_NO_USAGE_STATS": "1",
         # vLLM then reports for each request whether the model's output had NaNs.
         "VLLM_COMPUTE_NANS_IN_LOGITS": "1",
+        # By default vLLM forks on a GPU, and a fork has none of the threads that gRPC relies on.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
