@@ -75,7 +75,7 @@ async def measure(options: BystanderOptions) -> Session:
             for number in range(options.rounds):
                 for position, request in enumerate(requests):
                     code, gap = await bystander.watch(request)
-                    session.report.rounds.append(
+                    session.add_round(
                         {
                             "request": request.name,
                             "round": number,

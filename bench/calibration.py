@@ -109,7 +109,7 @@ async def measure(options: CalibrationOptions) -> Session:
                 _, values = await session.least_disturbed(
                     lambda: asyncio.to_thread(_formula, model, options.dtype, windows)
                 )
-                session.report.rounds.append({"method": "formula", "round": number, **values})
+                session.add_round({"method": "formula", "round": number, **values})
                 progress.advance("Measuring transformers", number + 1, options.rounds)
     summarize(session)
     session.finish(lambda stem: _plot(session, stem))
@@ -144,7 +144,7 @@ async def _measure(
         }
 
     _, values = await session.least_disturbed(once)
-    session.report.rounds.append({"method": name, "round": number, **values})
+    session.add_round({"method": name, "round": number, **values})
 
 
 def _formula(

@@ -197,7 +197,7 @@ async def _measure(
             row[f"text {text}"] = asdict(measured[number])
         if probes:
             row["probes"] = asdict(probes[number])
-        session.report.rounds.append(row)
+        session.add_round(row)
     for row, ((name, depth), layers) in zip(session.report.rounds, rows.items(), strict=True):
         # A run of hours that is stopped has what it had measured.
         session.report.save(session.directory)

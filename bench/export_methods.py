@@ -175,7 +175,7 @@ class _Methods:
                 )
                 # The rest compares with all layers, whose weights may be those of the method.
                 row[f"text {text}"] = {name: getattr(quality, name) for name in _MEASURED}
-        self._session.report.rounds.append(row)
+        self._session.add_round(row)
         return row
 
 

@@ -82,7 +82,7 @@ def measure(options: FleetBenchOptions, connection: Connection) -> Session:
         for strategy in STRATEGIES:
             outcome = simulate(loaded, levels, strategy, fleet)
             row = {"strategy": strategy.name, "load": options.load * share, **asdict(outcome)}
-            session.report.rounds.append(row)
+            session.add_round(row)
             if share == 1.0:
                 session.report.summary.append(_summary(strategy, outcome))
     shown = ", ".join(f"{each.depth} layers: {each.tokens_per_second:.0f}" for each in levels)

@@ -128,7 +128,7 @@ def _measure(
             summary[f"perplexity_{text}"] = quality.perplexity
             summary[f"kl_{text}"] = quality.kl_nats
         row["losses"] = losses
-        session.report.rounds.append(row)
+        session.add_round(row)
         session.report.summary.append(summary)
 
     add("dense", model.config.get_text_config().num_hidden_layers, 0, None)

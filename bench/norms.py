@@ -93,7 +93,7 @@ def measure(options: NormsOptions) -> Session:
             for step in train(model, trained_on, options):
                 if step % max(1, options.steps // options.looks) == 0 or step == options.steps:
                     row = {"norm": name, "step": step, **look(model, held_out)}
-                    session.report.rounds.append(row)
+                    session.add_round(row)
                 progress.advance(
                     f"Training, {name}", done * options.steps + step, len(_NAMES) * options.steps
                 )

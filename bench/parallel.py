@@ -128,7 +128,7 @@ async def _measure_round(
             session.report.notes.append(f"{labels['engine']}, {labels['way']}: refused: {error}")
             return False
         stack.push_async_callback(subject.close)
-        session.report.rounds.append(
+        session.add_round(
             {**labels, "event": "start", "start_seconds": time.perf_counter() - begin}
         )
         for depth, num_streams in itertools.product(depths, streams):
@@ -173,7 +173,7 @@ async def _time_communication(
             await subject.llm.collective_rpc("bench_start_timers", timeout=_RPC_SECONDS)
             load = await closed_loop(subject.generate, work)
             of_ranks = await subject.llm.collective_rpc("bench_read_timers", timeout=_RPC_SECONDS)
-            session.report.rounds.append(
+            session.add_round(
                 {
                     "communication_of": ("elastic", way),
                     "depth": depth,

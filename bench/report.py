@@ -15,6 +15,7 @@ from rich.table import Table
 
 from bench.machine import describe_machine, describe_versions
 from bench.statistics import Spread
+from pruning.durable import replace_file
 
 FORMAT_VERSION = 1
 
@@ -90,7 +91,7 @@ class Report(BaseModel):
         """Write the document into ``directory``, and return its path."""
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"{self.benchmark}.json"
-        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        replace_file(path, (self.model_dump_json(indent=2) + "\n").encode())
         return path
 
     def print(self, console: Console) -> None:

@@ -70,8 +70,13 @@ class Session:
             lambda: self._measure_once(work, list(processes())),
             _MAX_ATTEMPTS if repeatable else 1,
         )
-        self.report.rounds.append({**labels, **values})
+        self.add_round({**labels, **values})
         return load
+
+    def add_round(self, values: dict[str, Any]) -> None:
+        """Keep what was measured, also on disk: so a run that is cut off loses none of it."""
+        self.report.rounds.append(values)
+        self.report.save(self.directory)
 
     async def least_disturbed(
         self, once: Callable[[], Awaitable[tuple[T, dict[str, Any]]]], attempts: int = _MAX_ATTEMPTS

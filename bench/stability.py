@@ -140,7 +140,7 @@ def _compare(
         )
         for name, each in found.items():
             row[name] = [each.value, each.low, each.high]
-        session.report.rounds.append({**row, **shares, "settled": least, "order": list(own)})
+        session.add_round({**row, **shares, "settled": least, "order": list(own)})
 
     for name, sums in measured.items():
         for size in _sizes(len(sums)):

@@ -47,7 +47,7 @@ async def measure(options: StartupOptions) -> Session:
             with tempfile.TemporaryDirectory() as state:
                 for position, start in enumerate(("cold", "warm")):
                     seconds = await _start(options, model.directory, Path(state))
-                    session.report.rounds.append({"start": start, "round": number, **seconds})
+                    session.add_round({"start": start, "round": number, **seconds})
                     done = 2 * number + position + 1
                     progress.advance("Starting", done, 2 * options.rounds)
     for start in ("cold", "warm"):

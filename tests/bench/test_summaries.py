@@ -14,6 +14,7 @@ from bench import parallel, peers, profile, throughput
 from bench.load import Load, Timeline, closed_loop
 from bench.machine import ForeignLoad
 from bench.options import Options
+from bench.report import Report
 from bench.session import Session
 from bench.workload import Request
 
@@ -160,6 +161,19 @@ async def test_a_disturbed_load_is_run_again_and_the_calmest_run_counts(
     assert (await session.measure(work, name="never calm")).num_tokens == 6
     kept = [(r["num_tokens"], r["foreign_load"], r["attempts"]) for r in session.report.rounds]
     assert kept == [(3, 0.05, 3), (6, 0.3, 4)]
+
+
+async def test_a_run_that_is_cut_off_leaves_its_rounds_behind(tmp_path: Path) -> None:
+    session = Session("test", Options(output=str(tmp_path)), {"name": "m"})
+
+    async def work() -> Load:
+        return Load((Timeline(0.0, [(0.5, 7)]),), 0.0, 1.0)
+
+    for number in range(2):
+        await session.measure(work, repeatable=False, round=number)
+        kept = Report.model_validate_json((tmp_path / "test.json").read_text())
+        assert kept.rounds == session.report.rounds
+        assert [each["num_tokens"] for each in kept.rounds] == [7] * (number + 1)
 
 
 def test_ranks_are_compared_with_one_process_in_the_same_round(session: Session) -> None:

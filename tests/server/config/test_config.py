@@ -20,6 +20,7 @@ from server.config import (
     warn_of_old_names,
 )
 from server.depth.levels import LevelSpec
+from server.engine.elastic.compatibility import UNTESTED_VARIABLE
 
 ROOT = Path(__file__).parents[3]
 
@@ -219,6 +220,11 @@ def test_unknown_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_variable_of_the_client_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FATHOM_ADDRESS", "127.0.0.1:1")
+    load_settings({})
+
+
+def test_variable_of_the_elastic_engine_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(UNTESTED_VARIABLE, "1")
     load_settings({})
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from server.config import load_settings
+from server.engine.arguments import prepare_environment
 from server.engine.environment import check_directories
 from server.errors import InvalidArgument
 from server.model.inputs import StartError, read_inputs
@@ -89,6 +90,18 @@ def test_no_temporary_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "gettempdir", none)
     with pytest.raises(InvalidArgument, match="TMPDIR: got '/proc/nowhere', allowed: a directory"):
         check_directories()
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "spawn"), ("fork", "fork")])
+def test_processes_are_spawned_unless_the_operator_wants_it_otherwise(
+    given: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    os.environ.pop("VLLM_WORKER_MULTIPROC_METHOD", None)
+    if given is not None:
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = given
+    prepare_environment()
+    assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == expected
 
 
 def test_threads_of_engines_give_up_a_core_that_others_need() -> None:
