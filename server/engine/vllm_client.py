@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import math
 import signal
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from server.engine.base import (
     EngineDead,
-    FinishReason,
     GenerationDelta,
     LoadInfo,
     ModelInfo,
@@ -30,7 +28,8 @@ from server.engine.pattern_check import PatternCheck
 from server.engine.sampling import sampling_params, token_scores
 from server.engine.start_failure import named_failures
 from server.engine.stops import Stops
-from server.errors import InvalidArgument, NonFiniteResult, RequestFailed
+from server.engine.vllm_output import check_finite, finish_reason_of, generation_delta
+from server.errors import InvalidArgument, RequestFailed
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -215,12 +214,12 @@ class VllmClient:
         params = self.sampling_params(vllm_options, extra_args)
         async with self._outputs(request_id, prompt_ids, params, cache_salt) as outputs:
             async for output in outputs:
-                delta = _delta(output, options, stops, tokenizer)
+                delta = generation_delta(output, options, stops, tokenizer)
                 if output.prompt_logprobs:
                     num_top = options.prompt_logprobs or 0
                     scores = token_scores(prompt_ids, output.prompt_logprobs, num_top, tokenizer)
                     delta = replace(delta, prompt_scores=scores)
-                _check_finite(output, (*delta.prompt_scores, *delta.scores), depth)
+                check_finite(output, (*delta.prompt_scores, *delta.scores), depth)
                 yield delta
 
     async def prefill(
@@ -239,8 +238,8 @@ class VllmClient:
         params.skip_reading_prefix_cache = True
         async with self._outputs(request_id, token_ids, params, cache_salt) as outputs:
             async for output in outputs:
-                _finish_reason(output.outputs[0].finish_reason)
-                _check_finite(output, (), depth)
+                finish_reason_of(output.outputs[0].finish_reason)
+                check_finite(output, (), depth)
 
     async def prompt_scores(
         self,
@@ -259,13 +258,13 @@ class VllmClient:
         scores: list[TokenScore] = []
         async with self._outputs(request_id, token_ids, params, cache_salt) as outputs:
             async for output in outputs:
-                _finish_reason(output.outputs[0].finish_reason)
+                finish_reason_of(output.outputs[0].finish_reason)
                 if output.prompt_logprobs:
                     logprobs = output.prompt_logprobs
                     scores += token_scores(
                         token_ids, logprobs, num_top, self.tokenizer, with_greedy=True
                     )
-                _check_finite(output, scores, depth)
+                check_finite(output, scores, depth)
         return scores
 
     @contextlib.asynccontextmanager
@@ -344,58 +343,10 @@ def model_info(
     )
 
 
-def _delta(
-    output: RequestOutput, options: SamplingOptions, stops: Stops, tokenizer: ModelTokenizer
-) -> GenerationDelta:
-    completion = output.outputs[0]
-    metrics = output.metrics
-    queue_seconds = 0.0
-    if metrics is not None and metrics.scheduled_ts and metrics.queued_ts:
-        queue_seconds = max(0.0, metrics.scheduled_ts - metrics.queued_ts)
-    token_ids = tuple(completion.token_ids)
-    text, stopped_by = completion.text, None
-    if completion.finish_reason == "stop":
-        last_token = token_ids[-1] if token_ids else None
-        stopped_by = stops.stopped_by(completion.stop_reason, last_token)
-        if options.include_stop and last_token is not None:
-            text += stops.requested_specials.get(last_token, "")
-    return GenerationDelta(
-        text=text,
-        token_ids=token_ids,
-        scores=token_scores(token_ids, completion.logprobs, options.logprobs or 0, tokenizer),
-        num_cached_tokens=output.num_cached_tokens or 0,
-        queue_seconds=queue_seconds,
-        finish_reason=_finish_reason(completion.finish_reason),
-        stopped_by=stopped_by,
-    )
-
-
 def _prompt(token_ids: Sequence[int], cache_salt: str) -> Any:
     from vllm.inputs.engine import tokens_input
 
     return tokens_input(list(token_ids), cache_salt=cache_salt)
-
-
-def _check_finite(output: RequestOutput, scores: Sequence[TokenScore], depth: str) -> None:
-    """Raise :class:`NonFiniteResult` if the model has computed what is not a finite number.
-
-    Logits are looked at for each generated token, whether or not its score is asked for.
-    """
-    is_corrupted = output.metrics is not None and output.metrics.is_corrupted
-    if is_corrupted or not all(math.isfinite(score.logprob) for score in scores):
-        raise NonFiniteResult(depth)
-
-
-def _finish_reason(reason: str | None) -> FinishReason | None:
-    match reason:
-        case None:
-            return None
-        case "stop":
-            return FinishReason.STOP
-        case "length":
-            return FinishReason.LENGTH
-        case _:
-            raise RequestFailed(f"the engine has given up the request, with the reason '{reason}'")
 
 
 def _invalid(error: Exception) -> InvalidArgument:
