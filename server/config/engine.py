@@ -27,7 +27,7 @@ class EngineSettings(BaseModel):
     ] = Field(
         {},
         description="Parts of the memory that the dedicated engines get, by level, at most 1 "
-        "together: of `kv_cache_gib` on CPU, of vLLM's `gpu_memory_utilization` on GPU; as a flag "
+        "together: of `kv_cache_gib`, and on GPU of vLLM's `gpu_memory_utilization`; as a flag "
         "or a variable also `NAME=SHARE`, separated by commas. Levels that are not named have "
         "equal parts of the rest.",
     )
@@ -61,8 +61,8 @@ class EngineSettings(BaseModel):
     )
     kv_cache_gib: Annotated[float, Gt(0)] | None = Field(
         None,
-        description="Memory for the KV cache on CPU, in GiB; none: a quarter of what is "
-        "available, at most 4.",
+        description="Memory for the KV cache, in GiB; none: on CPU a quarter of what is "
+        "available, at most 4, and on GPU what vLLM's `gpu_memory_utilization` leaves.",
     )
     engine_timeout_seconds: Annotated[float, Ge(0)] = Field(
         120.0,

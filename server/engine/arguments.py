@@ -58,7 +58,7 @@ class EngineConfig:
     max_context: int | None = None
     max_num_seqs: int = 256
     ranks: Ranks = ONE_PROCESS
-    # CPU only, of all ranks together; None: a quarter of the free memory, at most 4 GiB.
+    # Of all ranks together; None: on CPU a quarter of the free memory, at most 4 GiB.
     kv_cache_gib: float | None = None
     trust_remote_code: bool = False
     # Has an effect on CPUs alone, and not for small models.
@@ -112,6 +112,25 @@ def cpu_arguments(
     elif config.ranks.backend is None:
         arguments["distributed_executor_backend"] = IN_PROCESS_EXECUTOR
     return arguments
+
+
+def gpu_arguments(config: EngineConfig, share: float = 1.0) -> dict[str, Any]:
+    """Return the additional arguments for GPUs, for an engine with a share of the KV cache.
+
+    Without a size in ``config``, vLLM's ``gpu_memory_utilization`` decides.
+
+    Raises :class:`InvalidArgument` for more than the GPUs have.
+    """
+    if config.kv_cache_gib is None:
+        return {}
+    from vllm.platforms import current_platform
+
+    total = current_platform.get_device_total_memory() * config.ranks.number
+    if config.kv_cache_gib * GIB > total:
+        allowed = f"at most {total / GIB:.3g}, the memory of the GPUs"
+        raise InvalidArgument("kv_cache_gib", config.kv_cache_gib, allowed)
+    # vLLM's argument is for each GPU.
+    return {"kv_cache_memory_bytes": int(share * config.kv_cache_gib * GIB) // config.ranks.number}
 
 
 def check_engine_args(

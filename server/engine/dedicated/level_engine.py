@@ -19,6 +19,7 @@ from server.engine.arguments import (
     base_arguments,
     check_kv_cache,
     cpu_arguments,
+    gpu_arguments,
     refusal,
     wants_huge_pages,
 )
@@ -146,6 +147,7 @@ class LevelEngine:
         else:
             whole = given.pop("gpu_memory_utilization", CacheConfig.gpu_memory_utilization)
             arguments["gpu_memory_utilization"] = whole * resources.share
+            arguments |= gpu_arguments(config, resources.share)
         try:
             vllm_config = AsyncEngineArgs(**{**arguments, **given}).create_engine_config()
         except Exception as error:  # vLLM's checks raise exceptions of any class

@@ -16,6 +16,7 @@ from server.engine.arguments import (
     base_arguments,
     check_engine_args,
     cpu_arguments,
+    gpu_arguments,
     prepare_cpu_environment,
     prepare_environment,
     refusal,
@@ -87,6 +88,8 @@ def vllm_arguments(config: ElasticConfig) -> AsyncEngineArgs:
         prepare_cpu_environment(config.model)
         quantized = getattr(model_config, "quantization_config", None) is not None
         arguments |= cpu_arguments(config, quantized=quantized)
+    else:
+        arguments |= gpu_arguments(config)
     return AsyncEngineArgs(**{**arguments, **config.engine_args, "hf_overrides": overrides})
 
 

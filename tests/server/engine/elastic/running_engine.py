@@ -67,7 +67,7 @@ class RunningEngine:
 def running_engine(model: Path, **settings: Any) -> Iterator[RunningEngine]:
     """Yield an engine; it runs the layers uncompiled, which saves seconds at its start.
 
-    On a GPU the KV cache has a quarter of a gigabyte, too, and other programs may use the rest.
+    On a GPU other programs may use what it leaves.
     """
     chosen: dict[str, Any] = {
         "dtype": "float32",
@@ -76,8 +76,8 @@ def running_engine(model: Path, **settings: Any) -> Iterator[RunningEngine]:
         "compile_layers": False,
     } | settings
     if torch.cuda.is_available():
-        shared = {"kv_cache_memory_bytes": 1 << 28, "gpu_memory_utilization": 0.05}
-        chosen["engine_args"] = shared | chosen.get("engine_args", {})
+        # vLLM does not start where less is free, whatever the size of the KV cache.
+        chosen["engine_args"] = {"gpu_memory_utilization": 0.05, **chosen.get("engine_args", {})}
     engine = RunningEngine(ElasticConfig(model=model, name=model.name, **chosen))
     try:
         yield engine
