@@ -20,7 +20,10 @@ def load_model(directory: Path, dtype: str, *, trust: bool) -> Any:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    # It would write over the progress of what the model is loaded for.
+    logging.disable_progress_bar()
     auto_model: Any = AutoModelForCausalLM
     with loadable_view(directory) as view:
         model = auto_model.from_pretrained(view, dtype=dtype, trust_remote_code=trust)

@@ -12,7 +12,7 @@ from pruning.metrics.names import BLOCK_INFLUENCE
 from pruning.quality import Quality
 from server.calibration.hardware import describe_hardware
 from server.engine.base import LayerSelection
-from server.engine.elastic.compatibility import check_quantized_kernels
+from server.engine.elastic.compatibility import check_quantized_kernels, packed_weights_problem
 from server.errors import FathomError
 from server.report.blocks import Block, Paragraph, Plot, Table, number
 from server.report.engine_meter import Pace
@@ -77,6 +77,9 @@ class Quantization:
             row["pruned_first"] = asdict(
                 await self._kept(lab, "pruned_first", row["depth"], measure_pruned)
             )
+        if problem := packed_weights_problem():
+            numbers["no_throughput"] = problem
+            return
         try:
             check_quantized_kernels(BITS, lab.settings.dtype)
         except FathomError as error:
