@@ -52,6 +52,10 @@ def not_measured(missing: Iterable[tuple[str, str]]) -> list[Paragraph]:
     ]
 
 
+# Places beyond the usual ones that a standard error may take.
+_MORE_PLACES = 3
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """Return the value with so many significant digits; a dash where there is none."""
     if value is None:
@@ -67,6 +71,9 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def with_error(value: float, stderr: float | None, places: int = 4) -> str:
+    """Return both with so many places, or with as many as a smaller error needs to be seen."""
+    if stderr and math.isfinite(stderr):
+        places = min(max(places, -math.floor(math.log10(abs(stderr)))), places + _MORE_PLACES)
     return f"{value:.{places}f}" if stderr is None else f"{value:.{places}f} ± {stderr:.{places}f}"
 
 

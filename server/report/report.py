@@ -29,6 +29,7 @@ from server.telemetry.progress import ProgressReport
 
 OUT_OF_TIME = "the time of --budget-seconds was spent; another run goes on from here"
 NOT_ASKED = "not asked for in this run"
+NOT_REACHED = "not reached yet; the run goes on, or another one goes on from here"
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,10 @@ class Report:
             sections=[
                 self._results.get(section.name)
                 or SectionResult(
-                    name=section.name, title=section.title, status="skipped", reason=NOT_ASKED
+                    name=section.name,
+                    title=section.title,
+                    status="skipped",
+                    reason=NOT_REACHED if section in self._sections else NOT_ASKED,
                 )
                 for section in SECTIONS
             ],

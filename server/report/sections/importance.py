@@ -8,7 +8,7 @@ from pruning.depths import removal_order
 from server.report.blocks import Block, Paragraph, Plot, Table, with_error
 from server.report.lab import Lab
 from server.report.paper import LAYERS_REMOVED
-from server.report.plots import use_log
+from server.report.plots import name_layers, use_log
 from server.report.sections.base import Numbers
 
 
@@ -46,7 +46,7 @@ class Importance:
                 error_kw={"elinewidth": 1},
             )
             use_log(axes.yaxis)
-            axes.set_xlabel("layer")
+            name_layers(axes.xaxis, layers[-1]["layer"], "layer")
             axes.set_ylabel("Block Influence")
             axes.grid(axis="x", visible=False)
 

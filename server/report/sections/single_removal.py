@@ -8,7 +8,7 @@ from typing import Any
 from server.engine.base import LayerSelection
 from server.report.blocks import Block, Paragraph, Plot, Table, number, with_error
 from server.report.lab import Lab
-from server.report.plots import use_log
+from server.report.plots import name_layers, use_log
 from server.report.rank_correlation import spearman
 from server.report.sections.base import Numbers
 
@@ -62,7 +62,7 @@ class SingleRemoval:
                 error_kw={"elinewidth": 1},
             )
             use_log(axes.yaxis, linear_below=0.1)
-            axes.set_xlabel("layer that is left out")
+            name_layers(axes.xaxis, rows[-1]["layer"], "layer that is left out")
             axes.set_ylabel("ln(perplexity / dense)")
             axes.grid(axis="x", visible=False)
 

@@ -11,7 +11,7 @@ from pruning.sublayers import SublayerInfluence
 from server.report.blocks import Block, Paragraph, Plot, Table, number, with_error
 from server.report.lab import Lab
 from server.report.not_possible import NotPossible
-from server.report.plots import use_log
+from server.report.plots import name_layers, use_log
 from server.report.sections.base import Numbers
 
 _MAX_TOKENS = 2048
@@ -140,7 +140,7 @@ def _draw(axes: Any, rows: list[dict[str, Any]], field: str, labels: dict[str, s
             label=label,
         )
     use_log(axes.yaxis)
-    axes.set_xlabel("layer")
+    name_layers(axes.xaxis, rows[-1]["layer"], "layer")
     axes.legend()
 
 

@@ -20,10 +20,11 @@ from pruning.repair import RepairError
 from server.config import load_settings
 from server.engine.base import LayerSelection, ProgressCallback
 from server.evaluation.multiple_choice import Question
+from server.report.blocks import with_error
 from server.report.budget import Budget, BudgetSpent
 from server.report.engine_meter import Pace
 from server.report.options import ReportOptions
-from server.report.report import OUT_OF_TIME, Report
+from server.report.report import NOT_ASKED, NOT_REACHED, OUT_OF_TIME, Report
 from server.telemetry.progress import ProgressReport
 from tests.server.rpc.toy_engine import ToyEngine, logprob, toy_sums
 
@@ -146,6 +147,44 @@ async def test_sections_of_an_earlier_run_stay(tmp_path: Path) -> None:
     sections = await report(tmp_path / "out", CountedBudget(0), ["importance"])
     assert sections["importance"]["status"] == "done"
     assert sections["single-removal"]["status"] == "done"
+
+
+async def test_a_page_of_a_run_that_goes_on_says_what_was_not_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reasons: list[dict[str, str]] = []
+    save = Report._save
+
+    def saved(self: Report) -> Path:
+        page = save(self)
+        document = json.loads((page.parent / "report.json").read_text("utf-8"))
+        reasons.append({each["name"]: each["reason"] for each in document["sections"]})
+        return page
+
+    monkeypatch.setattr(Report, "_save", saved)
+    await report(tmp_path / "out", CountedBudget(100))
+    first, last = reasons[0], reasons[-1]
+    assert first["importance"] == ""
+    assert first["single-removal"] == NOT_REACHED
+    assert last["single-removal"] == ""
+    assert first["depth"] == last["depth"] == NOT_ASKED
+
+
+@pytest.mark.parametrize(
+    ("stderr", "expected"),
+    [
+        (0.0006, "0.0191 ± 0.0006"),
+        (0.00004, "0.01910 ± 0.00004"),
+        (1e-9, "0.0191000 ± 0.0000000"),
+        (0.0, "0.0191 ± 0.0000"),
+        (0.3, "0.0191 ± 0.3000"),
+        (None, "0.0191"),
+    ],
+)
+def test_a_standard_error_is_shown_with_a_digit_that_tells_something(
+    stderr: float | None, expected: str
+) -> None:
+    assert with_error(0.0191, stderr) == expected
 
 
 async def test_the_surface_has_every_pair_of_depths(
