@@ -22,6 +22,12 @@ class Table:
     caption: str = ""
     of_paper: bool = False
 
+    @property
+    def are_words(self) -> list[bool]:
+        """Whether each column has words in it, which are read from the left, unlike numbers."""
+        columns = zip(*self.rows, strict=True) if self.rows else [()] * len(self.headings)
+        return [any(cell[:1].isalpha() for cell in column) for column in columns]
+
 
 @dataclass(frozen=True, slots=True)
 class Plot:

@@ -20,7 +20,7 @@ from pruning.repair import RepairError
 from server.config import load_settings
 from server.engine.base import LayerSelection, ProgressCallback
 from server.evaluation.multiple_choice import Question
-from server.report.blocks import with_error
+from server.report.blocks import Table, with_error
 from server.report.budget import Budget, BudgetSpent
 from server.report.engine_meter import Pace
 from server.report.options import ReportOptions
@@ -185,6 +185,12 @@ def test_a_standard_error_is_shown_with_a_digit_that_tells_something(
     stderr: float | None, expected: str
 ) -> None:
     assert with_error(0.0191, stderr) == expected
+
+
+def test_columns_of_words_are_read_from_the_left() -> None:
+    rows = [("-", "dense", "26.5 ± 3.1", "10, 5"), ("Block Influence", "12", "-", "8")]
+    assert Table(("a", "b", "c", "d"), rows).are_words == [True, True, False, False]
+    assert Table(("a", "b"), []).are_words == [False, False]
 
 
 async def test_the_surface_has_every_pair_of_depths(
