@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import torch
 
 # Speed is measured on random weights by default, quality cannot be.
-EXPORTED_MODELS = {"random": None, "demo": None}
+EXPORTED_MODELS = {"random": None}
 
 
 @dataclass(frozen=True)

@@ -186,6 +186,6 @@ def _plot(session: Session, stem: Path) -> None:
             if (losses := row["losses"])
         },
         x_label="training step",
-        y_label="KL from the dense model on windows held out of the training, nats",
+        y_label="KL from dense on windows held out, nats",
         title=session.title,
     )

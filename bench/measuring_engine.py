@@ -17,7 +17,7 @@ from server.engine.elastic.engine_arguments import ElasticConfig
 from server.model.source import ModelSource, find_model
 
 # Speed is measured on random weights by default, nothing else can be.
-_MODELS = {"random": "smollm2", "demo": None}
+_MODELS = {"random": "smollm2"}
 
 
 def measured_model(options: Options) -> ModelSource:

@@ -102,7 +102,7 @@ def prepare_model(options: Options) -> BenchModel:
             name, directory = made.name, made.save(work_dir)
         case given:
             try:
-                source = find_model(None if given == "demo" else given)
+                source = find_model(given)
             except InvalidArgument as error:
                 raise typer.BadParameter(f"--{error}") from None
             if not (source.directory / "config.json").is_file():

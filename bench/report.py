@@ -141,6 +141,7 @@ def _table(rows: list[dict[str, Any]], headings: list[str], title: str) -> Table
         is_text = all(isinstance(row.get(heading), str | None) for row in rows)
         label = heading.replace("_", " ")
         label = label.capitalize() if label.islower() else label
+        label = label.replace("Kl ", "KL ")
         table.add_column(label, justify="left" if is_text else "right")
     for row in rows:
         table.add_row(*[_cell(row.get(heading)) for heading in headings])

@@ -45,7 +45,7 @@ def own_text(
     settings = load_settings(
         {
             "config": config,
-            "model": None if model == "demo" and not Path(model).is_dir() else model,
+            "model": model,
             "revision": revision,
             "dtype": dtype,
             "state_dir": state_dir,

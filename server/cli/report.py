@@ -80,7 +80,7 @@ def report(
     settings = load_settings(
         {
             "config": config,
-            "model": None if model == "demo" and not Path(model).is_dir() else model,
+            "model": model,
             "revision": revision,
             "calibration": calibration,
             "calibration_tokens": calibration_tokens,

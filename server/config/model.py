@@ -16,7 +16,7 @@ _OF_QUANTIZE = ("quantize_group_size", "quantize_act_order", "order")
 class ModelSettings(BaseModel):
     model: str | None = Field(
         None,
-        description="Checkpoint directory, `smollm2` or Hugging Face Hub id; none: the demo model.",
+        description="Checkpoint directory, `demo`, `smollm2` or Hugging Face Hub id; none: `demo`.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
     trust_remote_code: bool = Field(

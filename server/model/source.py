@@ -14,6 +14,7 @@ from server.model import smollm2
 
 DEMO_MODEL = Path(__file__).parent / "demo"
 DEMO_MODEL_NAME = "fathom-demo"
+_DEMO = "demo"
 
 # Assumed where the configuration names no length.
 _UNKNOWN_CONTEXT_TOKENS = 2**17
@@ -53,7 +54,7 @@ class ModelSource:
 def find_model(model: str | None, revision: str | None = None) -> ModelSource:
     """Return the model of the settings; one of the Hub is downloaded where it is not cached.
 
-    A directory comes before a name: ``smollm2`` is the one of that name where there is one.
+    ``demo`` and ``smollm2`` are names, unless a directory of that name holds a checkpoint.
 
     Raises:
         InvalidArgument: there is no such directory, and the Hub has no such model or cannot be
@@ -65,11 +66,15 @@ def find_model(model: str | None, revision: str | None = None) -> ModelSource:
     try:
         path = Path(model).expanduser()
         is_directory, exists = path.is_dir(), path.exists()
+        if model in (_DEMO, smollm2.NAME):
+            is_directory = (path / "config.json").is_file()
     except (OSError, RuntimeError) as error:  # RuntimeError: ~user names no user
         reason = getattr(error, "strerror", None) or error
         raise InvalidArgument("model", model, f"{allowed} ({reason})") from error
     if is_directory:
         return ModelSource(path, model)
+    if model == _DEMO:
+        return ModelSource(DEMO_MODEL, DEMO_MODEL_NAME)
     if model == smollm2.NAME:
         return ModelSource(_made_smollm2(), model)
     if exists or not _HUB_ID.fullmatch(model):

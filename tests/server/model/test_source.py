@@ -11,6 +11,19 @@ from server.errors import InvalidArgument
 from server.model.source import find_model
 
 
+def test_a_directory_without_a_checkpoint_does_not_hide_a_model_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_model("demo") == find_model(None)
+    (tmp_path / "demo").mkdir()  # of a report, say
+    assert find_model("demo") == find_model(None)
+    (tmp_path / "demo" / "config.json").write_text("{}")
+    assert find_model("demo").directory == Path("demo")
+    (tmp_path / "model").mkdir()
+    assert find_model("model").directory == Path("model")
+
+
 @pytest.mark.parametrize("model", ["x" * 5000, "./" + "x" * 300, "~nobody-like-this/model", "a b"])
 def test_names_that_no_model_can_have(model: str) -> None:
     with pytest.raises(InvalidArgument, match="allowed: an existing directory or a Hugging Face"):
