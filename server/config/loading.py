@@ -30,7 +30,7 @@ CLIENT_VARIABLES = frozenset(
     }
 )
 # Others that are no settings: the elastic engine reads it, to try versions that nobody has tested.
-_OTHER_VARIABLES = frozenset({"FATHOM_UNTESTED_VLLM"})
+OTHER_VARIABLES = frozenset({"FATHOM_UNTESTED_VLLM"})
 # Kubernetes sets these in every pod for a Service that is named fathom.
 _SERVICE_LINK = re.compile(r"FATHOM_(SERVICE_(HOST|PORT(_.+)?)|PORT(_\d+_(TCP|UDP)(_.+)?)?)")
 _SERVICE_LINK_HINT = (
@@ -82,7 +82,7 @@ def _unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
     known = {_variable(name) for name in Settings.model_fields} | CLIENT_VARIABLES
     old = {_variable(name) for name in OLD_NAMES}
     for name in sorted(environ):
-        if name.startswith(ENV_PREFIX) and name not in known | old | _OTHER_VARIABLES:
+        if name.startswith(ENV_PREFIX) and name not in known | old | OTHER_VARIABLES:
             hint = _SERVICE_LINK_HINT if _SERVICE_LINK.fullmatch(name) else _nearest(name, known)
             yield f"unknown variable {name}; {hint}"
 

@@ -25,7 +25,13 @@ from markdown_it.token import Token
 
 from bench.cli import app as bench_app
 from server.cli import app
-from server.config import CLIENT_VARIABLES, ENV_PREFIX, Settings, load_settings
+from server.config import (
+    CLIENT_VARIABLES,
+    ENV_PREFIX,
+    OTHER_VARIABLES,
+    Settings,
+    load_settings,
+)
 from tests.e2e.running_server import PATIENCE, RunningServer
 from tests.fathom_command import FATHOM, environment
 
@@ -268,7 +274,7 @@ def test_flags_targets_modules_and_variables_that_are_mentioned_exist(document: 
                 if not any(given_flags(words) <= known_flags(name) for name in FATHOM_COMMANDS):
                     missing.append(code)
         for variable in re.findall(rf"\b{ENV_PREFIX}[A-Z_]+\b", code):
-            if variable not in variables | CLIENT_VARIABLES:
+            if variable not in variables | CLIENT_VARIABLES | OTHER_VARIABLES:
                 missing.append(variable)
     assert not missing
 
