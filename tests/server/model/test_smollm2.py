@@ -43,8 +43,11 @@ def test_a_cache_that_cannot_be_written_is_named(
         find_model("smollm2")
 
 
-def test_a_directory_comes_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_with_a_checkpoint_comes_before_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "smollm2").mkdir()
+    (tmp_path / "smollm2" / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     assert find_model("smollm2") == ModelSource(Path("smollm2"), "smollm2")
 
