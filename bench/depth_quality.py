@@ -199,12 +199,11 @@ async def _measure(
             row["probes"] = asdict(probes[number])
         session.add_round(row)
     for row, ((name, depth), layers) in zip(session.report.rounds, rows.items(), strict=True):
-        # A run of hours that is stopped has what it had measured.
-        session.report.save(session.directory)
         for file, of_file in questions.items():
             what = f"{file}, {name}, depth {depth}"
             found = await accuracy(engine, of_file, layers, _advance(progress, what))
             row[f"questions {file}"] = asdict(found)
+        session.save()
 
 
 def _advance(progress: ProgressReport, what: str) -> Callable[[int, int], None]:

@@ -76,7 +76,11 @@ class Session:
     def add_round(self, values: dict[str, Any]) -> None:
         """Keep what was measured, also on disk: so a run that is cut off loses none of it."""
         self.report.rounds.append(values)
-        self.report.save(self.directory)
+        self.save()
+
+    def save(self) -> Path:
+        """Write what was measured so far, and return the path of the file."""
+        return self.report.save(self.directory)
 
     async def least_disturbed(
         self, once: Callable[[], Awaitable[tuple[T, dict[str, Any]]]], attempts: int = _MAX_ATTEMPTS
@@ -163,7 +167,7 @@ class Session:
                 f"Engines that only waited for their turn used up to {waited:.0%} of a core."
             )
         self.report.print(self.console)
-        path = self.report.save(self.directory)
+        path = self.save()
         plot(self.directory / self.report.benchmark)
         self.console.print(f"Written to {path.parent}", soft_wrap=True)
 

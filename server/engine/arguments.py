@@ -125,12 +125,11 @@ def gpu_arguments(config: EngineConfig, share: float = 1.0) -> dict[str, Any]:
         return {}
     from vllm.platforms import current_platform
 
-    total = current_platform.get_device_total_memory() * config.ranks.number
-    if config.kv_cache_gib * GIB > total:
-        allowed = f"at most {total / GIB:.3g}, the memory of the GPUs"
-        raise InvalidArgument("kv_cache_gib", config.kv_cache_gib, allowed)
+    num_gpus = config.ranks.number
+    memory = current_platform.get_device_total_memory() * num_gpus
+    kv_cache_bytes = _given_bytes(config.kv_cache_gib, memory, "the GPUs")
     # vLLM's argument is for each GPU.
-    return {"kv_cache_memory_bytes": int(share * config.kv_cache_gib * GIB) // config.ranks.number}
+    return {"kv_cache_memory_bytes": int(share * kv_cache_bytes) // num_gpus}
 
 
 def check_engine_args(
@@ -225,8 +224,13 @@ def cpu_kv_cache_bytes(gib: float | None) -> int:
     memory = psutil.virtual_memory()
     if gib is None:
         return min(4 * GIB, memory.available // 4)
-    if gib * GIB > memory.total:
-        allowed = f"at most {memory.total / GIB:.3g}, the memory of this machine"
+    return _given_bytes(gib, memory.total, "this machine")
+
+
+def _given_bytes(gib: float, memory_bytes: int, owner: str) -> int:
+    """Return the size of a KV cache; raise :class:`InvalidArgument` if it exceeds the memory."""
+    if gib * GIB > memory_bytes:
+        allowed = f"at most {memory_bytes / GIB:.3g}, the memory of {owner}"
         raise InvalidArgument("kv_cache_gib", gib, allowed)
     return int(gib * GIB)
 

@@ -71,13 +71,13 @@ def use_log(axis: Any, *, linear_below: float | None = None) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def name_layers(axis: Any, last: int, label: str) -> None:
-    """Make ``axis`` one of layers: from 0 to the ``last``, with ticks at whole numbers."""
+def name_layers(axes: Any, last: int, label: str) -> None:
+    """Make the x axis one of layers: from 0 to the ``last``, with ticks at whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
-    getattr(axis.axes, f"set_{axis.axis_name}lim")(-0.8, last + 0.8)
-    axis.set_major_locator(MaxNLocator(integer=True))
-    axis.set_label_text(label)
+    axes.set_xlim(-0.8, last + 0.8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel(label)
 
 
 def save_plot(plot: Plot, directory: Path) -> str:

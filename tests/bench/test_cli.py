@@ -44,15 +44,7 @@ TINY = (
         (["export-methods", "--model", "./nowhere"], "model: got './nowhere'"),
         (["export-methods", "--calibration-tokens", "0"], "--calibration-tokens: allowed"),
         (
-            [
-                "export-methods",
-                "--model",
-                "demo",
-                "--calibration-tokens",
-                "256",
-                "--text-tokens",
-                "64",
-            ],
+            ["export-methods", *DEMO, "--calibration-tokens", "256", "--text-tokens", "64"],
             "allowed: 2 or more, for a standard error",
         ),
         (["healing-kinds", "--model", "demo", "--depths", "16"], "allowed: less than 16"),

@@ -46,7 +46,7 @@ class Importance:
                 error_kw={"elinewidth": 1},
             )
             use_log(axes.yaxis)
-            name_layers(axes.xaxis, layers[-1]["layer"], "layer")
+            name_layers(axes, layers[-1]["layer"], "layer")
             axes.set_ylabel("Block Influence")
             axes.grid(axis="x", visible=False)
 

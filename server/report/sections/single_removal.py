@@ -62,7 +62,7 @@ class SingleRemoval:
                 error_kw={"elinewidth": 1},
             )
             use_log(axes.yaxis, linear_below=0.1)
-            name_layers(axes.xaxis, rows[-1]["layer"], "layer that is left out")
+            name_layers(axes, rows[-1]["layer"], "layer that is left out")
             axes.set_ylabel("ln(perplexity / dense)")
             axes.grid(axis="x", visible=False)
 

@@ -140,7 +140,7 @@ def _draw(axes: Any, rows: list[dict[str, Any]], field: str, labels: dict[str, s
             label=label,
         )
     use_log(axes.yaxis)
-    name_layers(axes.xaxis, rows[-1]["layer"], "layer")
+    name_layers(axes, rows[-1]["layer"], "layer")
     axes.legend()
 
 

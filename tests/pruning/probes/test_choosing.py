@@ -44,8 +44,8 @@ def test_against_a_direct_count(items: list[tuple[int, int, int]]) -> None:
 @given(st.integers(1, 500), st.data())
 def test_no_share_looks_surer_than_its_items_can_make_it(total: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(0, total))
-    # At a half the two are equal, but for the last digit.
-    assert 0 < share_stderr(count, total) <= (1 + 1e-12) * 0.5 / math.sqrt(total + 4)
+    # The root of the quotient, as it is rounded there: at a half the two are equal.
+    assert 0 < share_stderr(count, total) <= math.sqrt(0.25 / (total + 4))
     assert share_stderr(count, total) == pytest.approx(share_stderr(total - count, total))
 
 

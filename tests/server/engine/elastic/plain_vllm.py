@@ -15,6 +15,7 @@ from server.engine.arguments import (
     prepare_cpu_environment,
     prepare_environment,
 )
+from tests.server.engine.elastic.running_engine import GPU_MEMORY_SHARE
 
 
 def generate_with_vllm(
@@ -27,8 +28,7 @@ def generate_with_vllm(
     prepare_environment()
     machine: dict[str, Any]
     if torch.cuda.is_available():
-        # vLLM does not start where less is free, whatever the size of the KV cache.
-        machine = {"gpu_memory_utilization": 0.05}
+        machine = {"gpu_memory_utilization": GPU_MEMORY_SHARE}
     else:
         prepare_cpu_environment(checkpoint)
         machine = {"distributed_executor_backend": IN_PROCESS_EXECUTOR}

@@ -18,6 +18,9 @@ from server.engine.elastic.engine_arguments import ElasticConfig
 
 T = TypeVar("T")
 
+# vLLM does not start where less of a GPU is free, whatever the size of the KV cache.
+GPU_MEMORY_SHARE = 0.05
+
 # The namespace of all requests that tests make as one client.
 NAMESPACE = CacheNamespace("client", "tests")
 
@@ -76,8 +79,8 @@ def running_engine(model: Path, **settings: Any) -> Iterator[RunningEngine]:
         "compile_layers": False,
     } | settings
     if torch.cuda.is_available():
-        # vLLM does not start where less is free, whatever the size of the KV cache.
-        chosen["engine_args"] = {"gpu_memory_utilization": 0.05, **chosen.get("engine_args", {})}
+        given = chosen.get("engine_args", {})
+        chosen["engine_args"] = {"gpu_memory_utilization": GPU_MEMORY_SHARE, **given}
     engine = RunningEngine(ElasticConfig(model=model, name=model.name, **chosen))
     try:
         yield engine
