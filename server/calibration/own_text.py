@@ -8,7 +8,6 @@ and pruning", arXiv 2410.17170).
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from server.engine.base import (
     SamplingOptions,
 )
 from server.errors import FailedPrecondition
+from server.task_group import run_together
 
 # A document that ends sooner says nothing of a layer.
 _MIN_TOKENS = 16
@@ -99,9 +99,7 @@ class OwnText:
                 break
             wanted = math.ceil((num_tokens - written) / max_length)
             documents += [[] for _ in range(wanted)]
-            async with asyncio.TaskGroup() as tasks:
-                for i in range(number, number + wanted):
-                    tasks.create_task(write(i))
+            await run_together(map(write, range(number, number + wanted)))
             number += wanted
         if not written:
             raise FailedPrecondition(

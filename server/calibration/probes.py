@@ -29,6 +29,7 @@ from server.engine.base import (
     SamplingOptions,
 )
 from server.engine.pace import present_gate
+from server.task_group import run_together
 
 # The design of the probes: whoever changes it raises the method number of their entries in
 # server/state_keys.py.
@@ -244,12 +245,8 @@ async def _at_most_at_once(requests: Sequence[Coroutine[Any, Any, T]]) -> list[T
                     await gate()
             return await request
 
-    tasks = [asyncio.create_task(run(request)) for request in requests]
     try:
-        return await asyncio.gather(*tasks)
+        return await run_together(map(run, requests))
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
         for request in requests:
             request.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -10,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from server.depth.levels import DepthPair
 from server.depth.policy import DepthPolicy, Speed
 from server.engine.base import Engine, GenerationRequest, LayerSelection, SamplingOptions
+from server.task_group import run_together
 
 NUM_STREAMS = 8
 _TOKENS_PER_STREAM = 32
@@ -65,14 +65,8 @@ class SpeedMeter:
             for stream in range(NUM_STREAMS)
         ]
         started = time.perf_counter()
-        tasks = [asyncio.create_task(self._count_tokens(prompt, layers)) for prompt in prompts]
-        try:
-            num_tokens = sum(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        return num_tokens / (time.perf_counter() - started)
+        num_tokens = await run_together(self._count_tokens(prompt, layers) for prompt in prompts)
+        return sum(num_tokens) / (time.perf_counter() - started)
 
     async def _count_tokens(self, prompt_ids: Sequence[int], layers: LayerSelection) -> int:
         room = self._engine.model.max_context - len(prompt_ids)

@@ -1,4 +1,4 @@
-"""Progress and failures of measurements that run many requests at once."""
+"""Progress of measurements that run many requests at once."""
 
 from __future__ import annotations
 
@@ -24,11 +24,3 @@ class TokenProgress:
     def finish(self) -> None:
         """Report that nothing is left to do, where not all tokens were needed."""
         self.advance(self._total - self._done)
-
-
-def first_failure(failures: BaseExceptionGroup[Exception]) -> Exception:
-    """Return the first of the errors that a task group's tasks have raised."""
-    failure: Exception | BaseExceptionGroup[Exception] = failures
-    while isinstance(failure, BaseExceptionGroup):
-        failure = failure.exceptions[0]
-    return failure

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from server.engine.base import Engine, LayerSelection
 from server.errors import InvalidArgument
+from server.task_group import run_together
 
 # Leaves the engine enough to batch.
 _CONCURRENT = 64
@@ -89,15 +90,13 @@ async def accuracy(
 
     async def is_right(number: int, question: Question) -> bool:
         nonlocal done
-        values = await asyncio.gather(
-            *[
-                likelihood(f"question-{number}-{i}", question, choice)
-                for i, choice in enumerate(question.choices)
-            ]
+        values = await run_together(
+            likelihood(f"question-{number}-{i}", question, choice)
+            for i, choice in enumerate(question.choices)
         )
         done += 1
         on_progress(done, len(questions))
         return values.index(max(values)) == question.right
 
-    answers = await asyncio.gather(*[is_right(*each) for each in enumerate(questions)])
+    answers = await run_together(is_right(*each) for each in enumerate(questions))
     return Accuracy.of(answers)

@@ -16,8 +16,8 @@ from vllm.utils.async_utils import merge_async_iterators
 from server.errors import FathomError
 from server.openai.call import PROMPT, Call, current
 from server.openai.choice import Choice
-from server.serving.completions import run_together
 from server.serving.inference import Inference
+from server.task_group import run_together
 
 
 class InferenceClient(EngineClient):

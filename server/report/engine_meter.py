@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from server.engine.base import (
 from server.engine.elastic.engine import ElasticEngine
 from server.model.engine_config import elastic_config
 from server.report.subject import Subject
+from server.task_group import run_together
 
 _ROUNDS = 2
 
@@ -91,8 +91,8 @@ class EngineMeter:
         for _ in range(_ROUNDS):
             first_token = min(first_token, await self._first_token(prompts[0], layers))
             started = time.perf_counter()
-            counts = await asyncio.gather(
-                *[self._count(prompt, num_tokens, layers) for prompt in prompts]
+            counts = await run_together(
+                self._count(prompt, num_tokens, layers) for prompt in prompts
             )
             rate = max(rate, sum(counts) / (time.perf_counter() - started))
         return Pace(first_token, rate, len(prompts[0]), len(prompts))

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from server.calls.call_record import CallRecord
 from server.calls.generation import FinishInfo, Generation, GenerationEvent, PromptInfo
-from server.serving.completions import run_together, seed_of
+from server.serving.completions import seed_of
 from server.serving.inference import Inference
+from server.task_group import run_together
 
 # Takes an event, and the index of the completion that it belongs to.
 Take = Callable[[GenerationEvent, int], Awaitable[None]]

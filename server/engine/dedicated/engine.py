@@ -50,6 +50,7 @@ from server.engine.token_progress import TokenProgress
 from server.engine.vllm_client import model_info
 from server.errors import FailedPrecondition, FathomError, Unavailable
 from server.file_hashes import FileHashes
+from server.task_group import run_together
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -201,7 +202,7 @@ class DedicatedEngine:
         return [process_id for engine in engines for process_id in engine.llm.process_ids]
 
     async def ping(self) -> None:
-        await asyncio.gather(*[m.llm.ping() for m in self._engines.values() if m.is_alive])
+        await run_together(m.llm.ping() for m in self._engines.values() if m.is_alive)
 
     def load(self) -> LoadInfo:
         loads = [engine.llm.load for engine in self._engines.values()]

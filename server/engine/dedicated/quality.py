@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from server.engine.base import LayerSelection, SamplingOptions
 from server.engine.prefix_cache import cache_salt
-from server.engine.token_progress import TokenProgress, first_failure
+from server.engine.token_progress import TokenProgress
 from server.engine.vllm_client import VllmClient
+from server.task_group import run_together
 
 # Requests of a measurement at a time; the rest of the batch is left to clients.
 _MEASURING_REQUESTS = 16
@@ -72,9 +73,4 @@ async def window_statistics(
                 most_likely=tuple(score.top[0].token_id for score in scored),
             )
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(measure(window)) for window in windows]
-    except* Exception as failures:
-        raise first_failure(failures) from None
-    return [task.result() for task in tasks]
+    return await run_together(map(measure, windows))

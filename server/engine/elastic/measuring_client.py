@@ -26,8 +26,9 @@ from server.engine.measuring import (
 )
 from server.engine.pace import present_gate
 from server.engine.prefix_cache import cache_salt
-from server.engine.token_progress import TokenProgress, first_failure
+from server.engine.token_progress import TokenProgress
 from server.engine.vllm_client import VllmClient
+from server.task_group import run_together
 
 _FIRST_FIT_POLL_SECONDS = 0.01
 _FIT_POLL_SECONDS = 0.5
@@ -181,12 +182,7 @@ class MeasuringClient:
                 )
                 progress.advance(len(token_ids))
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                for token_ids, payload in requests:
-                    group.create_task(prefill(token_ids, payload))
-        except* Exception as failures:
-            raise first_failure(failures) from None
+        await run_together(prefill(*request) for request in requests)
 
 
 def _quality_payload(

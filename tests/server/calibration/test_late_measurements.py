@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, nullcontext
 
 import pytest
 
@@ -14,8 +14,14 @@ from server.calibration.calibrator import Calibrator
 from server.calibration.late_measurements import LateMeasurements
 from server.calibration.measuring_steps import MeasuringSteps
 from server.calibration.policy_in_force import PolicyInForce
+from server.calibration.speed_meter import NUM_STREAMS
 from server.depth.policy import DepthPolicy
-from server.engine.base import LayerSelection, ProgressCallback
+from server.engine.base import (
+    GenerationDelta,
+    GenerationRequest,
+    LayerSelection,
+    ProgressCallback,
+)
 from server.telemetry.metrics import Metrics
 from tests.server.rpc.conftest import LEVELS, make_plan
 from tests.server.rpc.toy_engine import ToyEngine
@@ -23,13 +29,28 @@ from tests.server.rpc.toy_engine import ToyEngine
 NUM_POLLS = 20
 
 
+async def many_polls() -> None:
+    for _ in range(NUM_POLLS):
+        await asyncio.sleep(0.01)
+
+
 class SlowEngine(ToyEngine):
-    """Measures for as long as it takes to notice many times that a request has come."""
+    """Takes as long as it takes to notice many times that a request has come."""
 
     def __init__(self) -> None:
         super().__init__()
         self.is_measuring = False
         self.num_given_up = 0
+        # Requests whose first token has been waited for.
+        self.num_timed = 0
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
+        """Only speed is measured by requests here: there is too little text for probes."""
+        async with aclosing(super().generate(request)) as deltas:
+            async for delta in deltas:
+                await many_polls()
+                self.num_timed += 1
+                yield delta
 
     async def measure_quality(
         self,
@@ -39,8 +60,7 @@ class SlowEngine(ToyEngine):
     ) -> list[Quality]:
         self.is_measuring = True
         try:
-            for _ in range(NUM_POLLS):
-                await asyncio.sleep(0.01)
+            await many_polls()
             return await super().measure_quality(windows, selections, progress)
         except asyncio.CancelledError:
             self.num_given_up += 1
@@ -93,10 +113,11 @@ async def test_quality_is_finished_after_a_few_interruptions_and_speed_is_left()
         await asyncio.sleep(0.01)
     # Two depths in one step, and the third in another.
     assert engine.num_given_up == 2 * 3
-    engine.gate.clear()
-    await engine.until_running(8)
-    await engine.until_freed()
+    await engine.until_running(NUM_STREAMS)
+    await engine.until_running(0)
     assert late.pending == ["speed of dense, generative, fast"]
     assert not in_force.policy.speeds
+    assert engine.num_timed == 0
+    assert not task.done()
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 from pruning.text import load_texts
 from pruning.transformers_model import load_tokenizer
 from server.calibration.own_text import Beginning, OwnText, beginnings
+from server.engine.base import EngineDead
 from server.errors import FailedPrecondition
 from server.model.source import DEMO_MODEL
 from tests.fathom_command import fathom, fathom_in_process
@@ -75,6 +77,16 @@ async def test_documents_are_read_as_they_were_written(engine: ToyEngine) -> Non
         is_turn = bytes(request.prompt_ids) == USER if BOS not in request.prompt_ids else False
         assert request.sampling.ignore_eos == is_turn
         assert len(request.prompt_ids) + (request.sampling.max_tokens or 0) == 60
+
+
+async def test_the_death_of_the_engine_is_one_error(engine: ToyEngine) -> None:
+    """All documents that are being written fail."""
+    engine.gate.clear()
+    written = asyncio.create_task(documents(engine))
+    await engine.until_running(600 // 60)
+    engine.die()
+    with pytest.raises(EngineDead, match="killed"):
+        await written
 
 
 async def test_there_are_as_many_tokens_as_wanted(engine: ToyEngine) -> None:
