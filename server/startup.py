@@ -323,7 +323,7 @@ class Startup:
             pairs |= {DepthPair(depth, depth), DepthPair(depth, policy.num_layers)}
         possible = sorted(filter(policy.can_have, pairs))
         with self._service.phase("quality"):
-            policy = with_found_levels(policy.with_measurements(*store.kept(policy, possible)))
+            policy = with_found_levels(policy.with_measured(store.kept(policy, possible)))
         for phase in ("speed", "probes"):
             with self._service.phase(phase):
                 pass  # A start that finds all of it kept shows these phases as well.

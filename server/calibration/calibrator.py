@@ -27,7 +27,8 @@ from server.calibration.speed_meter import SpeedMeter
 from server.calibration.text_windows import MIN_WINDOW, WINDOW, text_windows
 from server.config.depth import DEFAULT_SEARCH_TOKENS
 from server.depth.levels import DepthPair, LevelSpec
-from server.depth.policy import DepthPolicy, Speed
+from server.depth.measured import Speed
+from server.depth.policy import DepthPolicy
 from server.engine.base import (
     Engine,
     RepairsLayers,

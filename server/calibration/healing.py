@@ -15,6 +15,7 @@ from server.calibration.healed_store import HEALED_NAMES, HEALING_KINDS, HealedS
 from server.calibration.measurements import Measurements
 from server.calibration.policy_store import PolicyStore
 from server.depth.levels import DepthPair
+from server.depth.measured import Measured
 from server.depth.policy import DepthPolicy
 from server.engine.base import RepairsLayers
 
@@ -171,7 +172,7 @@ class HealedLevels:
                 for pair in pairs
                 if (problem := what_is_worse(old[pair], probes[pair]))
             ]
-        judged = healed.with_measurements(after, {}, probes)
+        judged = healed.with_measured(Measured(after, probes=probes))
         return Judgement(judged, fingerprint, "; ".join(problems))
 
     async def install(self, path: Path) -> str:

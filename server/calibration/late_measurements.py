@@ -144,12 +144,8 @@ class LateMeasurements:
             before.healed,
         ):
             return
-        policy = present.with_measurements(
-            {pair: q for pair, q in measured.qualities.items() if present.can_have(pair)},
-            {pair: s for pair, s in measured.speeds.items() if present.can_have(pair)},
-            {pair: p for pair, p in measured.probes.items() if present.can_have(pair)},
-        )
-        policy = with_found_levels(policy)
+        possible = measured.measured.where(present.can_have)
+        policy = with_found_levels(present.with_measured(possible))
         self._in_force.install(policy)
         if policy.levels != present.levels:
             logger.info(

@@ -9,7 +9,8 @@ from pruning.quality import Quality
 from server.calibration.calibrator import Calibrator, OnProgress
 from server.calibration.policy_store import PolicyStore
 from server.depth.levels import DepthPair
-from server.depth.policy import DepthPolicy, Speed
+from server.depth.measured import Speed
+from server.depth.policy import DepthPolicy
 
 
 class Measurements:

@@ -11,6 +11,7 @@ from server.calibration.measurements import Measurements
 from server.calibration.policy_store import PolicyStore
 from server.depth.level_search import search_levels, with_found_levels
 from server.depth.levels import DepthPair
+from server.depth.measured import Measured
 from server.depth.policy import DepthPolicy
 
 # All depths of models with no more layers are measured at once: to search among them would take
@@ -50,7 +51,7 @@ class MeasuringSteps:
     ) -> None:
         """``store`` is asked before anything is measured, and keeps what was."""
         self._calibrator = calibrator
-        self._measured = Measurements(calibrator, store, on_progress)
+        self._measurements = Measurements(calibrator, store, on_progress)
 
     def next(
         self,
@@ -74,12 +75,13 @@ class MeasuringSteps:
     async def take(self, policy: DepthPolicy, step: Step) -> DepthPolicy:
         """Return the policy with what the step measures, and with the levels that follow."""
         if step.phase == "speed":
-            return policy.with_measurements({}, await self._measured.speeds(policy, step.depths))
+            speeds = await self._measurements.speeds(policy, step.depths)
+            return policy.with_measured(Measured(speeds=speeds))
         if step.phase == "probes":
-            probes = await self._measured.probes(policy, step.depths)
-            return with_found_levels(policy.with_measurements({}, {}, probes))
-        qualities = await self._measured.qualities(policy, step.depths)
-        return with_found_levels(policy.with_measurements(qualities, {}))
+            probes = await self._measurements.probes(policy, step.depths)
+            return with_found_levels(policy.with_measured(Measured(probes=probes)))
+        qualities = await self._measurements.qualities(policy, step.depths)
+        return with_found_levels(policy.with_measured(Measured(qualities)))
 
     async def take_all(self, policy: DepthPolicy) -> DepthPolicy:
         """Return the policy with everything measured, and with the levels that follow."""

@@ -14,7 +14,8 @@ from pruning.probes import Probes
 from pruning.quality import Quality
 from pruning.repair import RepairError, load_maps
 from server.depth.levels import DepthPair
-from server.depth.policy import DepthPolicy, Speed
+from server.depth.measured import Measured, Speed
+from server.depth.policy import DepthPolicy
 from server.engine.base import LayerSelection
 from server.state import JsonEntry, StateDirectory
 
@@ -28,7 +29,7 @@ Key = Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True)
-class Measured(Generic[M]):
+class _Row(Generic[M]):
     """A measurement with these layers left out, at whatever plan and depth."""
 
     layers: LayerSelection
@@ -70,13 +71,13 @@ class PolicyStore:
         self._plan_key = plan_key
         self._repair_key = repair_key
         self._qualities: _Table[Quality] = _Table(
-            state, "quality", quality_key, JsonEntry(list[Measured[Quality]], quality_key)
+            state, "quality", quality_key, JsonEntry(list[_Row[Quality]], quality_key)
         )
         self._probes: _Table[Probes] = _Table(
-            state, "probes", probes_key, JsonEntry(list[Measured[Probes]], probes_key)
+            state, "probes", probes_key, JsonEntry(list[_Row[Probes]], probes_key)
         )
         self._speeds: _Table[Speed] = _Table(
-            state, "speed", speed_key, JsonEntry(list[Measured[Speed]], speed_key)
+            state, "speed", speed_key, JsonEntry(list[_Row[Speed]], speed_key)
         )
 
     async def plan(self, make: Callable[[], Awaitable[Plan]]) -> Plan:
@@ -148,11 +149,9 @@ class PolicyStore:
         """Return the speeds of ``depths``; those that are not kept are made."""
         return await self._speeds.complete(policy, depths, make)
 
-    def kept(
-        self, policy: DepthPolicy, depths: Sequence[DepthPair]
-    ) -> tuple[dict[DepthPair, Quality], dict[DepthPair, Speed], dict[DepthPair, Probes]]:
-        """Return the qualities, speeds and probes of those of ``depths`` that are kept."""
-        return (
+    def kept(self, policy: DepthPolicy, depths: Sequence[DepthPair]) -> Measured:
+        """Return what is kept of the measurements of ``depths``."""
+        return Measured(
             self._qualities.found(policy, depths),
             self._speeds.found(policy, depths),
             self._probes.found(policy, depths),
@@ -170,7 +169,7 @@ class _Table(Generic[M]):
     """Measurements of one kind, by the layers that were left out."""
 
     def __init__(
-        self, state: StateDirectory, kind: str, key: Key, entry: JsonEntry[list[Measured[M]]]
+        self, state: StateDirectory, kind: str, key: Key, entry: JsonEntry[list[_Row[M]]]
     ) -> None:
         self._state = state
         self._kind = kind
@@ -204,7 +203,7 @@ class _Table(Generic[M]):
     def add(self, policy: DepthPolicy, measurements: Mapping[DepthPair, M]) -> None:
         table = self._load()
         table |= {policy.selection(pair): value for pair, value in measurements.items()}
-        rows = [Measured(layers, measurement) for layers, measurement in table.items()]
+        rows = [_Row(layers, measurement) for layers, measurement in table.items()]
         self._state.save(self._kind, self._key, self._entry, rows)
 
     def found(self, policy: DepthPolicy, depths: Sequence[DepthPair]) -> dict[DepthPair, M]:

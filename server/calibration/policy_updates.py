@@ -106,11 +106,8 @@ class PolicyUpdates:
                 policy = await self._measured(policy, lambda _: None)
                 self._check_repair(policy)
                 # SetPolicy may have changed the policy meanwhile; its changes stay.
-                self._in_force.install(
-                    self._in_force.policy.with_levels(
-                        policy.levels, default_level, asked
-                    ).with_measurements(policy.qualities, policy.speeds, policy.probes)
-                )
+                present = self._in_force.policy.with_levels(policy.levels, default_level, asked)
+                self._in_force.install(present.with_measured(policy.measured))
             await self._keep()
             return self._in_force.policy
 
@@ -147,13 +144,8 @@ class PolicyUpdates:
             await levels.install(await asyncio.to_thread(store.keep, skipped, trained))
             policy = await self._measured(found.policy, lambda _: None)
             # SetPolicy may have changed the policy meanwhile; its changes stay.
-            self._in_force.install(
-                with_found_levels(
-                    self._in_force.policy.with_healed(skipped, found.fingerprint).with_measurements(
-                        policy.qualities, policy.speeds, policy.probes
-                    )
-                )
-            )
+            present = self._in_force.policy.with_healed(skipped, found.fingerprint)
+            self._in_force.install(with_found_levels(present.with_measured(policy.measured)))
             await self._keep()
             return ""
 
@@ -186,11 +178,7 @@ class PolicyUpdates:
             self._check_repair(policy)
             # SetPolicy may have changed the policy meanwhile; its changes stay.
             present = self._in_force.policy.with_plan(plan)
-            self._in_force.install(
-                with_found_levels(
-                    present.with_measurements(policy.qualities, policy.speeds, policy.probes)
-                )
-            )
+            self._in_force.install(with_found_levels(present.with_measured(policy.measured)))
         await self._keep()
         return plan
 
@@ -204,13 +192,8 @@ class PolicyUpdates:
             measure = steps.take_levels if leaves_probes else steps.take_all
             policy = await measure(self._in_force.policy.with_repair(policy.repair))
             # SetPolicy may have changed the policy meanwhile; its changes stay.
-            self._in_force.install(
-                with_found_levels(
-                    self._in_force.policy.with_repair(policy.repair).with_measurements(
-                        policy.qualities, policy.speeds, policy.probes
-                    )
-                )
-            )
+            present = self._in_force.policy.with_repair(policy.repair)
+            self._in_force.install(with_found_levels(present.with_measured(policy.measured)))
         self._in_force.set_repair(status)
         await self._keep()
 

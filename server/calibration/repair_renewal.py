@@ -116,7 +116,7 @@ class RepairRenewal:
         unrepaired = policy.with_repair(None)
         if self._store is None:
             return unrepaired
-        return unrepaired.with_measurements(*self._store.kept(unrepaired, list(policy.qualities)))
+        return unrepaired.with_measured(self._store.kept(unrepaired, list(policy.qualities)))
 
     async def _run(self) -> None:
         while True:

@@ -7,7 +7,8 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 
 from server.depth.levels import DepthPair
-from server.depth.policy import DepthPolicy, Speed
+from server.depth.measured import Speed
+from server.depth.policy import DepthPolicy
 from server.engine.base import Engine, GenerationRequest, LayerSelection, SamplingOptions
 from server.task_group import run_together
 

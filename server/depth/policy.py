@@ -20,6 +20,7 @@ from server.depth.depth_choice import (
     RequestKind,
 )
 from server.depth.levels import DepthPair, Level, LevelSpec, check_levels, layers_of, spec_of
+from server.depth.measured import Measured, Speed
 from server.depth.repair import StandIn
 from server.depth.served_depth import Reason, ServedDepth
 from server.engine.base import LayerSelection
@@ -38,18 +39,6 @@ def healable_layers(
     """
     skipped = {prefill_skips, decode_skips} - {()}
     return skipped.pop() if len(skipped) == 1 else None
-
-
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """Decode throughput of ``num_streams`` concurrent requests.
-
-    ``speedup`` is relative to dense, None if dense could not be run.
-    """
-
-    tokens_per_second: float
-    speedup: float | None
-    num_streams: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +64,8 @@ class DepthPolicy:
     present_score_level: str = ""
     # Whether requests that name no depth are served as Auto.
     auto_by_default: bool = False
-    # Measured under this plan.
-    qualities: Mapping[DepthPair, Quality] = field(default_factory=dict)
-    speeds: Mapping[DepthPair, Speed] = field(default_factory=dict)
-    probes: Mapping[DepthPair, Probes] = field(default_factory=dict)
+    # Under this plan, and with these maps.
+    measured: Measured = field(default_factory=Measured)
     any_depth: bool = True
     # The fingerprint of the maps that stand in for skipped layers; None: nothing does.
     repair: str | None = None
@@ -98,8 +85,7 @@ class DepthPolicy:
                         f"{level.decode_layers}, its depth: {_ONE_DEPTH}",
                     )
         object.__setattr__(self, "specs", self.specs or tuple(map(spec_of, self.levels)))
-        for name in ("qualities", "speeds", "probes", "healed"):
-            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+        object.__setattr__(self, "healed", MappingProxyType(dict(self.healed)))
         object.__setattr__(self, "default_level", self.default_level or self.levels[0].name)
         object.__setattr__(self, "auto_level", self.auto_level or self.default_level)
         for name in ("present_level", "present_score_level"):
@@ -119,6 +105,18 @@ class DepthPolicy:
     @property
     def dense(self) -> DepthPair:
         return DepthPair(self.num_layers, self.num_layers)
+
+    @property
+    def qualities(self) -> Mapping[DepthPair, Quality]:
+        return self.measured.qualities
+
+    @property
+    def speeds(self) -> Mapping[DepthPair, Speed]:
+        return self.measured.speeds
+
+    @property
+    def probes(self) -> Mapping[DepthPair, Probes]:
+        return self.measured.probes
 
     def can_have(self, depths: DepthPair) -> bool:
         """Return whether a request may run at these depths."""
@@ -206,11 +204,11 @@ class DepthPolicy:
 
         The speeds stay: they depend on how many layers run, not on which.
         """
-        return dataclasses.replace(self, plan=plan, qualities={}, probes={})
+        return dataclasses.replace(self, plan=plan, measured=Measured(speeds=self.speeds))
 
     def with_repair(self, repair: str | None) -> DepthPolicy:
         """Return the policy with other maps for skipped layers, which has not been measured."""
-        return dataclasses.replace(self, repair=repair, qualities={}, speeds={}, probes={})
+        return dataclasses.replace(self, repair=repair, measured=Measured())
 
     def with_healed(self, skipped: tuple[int, ...], fingerprint: str) -> DepthPolicy:
         """Return the policy with these healed maps for the layers ``skipped``.
@@ -231,17 +229,10 @@ class DepthPolicy:
 
     def _with_maps(self, **maps: Any) -> DepthPolicy:
         changed = dataclasses.replace(self, **maps)
-        same = [
-            pair
-            for pair in {*self.qualities, *self.speeds, *self.probes}
-            if changed.selection(pair) == self.selection(pair)
-        ]
-        return dataclasses.replace(
-            changed,
-            qualities={pair: self.qualities[pair] for pair in same if pair in self.qualities},
-            speeds={pair: self.speeds[pair] for pair in same if pair in self.speeds},
-            probes={pair: self.probes[pair] for pair in same if pair in self.probes},
+        still_applies = self.measured.where(
+            lambda pair: changed.selection(pair) == self.selection(pair)
         )
+        return dataclasses.replace(changed, measured=still_applies)
 
     def with_levels(
         self,
@@ -257,17 +248,12 @@ class DepthPolicy:
         """
         names = {level.name for level in levels}
         kept = self.default_level if self.default_level in names else ""
-        qualities, speeds, probes = self.qualities, self.speeds, self.probes
+        measured = self.measured
         if not self.any_depth:  # measurements of a removed level no longer apply to this server
-            served = {level.depths for level in levels}
-            qualities = {pair: value for pair, value in qualities.items() if pair in served}
-            speeds = {pair: value for pair, value in speeds.items() if pair in served}
-            probes = {pair: value for pair, value in probes.items() if pair in served}
+            measured = measured.where({level.depths for level in levels}.__contains__)
         return dataclasses.replace(
             self,
-            qualities=qualities,
-            speeds=speeds,
-            probes=probes,
+            measured=measured,
             levels=levels,
             specs=specs,
             default_level=kept if default_level is None else default_level,
@@ -317,19 +303,9 @@ class DepthPolicy:
     def with_auto_by_default(self, auto_by_default: bool) -> DepthPolicy:
         return dataclasses.replace(self, auto_by_default=auto_by_default)
 
-    def with_measurements(
-        self,
-        qualities: Mapping[DepthPair, Quality],
-        speeds: Mapping[DepthPair, Speed],
-        probes: Mapping[DepthPair, Probes] = MappingProxyType({}),
-    ) -> DepthPolicy:
+    def with_measured(self, measured: Measured) -> DepthPolicy:
         """Return the policy with these measurements added."""
-        return dataclasses.replace(
-            self,
-            qualities={**self.qualities, **qualities},
-            speeds={**self.speeds, **speeds},
-            probes={**self.probes, **probes},
-        )
+        return dataclasses.replace(self, measured=self.measured | measured)
 
     def _depths(
         self, choice: DepthChoice, field: str, kind: RequestKind

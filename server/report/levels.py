@@ -6,6 +6,7 @@ from pruning.fingerprint import text_fingerprint
 from pruning.plan import Plan
 from server.calibration.versions import measuring_versions
 from server.depth.level_search import search_levels, with_found_levels
+from server.depth.measured import Measured
 from server.depth.policy import DepthPolicy
 from server.model.inputs import chosen_levels, refused_as
 from server.report.lab import Lab
@@ -42,7 +43,7 @@ async def found_policy(lab: Lab, metric: str, *, repaired: bool) -> DepthPolicy:
         measured = {}
         async for layers, quality in lab.qualities(list(selections), "Levels"):
             measured[selections[layers]] = quality
-        policy = policy.with_measurements(measured, {})
+        policy = policy.with_measured(Measured(measured))
         search = search_levels(policy)
         missing = [*search.missing, *search.missing_that_can_wait]
     return with_found_levels(policy)

@@ -13,7 +13,8 @@ from server.calls.generation import FinishInfo, PromptInfo
 from server.depth.auto_rules import AutoRules, ladder
 from server.depth.depth_choice import RequestKind
 from server.depth.levels import DepthPair, Level
-from server.depth.policy import DepthPolicy, Speed
+from server.depth.measured import Speed
+from server.depth.policy import DepthPolicy
 from server.depth.repair import RepairStatus, StandIn
 from server.depth.served_depth import Reason, ServedDepth
 from server.engine.base import FinishReason, GenerationDelta, ModelInfo, TokenScore

@@ -7,6 +7,7 @@ from google.protobuf.message import DecodeError, Message
 from pruning.quality import Quality
 from server.depth.auto_rules import AutoRules, check_rules, ladder
 from server.depth.levels import DepthPair, check_levels
+from server.depth.measured import Measured
 from server.depth.policy import DepthPolicy
 from server.errors import FathomError
 from server.rpc import replies, requests
@@ -18,7 +19,9 @@ from tests.server.rpc.conftest import LEVELS, make_plan
 _POLICY = DepthPolicy(
     make_plan(),
     LEVELS,
-    qualities={DepthPair(d, d): Quality(10.0 + 8 - d, 0.1, d / 8, 0.1, 100) for d in range(1, 9)},
+    measured=Measured(
+        {DepthPair(d, d): Quality(10.0 + 8 - d, 0.1, d / 8, 0.1, 100) for d in range(1, 9)}
+    ),
 )
 
 

@@ -17,6 +17,7 @@ from server.calibration.calibrator import Calibrator, Progress
 from server.calibration.order_stability import OrderStability
 from server.calibration.text_windows import WINDOW, text_windows
 from server.depth.levels import DepthPair
+from server.depth.measured import Measured
 from server.depth.policy import DepthPolicy
 from server.engine.base import IsEnough, LayerSelection, ProgressCallback, never_enough
 from server.engine.measuring import importance_parts
@@ -331,7 +332,7 @@ async def test_speed_is_measured_beside_dense(engine: RecordingEngine) -> None:
     depths = [request.layers for request in engine.requests[::8]]
     assert depths[:2] == depths[2:] == [policy.selection(pair) for pair in speeds]
     assert all(request.sampling.ignore_eos for request in engine.requests)
-    measured = policy.with_measurements({}, speeds)
+    measured = policy.with_measured(Measured(speeds=speeds))
     assert await calibrator.measure_speed(measured, [], ignore) == {}
 
 

@@ -14,7 +14,8 @@ from pruning.probes import Choosing, Probes, Writing
 from pruning.quality import Quality
 from server.calibration.policy_store import PlanFile, PolicyStore
 from server.depth.levels import DepthPair, Level
-from server.depth.policy import DepthPolicy, Speed
+from server.depth.measured import Measured, Speed
+from server.depth.policy import DepthPolicy
 from server.state import StateDirectory
 
 FINGERPRINT = "sha256:model"
@@ -163,8 +164,8 @@ async def test_measurements_belong_to_layers_and_not_to_depths(tmp_path: Path) -
 
 
 async def test_policy_measured_while_serving_is_what_the_next_start_gets(tmp_path: Path) -> None:
-    recalibrated = POLICY.with_plan(replace(PLAN, removal_order=(3, 0, 1, 2))).with_measurements(
-        {FAST: quality(FAST)}, {FAST: speed(FAST)}, {FAST: probes(FAST)}
+    recalibrated = POLICY.with_plan(replace(PLAN, removal_order=(3, 0, 1, 2))).with_measured(
+        Measured({FAST: quality(FAST)}, {FAST: speed(FAST)}, {FAST: probes(FAST)})
     )
     store(tmp_path).save(recalibrated)
     measuring = Measuring()

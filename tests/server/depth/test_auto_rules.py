@@ -14,6 +14,7 @@ from pruning.quality import Quality
 from server.depth.auto_rules import AutoRules, common_ladder, ladder, nearest
 from server.depth.depth_choice import RequestKind
 from server.depth.levels import DepthPair, Level
+from server.depth.measured import Measured
 from server.depth.policy import DepthPolicy
 from tests.server.depth.test_policy import plan
 
@@ -48,10 +49,13 @@ def policy(measured: Mapping[int, Probes], perplexities: Mapping[int, float] = {
     return DepthPolicy(
         plan(),
         LEVELS,
-        qualities={
-            DepthPair(d, d): Quality(perplexities.get(d, 10.0), 0.1, 0.9, 0.1, 100) for d in DEPTHS
-        },
-        probes={DepthPair(d, d): each for d, each in measured.items()},
+        measured=Measured(
+            {
+                DepthPair(d, d): Quality(perplexities.get(d, 10.0), 0.1, 0.9, 0.1, 100)
+                for d in DEPTHS
+            },
+            probes={DepthPair(d, d): each for d, each in measured.items()},
+        ),
     )
 
 

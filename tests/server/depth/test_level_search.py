@@ -22,6 +22,7 @@ from server.depth.level_search import (
     writes_within,
 )
 from server.depth.levels import DEFAULT_LEVELS, DepthPair, Level, LevelSpec, Limit
+from server.depth.measured import Measured
 from server.depth.policy import DepthPolicy
 from tests.server.rpc.conftest import make_plan
 
@@ -56,7 +57,7 @@ def measured(
             curve = prompt_losses if is_prompt and prompt_losses is not None else losses
             loss = 0.0 if pair == policy.dense else curve[pair.prefill_layers]
             qualities[pair] = quality(10 * (1 + loss))
-        policy = with_found_levels(policy.with_measurements(qualities, {}))
+        policy = with_found_levels(policy.with_measured(Measured(qualities)))
     return policy, asked
 
 
@@ -173,12 +174,13 @@ def test_a_level_that_is_pending_runs_all_layers_or_does_not_exist() -> None:
 def test_a_level_does_not_take_the_place_of_one_that_is_pending() -> None:
     """Else it would go again when the other is found at the same depth."""
     specs = DEFAULT_LEVELS[:3]
-    begun = policy(*specs).with_measurements(
-        {
-            DepthPair(d, d): quality(10 * (1 + loss))
-            for d, loss in ((8, 0), (4, 0.2), (3, 9), (2, 9))
-        },
-        {},
+    begun = policy(*specs).with_measured(
+        Measured(
+            {
+                DepthPair(d, d): quality(10 * (1 + loss))
+                for d, loss in ((8, 0), (4, 0.2), (3, 9), (2, 9))
+            }
+        )
     )
     assert with_found_levels(begun).levels == (Level("dense", 8, 8),)
 
@@ -196,7 +198,7 @@ def test_everything_measured_gives_the_levels_of_the_search(
     for depth in range(1, 8):
         qualities[DepthPair(depth, depth)] = quality(10 * (1 + curves[0][depth]))
         qualities[DepthPair(depth, 8)] = quality(10 * (1 + curves[1][depth]))
-    at_once = with_found_levels(policy(*DEFAULT_LEVELS).with_measurements(qualities, {}))
+    at_once = with_found_levels(policy(*DEFAULT_LEVELS).with_measured(Measured(qualities)))
     assert at_once.levels == searched.levels
     for level in searched.levels[1:]:
         assert level.max_quality_loss is not None
@@ -209,7 +211,7 @@ def test_load_goes_on_to_count_when_levels_are_found() -> None:
     loaded = found.with_auto_level("balanced").with_present_level("fast")
     dearer = {depth: 3 * loss for depth, loss in LOSSES.items()}
     qualities = {DepthPair(d, d): quality(10 * (1 + loss)) for d, loss in dearer.items()}
-    changed = with_found_levels(loaded.with_measurements(qualities, {}))
+    changed = with_found_levels(loaded.with_measured(Measured(qualities)))
     assert changed.level("fast").depths == DepthPair(6, 6)
     assert (changed.auto_level, changed.present_level) == ("balanced", "fast")
 
@@ -219,7 +221,7 @@ def test_automatic_depth_survives_a_level_that_ceases_to_exist(missing: str) -> 
     found, _ = measured(policy(*DEFAULT_LEVELS), LOSSES, PROMPT_LOSSES)
     loaded = found.with_auto_level("balanced").with_present_level(missing)
     qualities = {DepthPair(d, d): quality(1000) for d in range(1, 8)}
-    changed = with_found_levels(loaded.with_measurements(qualities, {}))
+    changed = with_found_levels(loaded.with_measured(Measured(qualities)))
     assert [level.name for level in changed.levels] == ["dense", "prompt"]
     assert (changed.auto_level, changed.present_level) == ("dense", "dense")
 
@@ -252,7 +254,7 @@ def probed(policy: DepthPolicy, by_depth: Mapping[int, Probes]) -> tuple[DepthPo
             pair: quality(10 * (1 + (LOSSES | {8: 0.0})[pair.prefill_layers]))
             for pair in {policy.dense, *search.missing}
         }
-        policy = with_found_levels(policy.with_measurements(qualities, {}, found))
+        policy = with_found_levels(policy.with_measured(Measured(qualities, probes=found)))
 
 
 def test_a_level_by_what_it_loses_in_writing() -> None:

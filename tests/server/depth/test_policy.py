@@ -13,7 +13,8 @@ from pruning.plan import Plan
 from pruning.quality import Quality
 from server.depth.depth_choice import Auto, DepthChoice, Layers, NamedLevel, PruneRatio, RequestKind
 from server.depth.levels import DepthPair, Level
-from server.depth.policy import DepthPolicy, Speed
+from server.depth.measured import Measured, Speed
+from server.depth.policy import DepthPolicy
 from server.depth.served_depth import Reason, ServedDepth
 from server.engine.base import LayerSelection
 from server.errors import FailedPrecondition, FathomError, InvalidArgument, UnknownLevel
@@ -147,7 +148,7 @@ def test_auto_within_a_quality_loss_is_as_near_to_the_level_as_it_may(
     max_loss: float, expected: int
 ) -> None:
     # 16, 17.5 and 20.75 over 16 are exact in binary, less 1: 0.09375 and 0.296875.
-    policy = POLICY.with_measurements(qualities({8: 16.0, 6: 17.5, 4: 20.75, 2: 100.0}), {})
+    policy = POLICY.with_measured(Measured(qualities({8: 16.0, 6: 17.5, 4: 20.75, 2: 100.0})))
     under_load = policy.with_present_level("fast")
     reason = Reason.AUTO if expected == 8 else Reason.DEGRADED
     assert under_load.resolve(Auto(max_loss))[1] == ServedDepth(expected, expected, reason)
@@ -159,7 +160,7 @@ def test_auto_within_a_quality_loss_is_as_near_to_the_level_as_it_may(
 
 def test_auto_within_a_quality_loss_takes_mixed_depths_of_levels_alone() -> None:
     mixed = {DepthPair(5, 8): quality(17.0), DepthPair(1, 8): quality(16.0)}
-    policy = POLICY.with_measurements({**mixed, **qualities({8: 16.0})}, {})
+    policy = POLICY.with_measured(Measured({**mixed, **qualities({8: 16.0})}))
     under_load = policy.with_present_level("generative")
     assert under_load.resolve(Auto(1.0))[1] == ServedDepth(5, 8, Reason.DEGRADED)
     assert under_load.resolve(Auto(0.01))[1] == ServedDepth(8, 8, Reason.AUTO)
@@ -173,7 +174,7 @@ def test_auto_within_a_quality_loss_takes_mixed_depths_of_levels_alone() -> None
 def test_auto_never_loses_more_than_allowed(
     perplexities: dict[int, float], dense: float, max_loss: float
 ) -> None:
-    policy = POLICY.with_measurements(qualities({**perplexities, 8: dense}), {})
+    policy = POLICY.with_measured(Measured(qualities({**perplexities, 8: dense})))
     depth = policy.with_present_level("fast").resolve(Auto(max_loss))[1].decode_layers
     good = {8} | {d for d, p in perplexities.items() if p / dense - 1 <= max_loss}
     assert depth == min(d for d in good if d >= 4)
@@ -190,7 +191,7 @@ def test_the_two_kinds_of_requests_have_present_levels_of_their_own() -> None:
         assert under_load.resolve(Layers(7), kind=kind)[1] == ServedDepth(7, 7, Reason.REQUESTED)
         assert under_load.resolve(None, kind=kind)[1] == ServedDepth(8, 8, Reason.DEFAULT)
     # A request's own limit holds for both.
-    measured = under_load.with_measurements(qualities({8: 10.0, 4: 20.0}), {})
+    measured = under_load.with_measured(Measured(qualities({8: 10.0, 4: 20.0})))
     strict = measured.resolve(Auto(0.5), kind=RequestKind.SCORE)[1]
     assert strict == ServedDepth(8, 8, Reason.AUTO)
     only_scores = POLICY.with_present_level("dense", "fast")
@@ -225,7 +226,7 @@ def test_auto_within_a_quality_loss_needs_measurements() -> None:
 
 def test_a_new_plan_forgets_quality_and_keeps_speed() -> None:
     speeds = {DepthPair(4, 4): Speed(100.0, 2.0, 8)}
-    measured = POLICY.with_measurements(qualities({8: 16.0}), speeds)
+    measured = POLICY.with_measured(Measured(qualities({8: 16.0}), speeds))
     replaced = measured.with_plan(plan(ORDER[::-1]))
     assert dict(replaced.qualities) == {}
     assert dict(replaced.speeds) == speeds
@@ -279,7 +280,7 @@ def test_without_any_depth_prompt_and_answer_have_the_same() -> None:
 
 
 def test_without_any_depth_measurements_go_with_their_level() -> None:
-    measured = DEDICATED.with_measurements(qualities({8: 10.0, 4: 12.0}), {})
+    measured = DEDICATED.with_measured(Measured(qualities({8: 10.0, 4: 12.0})))
     measured = measured.with_auto_level("half")
     assert measured.resolve(Auto(0.5))[1].decode_layers == 4
     assert measured.resolve(Auto(0.1))[1].decode_layers == 8
@@ -310,9 +311,8 @@ def test_measurements_stay_where_the_maps_do() -> None:
     policy = DepthPolicy(plan(), levels)
     pairs = [DepthPair(layers, layers) for layers in (8, 5, 4)]
     speed = Speed(100.0, 1.0, 8)
-    policy = policy.with_measurements(
-        dict.fromkeys(pairs, quality(10.0)), dict.fromkeys(pairs, speed)
-    )
+    measured = Measured(dict.fromkeys(pairs, quality(10.0)), dict.fromkeys(pairs, speed))
+    policy = policy.with_measured(measured)
     skipped = policy.selection(DepthPair(4, 4)).decode_skips
     healed = policy.with_healed(skipped, "sha256:healed")
     assert list(healed.qualities) == list(healed.speeds) == pairs[:2]

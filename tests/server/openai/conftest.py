@@ -16,7 +16,8 @@ from pruning.quality import Quality
 from server.access.authenticator import Authenticator
 from server.access.clients import load_clients
 from server.calls.call_record import CallRecord
-from server.depth.policy import DepthPolicy, Speed
+from server.depth.measured import Measured, Speed
+from server.depth.policy import DepthPolicy
 from server.engine.arguments import (
     EngineConfig,
     base_arguments,
@@ -79,7 +80,7 @@ class HttpDeployment(Deployment):
             for level in LEVELS
         }
         speeds = {level.depths: Speed(100.0, 1.0, 8) for level in LEVELS}
-        return super().policy().with_measurements(qualities, speeds)
+        return super().policy().with_measured(Measured(qualities, speeds))
 
     def openai(self, key: str = "none", **options: Any) -> AsyncOpenAI:
         """Return the real client; it does not try again."""

@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pruning.probes import Choosing, Probes, Writing
 from pruning.quality import Quality
 from server.depth.levels import DepthPair
+from server.depth.measured import Measured
 from server.depth.repair import Repair, RepairStatus, StandIn
 from server.engine.base import LoadInfo
 from server.errors import InvalidArgument
@@ -128,7 +129,7 @@ def test_the_engine_is_asked_at_each_scrape(metrics: Metrics, server: MetricsSer
 
 def test_the_policy_in_force_is_shown_and_no_other(metrics: Metrics, server: MetricsServer) -> None:
     measured = {DepthPair(4, 4): QUALITY, DepthPair(3, 3): QUALITY, DepthPair(2, 8): QUALITY}
-    metrics.set_policy(POLICY.with_measurements(measured, {}).with_auto_level("fast"))
+    metrics.set_policy(POLICY.with_measured(Measured(measured)).with_auto_level("fast"))
     samples = scrape(server)
     assert sample(samples, "fathom_depth_perplexity", depth="4") == 12.5
     assert sample(samples, "fathom_depth_perplexity_stderr", depth="4") == 0.25
@@ -173,8 +174,8 @@ def test_probes_by_level(metrics: Metrics, server: MetricsServer) -> None:
     dense, fast = DepthPair(8, 8), DepthPair(4, 4)
     probes = {fast: Probes(writing, choosing), dense: Probes(alone, None)}
     metrics.set_policy(
-        POLICY.with_measurements(
-            {}, {}, {**probes, DepthPair(3, 3): probes[fast]}
+        POLICY.with_measured(
+            Measured(probes={**probes, DepthPair(3, 3): probes[fast]})
         ).with_present_level("dense", "fast")
     )
     samples = scrape(server)

@@ -14,7 +14,8 @@ from pruning.quality import Quality
 from server.depth.auto_rules import AutoRules, ladder
 from server.depth.autodepth import AutoDepth
 from server.depth.levels import DepthPair, Level, default_levels
-from server.depth.policy import DepthPolicy, Speed
+from server.depth.measured import Measured, Speed
+from server.depth.policy import DepthPolicy
 from tests.server.depth.autodepth.engine_model import EngineModel, Request, StepTimes, arrivals
 
 TIMES = StepTimes()
@@ -42,11 +43,13 @@ def policy() -> DepthPolicy:
     return DepthPolicy(
         plan,
         default_levels(16),
-        qualities={
-            DepthPair(d, d): Quality(p, 0.1, 1 - LOSSES[d] / 10, 0.1, 100)
-            for d, p in PERPLEXITIES.items()
-        },
-        speeds={DepthPair(d, d): Speed(1.0, dense / TIMES.uniform(d, 8), 8) for d in PERPLEXITIES},
+        measured=Measured(
+            {
+                DepthPair(d, d): Quality(p, 0.1, 1 - LOSSES[d] / 10, 0.1, 100)
+                for d, p in PERPLEXITIES.items()
+            },
+            {DepthPair(d, d): Speed(1.0, dense / TIMES.uniform(d, 8), 8) for d in PERPLEXITIES},
+        ),
     )
 
 
@@ -253,8 +256,8 @@ def test_levels_of_the_prompt_are_on_the_ladder_where_they_are_named() -> None:
     """Their measured speed, that of generated tokens, is no reason to choose them."""
     base = policy()
     levels = (*base.levels, Level("prompt", 4, 16))
-    prompts = base.with_levels(levels, None).with_measurements(
-        {DepthPair(4, 16): base.qualities[base.dense]}, {}
+    prompts = base.with_levels(levels, None).with_measured(
+        Measured({DepthPair(4, 16): base.qualities[base.dense]})
     )
     default = [level.name for level in ladder(prompts, AutoRules(max_quality_loss=9.0))]
     assert default == ["dense", "balanced", "fast", "turbo"]
