@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from server.model.engine_config import elastic_config
 from server.report.subject import Subject
 from server.task_group import run_together
 
-_ROUNDS = 2
+_ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,25 +78,37 @@ class EngineMeter:
         if not self._engine.has_repair(fingerprint):
             await self._engine.install_repair(maps)
 
-    async def pace(
+    async def paces(
         self,
         prompts: Sequence[Sequence[int]],
         num_tokens: int,
-        layers: LayerSelection,
-    ) -> Pace:
+        selections: Sequence[LayerSelection],
+        progress: ProgressCallback,
+    ) -> list[Pace]:
         """Generate ``num_tokens`` from the first prompt alone, then from all of them at a time.
 
-        The best of two rounds counts: whatever else ran only slowed the other.
+        The selections take turns, so that a change of the machine's pace hits all of them, and
+        the best of three rounds counts: whatever else ran only slowed the others.
         """
-        first_token, rate = float("inf"), 0.0
-        for _ in range(_ROUNDS):
-            first_token = min(first_token, await self._first_token(prompts[0], layers))
-            started = time.perf_counter()
-            counts = await run_together(
-                self._count(prompt, num_tokens, layers) for prompt in prompts
-            )
-            rate = max(rate, sum(counts) / (time.perf_counter() - started))
-        return Pace(first_token, rate, len(prompts[0]), len(prompts))
+        first_tokens = [math.inf] * len(selections)
+        rates = [0.0] * len(selections)
+        for round_ in range(_ROUNDS):
+            for i, layers in enumerate(selections):
+                first_token = await self._first_token(prompts[0], layers)
+                first_tokens[i] = min(first_tokens[i], first_token)
+                rates[i] = max(rates[i], await self._rate(prompts, num_tokens, layers))
+                progress(round_ * len(selections) + i + 1, _ROUNDS * len(selections))
+        return [
+            Pace(first_token, rate, len(prompts[0]), len(prompts))
+            for first_token, rate in zip(first_tokens, rates, strict=True)
+        ]
+
+    async def _rate(
+        self, prompts: Sequence[Sequence[int]], num_tokens: int, layers: LayerSelection
+    ) -> float:
+        started = time.perf_counter()
+        counts = await run_together(self._count(prompt, num_tokens, layers) for prompt in prompts)
+        return sum(counts) / (time.perf_counter() - started)
 
     async def _first_token(self, prompt: Sequence[int], layers: LayerSelection) -> float:
         started = time.perf_counter()

@@ -28,7 +28,7 @@ from server.errors import FailedPrecondition
 from server.evaluation.multiple_choice import Accuracy, Question, accuracy
 from server.model.inputs import refused_as
 from server.report.budget import Budget, BudgetSpent
-from server.report.engine_meter import Pace
+from server.report.engine_meter import EngineMeter, Pace
 from server.report.meters import Meters
 from server.report.not_possible import NotPossible
 from server.report.options import ReportOptions
@@ -274,34 +274,44 @@ class Lab:
         key = {**self.held_out_key}
         return JsonEntry(list[MeasuredQuality], key), key
 
-    async def pace(self, layers: LayerSelection, num_prompt: int, num_streams: int) -> Pace:
-        """Return how fast ``layers`` run on this machine."""
+    async def paces(
+        self,
+        selections: Sequence[LayerSelection],
+        num_prompt: int,
+        num_streams: int,
+        what: str,
+        quantized: Callable[[], Awaitable[Path]] | None = None,
+    ) -> list[Pace]:
+        """Return how fast each of ``selections`` runs on this machine.
+
+        With ``quantized``, they are those of the checkpoint that it returns, in an engine of its
+        own.
+        """
         self.check_elastic()
         key = {
             **self.held_out_key,
-            "layers": asdict(layers),
+            "layers": [asdict(layers) for layers in selections],
             "prompt_tokens": num_prompt,
             "streams": num_streams,
+            "quantized_on": None if quantized is None else self.text_key,
             "hardware": describe_hardware(),
             "versions": measuring_versions(),
         }
 
-        async def measure() -> Pace:
-            meter = await self._meters.engine()
-            if layers.repair is not None:
-                await meter.install(self._maps_path, layers.repair)
+        async def run(meter: EngineMeter) -> list[Pace]:
+            for repair in {layers.repair for layers in selections} - {None}:
+                assert repair is not None
+                await meter.install(self._maps_path, repair)
             prompts = self._windows.prompts(num_prompt, num_streams)
-            return await meter.pace(prompts, _GENERATED, layers)
+            return await meter.paces(prompts, _GENERATED, selections, self.reporting(what))
 
-        return await self.kept("pace", Pace, key, measure)
+        async def measure() -> list[Pace]:
+            if quantized is None:
+                return await run(await self._meters.engine())
+            async with self._meters.engine_of(await quantized()) as meter:
+                return await run(meter)
 
-    async def pace_of(
-        self, checkpoint: Path, layers: LayerSelection, num_prompt: int, num_streams: int
-    ) -> Pace:
-        """Return how fast ``layers`` of another checkpoint run, in an engine of its own."""
-        async with self._meters.engine_of(checkpoint) as meter:
-            prompts = self._windows.prompts(num_prompt, num_streams)
-            return await meter.pace(prompts, _GENERATED, layers)
+        return await self.kept("paces", list[Pace], key, measure)
 
     async def accuracy(
         self, file: str, questions: Sequence[Question], layers: LayerSelection, what: str

@@ -10,12 +10,10 @@ from typing import Any
 from pruning.depths import skipped_layers
 from pruning.metrics.names import BLOCK_INFLUENCE
 from pruning.quality import Quality
-from server.calibration.hardware import describe_hardware
 from server.engine.base import LayerSelection
 from server.engine.elastic.compatibility import check_quantized_kernels, packed_weights_problem
 from server.errors import FathomError
 from server.report.blocks import Block, Paragraph, Plot, Table, number
-from server.report.engine_meter import Pace
 from server.report.lab import Lab
 from server.report.quantizer import BITS, Quantizer
 from server.report.sections.base import Numbers
@@ -24,6 +22,7 @@ from server.report.sections.depth import depths_at
 _SHARES = (0.1, 0.2, 0.27)
 _PROMPT_TOKENS = 256
 _NUM_STREAMS = 8
+_TRADE = "Perplexity against throughput, by number of layers"
 _KINDS = {
     "unquantized": "not quantized",
     "quantized": "quantized, then pruned",
@@ -38,7 +37,9 @@ class Quantization:
         f"Perplexity of the model in {BITS} bits (GPTQ) at several depths in the order of Block "
         "Influence, both orders of quantizing and pruning, and the throughput (tables 4 and 5). "
         "Perplexity with transformers, which computes with the quantized weights unpacked, on all "
-        "tokens but the first of each window."
+        "tokens but the first of each window. Throughput with the engine: generated tokens per "
+        f"second of {_NUM_STREAMS} requests at a time, their prompts of {_PROMPT_TOKENS} tokens "
+        "included; the depths take turns, first unquantized, then quantized."
     )
 
     async def run(self, lab: Lab, numbers: Numbers) -> None:
@@ -85,25 +86,16 @@ class Quantization:
         except FathomError as error:
             numbers["no_throughput"] = str(error)
             return
-        lab.check_elastic()
-        for row in rows:
-            skipped = skipped_layers(order, row["depth"])
-            layers = LayerSelection(skipped, skipped)
-            row["tokens_per_second"] = (
-                await lab.pace(layers, _PROMPT_TOKENS, _NUM_STREAMS)
-            ).tokens_per_second
-        for row in rows:
-            skipped = skipped_layers(order, row["depth"])
-            layers = LayerSelection(skipped, skipped)
-
-            async def pace(layers: LayerSelection = layers) -> Pace:
-                return await lab.pace_of(
-                    await quantizer.whole(), layers, _PROMPT_TOKENS, _NUM_STREAMS
-                )
-
-            key = {**lab.text_key, "layers": asdict(layers), "hardware": describe_hardware()}
-            measured = await lab.kept("quantized-pace", Pace, key, pace)
-            row["quantized_tokens_per_second"] = measured.tokens_per_second
+        skips = [skipped_layers(order, depth) for depth in depths]
+        selections = [LayerSelection(skipped, skipped) for skipped in skips]
+        for name, quantized in (
+            ("tokens_per_second", None),
+            ("quantized_tokens_per_second", quantizer.whole),
+        ):
+            what = f"Speed in {BITS} bits and depth" if quantized else "Speed by depth"
+            paces = await lab.paces(selections, _PROMPT_TOKENS, _NUM_STREAMS, what, quantized)
+            for row, pace in zip(rows, paces, strict=True):
+                row[name] = pace.tokens_per_second
 
     async def _kept(self, lab: Lab, kind: str, depth: int, measure: Any) -> Quality:
         lab.progress.advance(f"Quality in {BITS} bits and depth", 0, 1)
@@ -135,6 +127,27 @@ class Quantization:
             axes.set_ylabel("perplexity")
             axes.legend()
 
+        def draw_trade(figure: Any, axes: Any) -> None:
+            for marker, kind, speed in (
+                ("o", "unquantized", "tokens_per_second"),
+                ("s", "quantized", "quantized_tokens_per_second"),
+            ):
+                points = [
+                    (row[speed], row[kind]["perplexity"], row["depth"])
+                    for row in rows
+                    if speed in row and kind in row
+                ]
+                if points:
+                    *along, depths = zip(*points, strict=True)
+                    axes.plot(*along, marker=marker, markersize=4, label=_KINDS[kind])
+                    for x, y, depth in zip(*along, depths, strict=True):
+                        axes.annotate(
+                            str(depth), (x, y), (4, 4), textcoords="offset points", fontsize=8
+                        )
+            axes.set_xlabel("tokens per second")
+            axes.set_ylabel("perplexity")
+            axes.legend()
+
         headings = ["Depth", *(f"{label}: perplexity" for label in _KINDS.values())]
         has_speed = "tokens_per_second" in rows[0]
         if has_speed:
@@ -147,6 +160,7 @@ class Quantization:
         return [
             *blocks,
             Plot("quantization", "Perplexity in 16 or 32 bits and in 4, by layers left out", draw),
+            *([Plot("quantization-speed", _TRADE, draw_trade)] if has_speed else []),
             Table(
                 headings,
                 [

@@ -48,12 +48,11 @@ class Surface:
                 "kl_nats": quality.kl_nats,
             }
             numbers["cells"].append(cells[layers])
-        for done, (layers, cell) in enumerate(cells.items(), start=1):
-            pace = await lab.pace(layers, _PROMPT_TOKENS, _NUM_STREAMS)
+        paces = await lab.paces(list(cells), _PROMPT_TOKENS, _NUM_STREAMS, "Speed of the surface")
+        for cell, pace in zip(cells.values(), paces, strict=True):
             cell["first_token_seconds"] = pace.first_token_seconds
             cell["tokens_per_second"] = pace.tokens_per_second
             numbers["prompt_tokens"] = pace.prompt_tokens
-            lab.progress.advance("Speed of the surface", done, len(cells))
 
     def render(self, numbers: Numbers) -> list[Block]:
         cells = numbers.get("cells")

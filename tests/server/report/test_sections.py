@@ -23,8 +23,10 @@ from server.evaluation.multiple_choice import Question
 from server.report.blocks import Table, with_error
 from server.report.budget import Budget, BudgetSpent
 from server.report.engine_meter import Pace
+from server.report.lab import Lab
 from server.report.options import ReportOptions
 from server.report.report import NOT_ASKED, NOT_REACHED, OUT_OF_TIME, Report
+from server.report.sections import quantization
 from server.telemetry.progress import ProgressReport
 from tests.server.rpc.toy_engine import ToyEngine, logprob, toy_sums
 
@@ -63,14 +65,23 @@ class CountedMeter:
         losses = [sum(layers.decode_skips) + len(layers.decode_skips) for layers in selections]
         return [Quality(10.0 + loss, 0.1, 0.5, loss / 10, 100, 0.01) for loss in losses]
 
-    async def pace(
-        self, prompts: Sequence[Sequence[int]], num_tokens: int, layers: LayerSelection
-    ) -> Pace:
-        self.paced.append(layers)
-        prefill, decode = (
-            NUM_LAYERS - len(skips) for skips in (layers.prefill_skips, layers.decode_skips)
-        )
-        return Pace(prefill / 100, 1000 / decode, len(prompts[0]), len(prompts))
+    async def paces(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_tokens: int,
+        selections: Sequence[LayerSelection],
+        progress: ProgressCallback,
+    ) -> list[Pace]:
+        self.paced.extend(selections)
+        return [
+            Pace(
+                (NUM_LAYERS - len(layers.prefill_skips)) / 100,
+                1000 / (NUM_LAYERS - len(layers.decode_skips)),
+                len(prompts[0]),
+                len(prompts),
+            )
+            for layers in selections
+        ]
 
 
 class UnrepairedEngine(ToyEngine):
@@ -217,6 +228,75 @@ async def test_the_surface_has_every_pair_of_depths(
     assert plots == {"surface-of-dense", "surface-first-token-seconds", "surface-tokens-per-second"}
     await report(tmp_path / "out", CountedBudget(0), ["surface"])
     assert len(meter.paced) == len(set(meter.paced)) == len(cells)
+
+
+class CountedQuantizer:
+    """Makes no checkpoints, and counts them."""
+
+    made: list[str]
+
+    def __init__(self, lab: Lab) -> None:
+        self._directory = lab.directory.measurements
+
+    async def whole(self) -> Path:
+        return self._made("whole")
+
+    async def pruned_first(self, depth: int, ranking: Any, scores: Any) -> Path:
+        return self._made(f"of {depth}")
+
+    def _made(self, name: str) -> Path:
+        self.made.append(name)
+        return self._directory / name
+
+
+class LossyMeter:
+    """Loses 1 for each layer and 3 for bits, but 1 where layers were left out before that."""
+
+    def quality(
+        self, windows: Any, skipped: Sequence[int], quantized: Any = None, *, of_depth: bool = False
+    ) -> Quality:
+        loss = len(skipped) + (0 if quantized is None else 1 if of_depth else 3)
+        return Quality(10.0 + loss, 0.1, 0.5, 0.1, 100)
+
+
+@pytest.mark.parametrize("problem", ["", "the processor lacks the instructions"])
+async def test_quantization_has_both_orders_and_the_speed_of_both(
+    tmp_path: Path,
+    meter: type[CountedMeter],
+    monkeypatch: pytest.MonkeyPatch,
+    problem: str,
+) -> None:
+    async def transformers(lab: Lab) -> LossyMeter:
+        return LossyMeter()
+
+    CountedQuantizer.made = []
+    monkeypatch.setattr(Lab, "transformers", transformers)
+    monkeypatch.setattr(quantization, "Quantizer", CountedQuantizer)
+    monkeypatch.setattr(quantization, "packed_weights_problem", lambda: problem)
+    monkeypatch.setattr(quantization, "check_quantized_kernels", lambda bits, dtype: None)
+    section = (await report(tmp_path / "out", CountedBudget(100), ["quantization"]))["quantization"]
+    assert section["status"] == "done"
+    depths = [16, 14, 13, 12]
+    rows = section["numbers"]["rows"]
+    assert [row["depth"] for row in rows] == depths
+    for row in rows:
+        loss = NUM_LAYERS - row["depth"]
+        assert row["unquantized"]["perplexity"] == 10 + loss
+        assert row["quantized"]["perplexity"] == 10 + loss + 3
+        if loss:
+            assert row["pruned_first"]["perplexity"] == 10 + loss + 1
+        speeds = row.get("tokens_per_second"), row.get("quantized_tokens_per_second")
+        assert speeds == ((None, None) if problem else (1000 / row["depth"],) * 2)
+    page = (tmp_path / "out" / "index.html").read_text("utf-8")
+    assert (f"No throughput of quantized weights here: {problem}." in page) == bool(problem)
+    plots = {path.stem for path in (tmp_path / "out" / "plots").glob("quantization*.svg")}
+    assert plots == {"quantization"} | (set() if problem else {"quantization-speed"})
+    # The engine of the model, and that of the quantized checkpoint.
+    assert len(meter.paced) == (0 if problem else 2 * len(depths))
+    await report(tmp_path / "out", CountedBudget(0), ["quantization"])
+    assert sorted(CountedQuantizer.made) == sorted(
+        ["whole", *(f"of {depth}" for depth in depths[1:]), *([] if problem else ["whole"])]
+    )
 
 
 async def test_tasks_are_asked_at_each_level(tmp_path: Path) -> None:
