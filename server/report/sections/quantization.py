@@ -148,10 +148,10 @@ class Quantization:
             axes.set_ylabel("perplexity")
             axes.legend()
 
-        headings = ["Depth", *(f"{label}: perplexity" for label in _KINDS.values())]
+        headings = ["Depth", *(f"{label.capitalize()}: perplexity" for label in _KINDS.values())]
         has_speed = "tokens_per_second" in rows[0]
         if has_speed:
-            headings += ["Not quantized, tok/s", "Quantized, tok/s"]
+            headings += ["Not quantized: tok/s", "Quantized: tok/s"]
         blocks: list[Block] = []
         if "no_throughput" in numbers:
             blocks.append(
