@@ -12,8 +12,8 @@ T = TypeVar("T")
 async def run_together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """Run ``works`` at once and return what they return, in their order.
 
-    The first error cancels the others, and is raised when all have ended; so does cancelling
-    this. Each is cancelled once, so that what it does to clean up is not interrupted.
+    The first error cancels the others, and is raised when all have ended. Cancelling this cancels
+    all. Each is cancelled once, so that what it does to clean up is not interrupted.
     """
     try:
         async with asyncio.TaskGroup() as group:

@@ -19,6 +19,7 @@ from server.calibration.policy_store import PolicyStore
 from server.calibration.repairer import Repairer
 from server.depth.level_search import compared_depths, with_found_levels
 from server.depth.levels import LevelSpec, check_levels
+from server.depth.measured import Measured
 from server.depth.policy import DepthPolicy
 from server.engine.base import Engine
 from server.errors import FailedPrecondition
@@ -143,9 +144,8 @@ class PolicyUpdates:
                 return found.problem
             await levels.install(await asyncio.to_thread(store.keep, skipped, trained))
             policy = await self._measured(found.policy, lambda _: None)
-            # SetPolicy may have changed the policy meanwhile; its changes stay.
             present = self._in_force.policy.with_healed(skipped, found.fingerprint)
-            self._in_force.install(with_found_levels(present.with_measured(policy.measured)))
+            self._install(present, policy.measured)
             await self._keep()
             return ""
 
@@ -176,9 +176,7 @@ class PolicyUpdates:
         async with self._prepared(policy, on_progress):
             policy = await self._measured(policy, on_progress)
             self._check_repair(policy)
-            # SetPolicy may have changed the policy meanwhile; its changes stay.
-            present = self._in_force.policy.with_plan(plan)
-            self._in_force.install(with_found_levels(present.with_measured(policy.measured)))
+            self._install(self._in_force.policy.with_plan(plan), policy.measured)
         await self._keep()
         return plan
 
@@ -191,11 +189,17 @@ class PolicyUpdates:
             steps = MeasuringSteps(self._calibrator, self._store, lambda _: None)
             measure = steps.take_levels if leaves_probes else steps.take_all
             policy = await measure(self._in_force.policy.with_repair(policy.repair))
-            # SetPolicy may have changed the policy meanwhile; its changes stay.
-            present = self._in_force.policy.with_repair(policy.repair)
-            self._in_force.install(with_found_levels(present.with_measured(policy.measured)))
+            self._install(self._in_force.policy.with_repair(policy.repair), policy.measured)
         self._in_force.set_repair(status)
         await self._keep()
+
+    def _install(self, present: DepthPolicy, measured: Measured) -> None:
+        """Put ``present`` in force with what was measured, and with the levels that follow.
+
+        It is made of the policy in force, not of the one that was measured: SetPolicy may have
+        changed it meanwhile, and its changes stay.
+        """
+        self._in_force.install(with_found_levels(present.with_measured(measured)))
 
     @asynccontextmanager
     async def _prepared(self, policy: DepthPolicy, on_progress: OnProgress) -> AsyncIterator[None]:

@@ -65,18 +65,34 @@ class SpeedMeter:
             self._windows[stream % len(self._windows)][:_PROMPT_TOKENS]
             for stream in range(NUM_STREAMS)
         ]
-        started = time.perf_counter()
-        num_tokens = await run_together(self._count_tokens(prompt, layers) for prompt in prompts)
-        return sum(num_tokens) / (time.perf_counter() - started)
+        return await tokens_per_second(self._engine, prompts, _TOKENS_PER_STREAM, layers)
 
-    async def _count_tokens(self, prompt_ids: Sequence[int], layers: LayerSelection) -> int:
-        room = self._engine.model.max_context - len(prompt_ids)
-        request = GenerationRequest(
-            request_id=f"speed-{uuid.uuid4().hex}",
-            prompt_ids=prompt_ids,
-            layers=layers,
-            sampling=SamplingOptions(
-                temperature=0.0, max_tokens=min(_TOKENS_PER_STREAM, room), ignore_eos=True
-            ),
-        )
-        return sum([len(delta.token_ids) async for delta in self._engine.generate(request)])
+
+async def tokens_per_second(
+    engine: Engine, prompts: Sequence[Sequence[int]], num_tokens: int, layers: LayerSelection
+) -> float:
+    """Return the throughput of greedy requests, one for each of ``prompts``, all at a time.
+
+    Each generates ``num_tokens``, or as many as the context has room for.
+    """
+    started = time.perf_counter()
+    counts = await run_together(
+        count_tokens(engine, prompt, num_tokens, layers) for prompt in prompts
+    )
+    return sum(counts) / (time.perf_counter() - started)
+
+
+async def count_tokens(
+    engine: Engine, prompt_ids: Sequence[int], num_tokens: int, layers: LayerSelection
+) -> int:
+    """Run one such request, and return how many tokens it has generated."""
+    room = engine.model.max_context - len(prompt_ids)
+    request = GenerationRequest(
+        request_id=f"speed-{uuid.uuid4().hex}",
+        prompt_ids=prompt_ids,
+        layers=layers,
+        sampling=SamplingOptions(
+            temperature=0.0, max_tokens=min(num_tokens, room), ignore_eos=True
+        ),
+    )
+    return sum([len(delta.token_ids) async for delta in engine.generate(request)])

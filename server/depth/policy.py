@@ -64,7 +64,7 @@ class DepthPolicy:
     present_score_level: str = ""
     # Whether requests that name no depth are served as Auto.
     auto_by_default: bool = False
-    # Under this plan, and with these maps.
+    # Holds under this plan, and with the maps below.
     measured: Measured = field(default_factory=Measured)
     any_depth: bool = True
     # The fingerprint of the maps that stand in for skipped layers; None: nothing does.

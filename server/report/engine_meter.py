@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -11,17 +10,12 @@ from pathlib import Path
 
 from pruning.metrics import DensePass, dense_pass
 from pruning.quality import Quality
+from server.calibration.speed_meter import count_tokens, tokens_per_second
 from server.config import Settings
-from server.engine.base import (
-    GenerationRequest,
-    LayerSelection,
-    ProgressCallback,
-    SamplingOptions,
-)
+from server.engine.base import LayerSelection, ProgressCallback
 from server.engine.elastic.engine import ElasticEngine
 from server.model.engine_config import elastic_config
 from server.report.subject import Subject
-from server.task_group import run_together
 
 _ROUNDS = 3
 
@@ -47,7 +41,6 @@ class EngineMeter:
         self._engine = ElasticEngine(
             elastic_config(settings, subject.directory, subject.source.name)
         )
-        self._numbers = itertools.count()
 
     @property
     def engine(self) -> ElasticEngine:
@@ -96,30 +89,15 @@ class EngineMeter:
             for i, layers in enumerate(selections):
                 first_token = await self._first_token(prompts[0], layers)
                 first_tokens[i] = min(first_tokens[i], first_token)
-                rates[i] = max(rates[i], await self._rate(prompts, num_tokens, layers))
+                rate = await tokens_per_second(self._engine, prompts, num_tokens, layers)
+                rates[i] = max(rates[i], rate)
                 progress(round_ * len(selections) + i + 1, _ROUNDS * len(selections))
         return [
             Pace(first_token, rate, len(prompts[0]), len(prompts))
             for first_token, rate in zip(first_tokens, rates, strict=True)
         ]
 
-    async def _rate(
-        self, prompts: Sequence[Sequence[int]], num_tokens: int, layers: LayerSelection
-    ) -> float:
-        started = time.perf_counter()
-        counts = await run_together(self._count(prompt, num_tokens, layers) for prompt in prompts)
-        return sum(counts) / (time.perf_counter() - started)
-
     async def _first_token(self, prompt: Sequence[int], layers: LayerSelection) -> float:
         started = time.perf_counter()
-        await self._count(prompt, 1, layers)
+        await count_tokens(self._engine, prompt, 1, layers)
         return time.perf_counter() - started
-
-    async def _count(self, prompt: Sequence[int], num_tokens: int, layers: LayerSelection) -> int:
-        request = GenerationRequest(
-            f"report-{next(self._numbers)}",
-            prompt,
-            layers,
-            SamplingOptions(temperature=0.0, max_tokens=num_tokens, ignore_eos=True),
-        )
-        return sum([len(delta.token_ids) async for delta in self._engine.generate(request)])

@@ -254,14 +254,17 @@ class Lab:
                 report(1, 1)
             else:
                 engine = await self._meters.engine()
-                for repair in {layers.repair for layers in group} - {None}:
-                    assert repair is not None
-                    await engine.install(self._maps_path, repair)
+                await self._install_maps(engine, group)
                 measured = await engine.qualities(self.held_out, group, report)
         known |= dict(zip(group, measured, strict=True))
         entry, key = self._quality_entry()
         rows = [MeasuredQuality(layers, quality) for layers, quality in known.items()]
         self._state.save("quality", key, entry, rows)
+
+    async def _install_maps(self, meter: EngineMeter, selections: Sequence[LayerSelection]) -> None:
+        """Have the engine ready for the maps of ``selections``."""
+        for repair in {layers.repair for layers in selections if layers.repair is not None}:
+            await meter.install(self._maps_path, repair)
 
     def _known_qualities(self) -> dict[LayerSelection, Quality]:
         if self._qualities is None:
@@ -299,9 +302,7 @@ class Lab:
         }
 
         async def run(meter: EngineMeter) -> list[Pace]:
-            for repair in {layers.repair for layers in selections} - {None}:
-                assert repair is not None
-                await meter.install(self._maps_path, repair)
+            await self._install_maps(meter, selections)
             prompts = self._windows.prompts(num_prompt, num_streams)
             return await meter.paces(prompts, _GENERATED, selections, self.reporting(what))
 
@@ -323,8 +324,7 @@ class Lab:
 
         async def measure() -> Accuracy:
             meter = await self._meters.engine()
-            if layers.repair is not None:
-                await meter.install(self._maps_path, layers.repair)
+            await self._install_maps(meter, [layers])
             with _measuring("questions"):
                 return await accuracy(meter.engine, questions, layers, self.reporting(what))
 

@@ -22,12 +22,13 @@ from server.report.sections.depth import depths_at
 _SHARES = (0.1, 0.2, 0.27)
 _PROMPT_TOKENS = 256
 _NUM_STREAMS = 8
-_TRADE = "Perplexity against throughput, by number of layers"
 _KINDS = {
     "unquantized": "not quantized",
     "quantized": "quantized, then pruned",
     "pruned_first": "pruned, then quantized",
 }
+# Whose speed is measured, and what it is called among the numbers.
+_SPEEDS = {"unquantized": "tokens_per_second", "quantized": "quantized_tokens_per_second"}
 
 
 class Quantization:
@@ -50,17 +51,20 @@ class Quantization:
         rows: list[dict[str, Any]] = [{"depth": depth} for depth in depths]
         numbers["rows"] = rows
         checkpoint: Path | None = None
+
+        async def whole() -> Path:
+            nonlocal checkpoint
+            if checkpoint is None:
+                checkpoint = await quantizer.whole()
+            return checkpoint
+
         for kind in ("unquantized", "quantized"):
             for row in rows:
 
                 async def measure(kind: str = kind, depth: int = row["depth"]) -> Quality:
-                    nonlocal checkpoint
-                    if kind == "quantized" and checkpoint is None:
-                        checkpoint = await quantizer.whole()
+                    where = await whole() if kind == "quantized" else None
                     meter = await lab.transformers()
-                    skipped = skipped_layers(order, depth)
-                    where = checkpoint if kind == "quantized" else None
-                    return meter.quality(lab.held_out, skipped, where)
+                    return meter.quality(lab.held_out, skipped_layers(order, depth), where)
 
                 row[kind] = asdict(await self._kept(lab, kind, row["depth"], measure))
         for row in rows[1:]:
@@ -88,10 +92,8 @@ class Quantization:
             return
         skips = [skipped_layers(order, depth) for depth in depths]
         selections = [LayerSelection(skipped, skipped) for skipped in skips]
-        for name, quantized in (
-            ("tokens_per_second", None),
-            ("quantized_tokens_per_second", quantizer.whole),
-        ):
+        for kind, name in _SPEEDS.items():
+            quantized = whole if kind == "quantized" else None
             what = f"Speed in {BITS} bits and depth" if quantized else "Speed by depth"
             paces = await lab.paces(selections, _PROMPT_TOKENS, _NUM_STREAMS, what, quantized)
             for row, pace in zip(rows, paces, strict=True):
@@ -112,71 +114,59 @@ class Quantization:
         rows = [row for row in numbers.get("rows", []) if "unquantized" in row]
         if not rows:
             return []
-        num_layers = rows[0]["depth"]
-
-        def draw(figure: Any, axes: Any) -> None:
-            for marker, (kind, label) in zip("osD", _KINDS.items(), strict=True):
-                points = [
-                    (100 * (1 - row["depth"] / num_layers), row[kind]["perplexity"])
-                    for row in rows
-                    if kind in row
-                ]
-                if points:
-                    axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=label)
-            axes.set_xlabel("layers left out, %")
-            axes.set_ylabel("perplexity")
-            axes.legend()
-
-        def draw_trade(figure: Any, axes: Any) -> None:
-            for marker, kind, speed in (
-                ("o", "unquantized", "tokens_per_second"),
-                ("s", "quantized", "quantized_tokens_per_second"),
-            ):
-                points = [
-                    (row[speed], row[kind]["perplexity"], row["depth"])
-                    for row in rows
-                    if speed in row and kind in row
-                ]
-                if points:
-                    *along, depths = zip(*points, strict=True)
-                    axes.plot(*along, marker=marker, markersize=4, label=_KINDS[kind])
-                    for x, y, depth in zip(*along, depths, strict=True):
-                        axes.annotate(
-                            str(depth), (x, y), (4, 4), textcoords="offset points", fontsize=8
-                        )
-            axes.set_xlabel("tokens per second")
-            axes.set_ylabel("perplexity")
-            axes.legend()
-
-        headings = ["Depth", *(f"{label.capitalize()}: perplexity" for label in _KINDS.values())]
-        has_speed = "tokens_per_second" in rows[0]
-        if has_speed:
-            headings += ["Not quantized: tok/s", "Quantized: tok/s"]
         blocks: list[Block] = []
         if "no_throughput" in numbers:
             blocks.append(
                 Paragraph(f"No throughput of quantized weights here: {numbers['no_throughput']}.")
             )
-        return [
-            *blocks,
-            Plot("quantization", "Perplexity in 16 or 32 bits and in 4, by layers left out", draw),
-            *([Plot("quantization-speed", _TRADE, draw_trade)] if has_speed else []),
-            Table(
-                headings,
-                [
-                    (
-                        str(row["depth"]),
-                        *(
-                            number(row[kind]["perplexity"], 4) if kind in row else "-"
-                            for kind in _KINDS
-                        ),
-                        *(
-                            number(row.get(name))
-                            for name in ("tokens_per_second", "quantized_tokens_per_second")
-                            if has_speed
-                        ),
-                    )
-                    for row in rows
-                ],
-            ),
+        title = "Perplexity in 16 or 32 bits and in 4, by layers left out"
+        blocks.append(Plot("quantization", title, lambda _, axes: _draw(axes, rows)))
+        headings = ["Depth", *(f"{label.capitalize()}: perplexity" for label in _KINDS.values())]
+        speeds = list(_SPEEDS.values()) if "tokens_per_second" in rows[0] else []
+        if speeds:
+            title = "Perplexity against throughput, by number of layers"
+            blocks.append(
+                Plot("quantization-speed", title, lambda _, axes: _draw_trade(axes, rows))
+            )
+            headings += ["Not quantized: tok/s", "Quantized: tok/s"]
+        cells = [
+            (
+                str(row["depth"]),
+                *(number(row[kind]["perplexity"], 4) if kind in row else "-" for kind in _KINDS),
+                *(number(row.get(speed)) for speed in speeds),
+            )
+            for row in rows
         ]
+        return [*blocks, Table(headings, cells)]
+
+
+def _draw(axes: Any, rows: list[dict[str, Any]]) -> None:
+    num_layers = rows[0]["depth"]
+    for marker, (kind, label) in zip("osD", _KINDS.items(), strict=True):
+        points = [
+            (100 * (1 - row["depth"] / num_layers), row[kind]["perplexity"])
+            for row in rows
+            if kind in row
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=label)
+    axes.set_xlabel("layers left out, %")
+    axes.set_ylabel("perplexity")
+    axes.legend()
+
+
+def _draw_trade(axes: Any, rows: list[dict[str, Any]]) -> None:
+    for marker, (kind, speed) in zip("os", _SPEEDS.items(), strict=True):
+        points = [
+            (row[speed], row[kind]["perplexity"], row["depth"])
+            for row in rows
+            if speed in row and kind in row
+        ]
+        if points:
+            *along, depths = zip(*points, strict=True)
+            axes.plot(*along, marker=marker, markersize=4, label=_KINDS[kind])
+            for x, y, depth in zip(*along, depths, strict=True):
+                axes.annotate(str(depth), (x, y), (4, 4), textcoords="offset points", fontsize=8)
+    axes.set_xlabel("tokens per second")
+    axes.set_ylabel("perplexity")
+    axes.legend()
